@@ -1,0 +1,1 @@
+"""moejax: compression of DeepSeek-V3-class mixture-of-experts models as a chain of pure, jitted functions."""

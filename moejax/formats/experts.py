@@ -1,0 +1,77 @@
+"""The weights of one projection of all experts of a layer, each expert in the format it deserves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.formats.dense import Leaf, format_name
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["buckets", "bucket_E", "index_E"], meta_fields=[])
+@dataclass(frozen=True)
+class ExpertWeights:
+    """expert e's matrix (O, I) = buckets[bucket_E[e]][index_E[e]].
+
+    Experts of equal format lie in one bucket, a leaf (experts in bucket, O, I); the slot table finds them.
+
+    bucket_E, index_E: int32 (E,).
+    """
+
+    buckets: tuple[Leaf, ...]
+    bucket_E: jax.Array
+    index_E: jax.Array
+
+    @property
+    def num_experts(self) -> int:
+        return self.bucket_E.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, O, I)."""
+        return (self.num_experts, *self.buckets[0].shape[1:])
+
+    def expert(self, e: int) -> Leaf:
+        """One expert's matrix (O, I); e is a Python number, the slot table must be concrete."""
+        bucket, index = int(self.bucket_E[e]), int(self.index_E[e])
+        return jax.tree.map(lambda a: a[index], self.buckets[bucket])
+
+
+def gather_experts(experts: Sequence[Leaf]) -> ExpertWeights:
+    """Put matrices (O, I), in order of expert, into buckets of equal format, in order of the formats' names."""
+    names = [format_name(leaf) for leaf in experts]
+    members_of = [[e for e, own in enumerate(names) if own == name] for name in sorted(set(names))]
+    buckets = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *(experts[e] for e in members)) for members in members_of]
+    return ExpertWeights(tuple(buckets), *_slot_table(members_of))
+
+
+def select_experts(weights: ExpertWeights, keep: Sequence[int]) -> ExpertWeights:
+    """The experts `keep`, renumbered 0, 1, ... in that order; their bytes are untouched.
+
+    With one bucket, as in an original checkpoint, everything may be traced; with several, the slot table must be
+    concrete, because the new buckets' sizes depend on it.
+    """
+    keep = np.asarray(keep, np.int32)
+    if len(weights.buckets) == 1:
+        chosen = weights.index_E[keep]
+        bucket = jax.tree.map(lambda a: a[chosen], weights.buckets[0])
+        return ExpertWeights((bucket,), jnp.zeros(len(keep), jnp.int32), jnp.arange(len(keep), dtype=jnp.int32))
+    bucket_of, index_of = np.asarray(weights.bucket_E)[keep], np.asarray(weights.index_E)[keep]
+    members_of = [np.flatnonzero(bucket_of == old) for old in np.unique(bucket_of)]
+    buckets = [
+        jax.tree.map(lambda a, m=members: a[index_of[m]], weights.buckets[old])
+        for old, members in zip(np.unique(bucket_of), members_of, strict=True)
+    ]
+    return ExpertWeights(tuple(buckets), *_slot_table(members_of))
+
+
+def _slot_table(members_of: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+    """(bucket_E, index_E) of experts that lie as `members_of[bucket]` lists them."""
+    bucket_E, index_E = np.zeros((2, sum(map(len, members_of))), np.int32)
+    for b, members in enumerate(members_of):
+        bucket_E[members] = b
+        index_E[members] = np.arange(len(members))
+    return jnp.asarray(bucket_E), jnp.asarray(index_E)

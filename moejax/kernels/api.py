@@ -1,0 +1,45 @@
+"""The four operations that a weight knows, dispatched on the leaf's type and the backend.
+
+Every backend computes the same thing: the weight's dense value times the input, accumulated in at least float32 and
+returned in the input's dtype.
+"""
+
+import jax
+
+from moejax.formats import ExpertWeights, Leaf
+from moejax.kernels import pallas_tpu, reference, xla
+
+BACKENDS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
+
+
+def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
+    """Contract the weight's inputs: y[..., b, o] = sum_i w[b, o, i] * x[..., b, i].
+
+    x (..., *batch, I), w (*batch, O, I) with at most one batch axis -> (..., *batch, O).
+    """
+    return _backend(backend).matmul(x, w)
+
+
+def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
+    """Contract the weight's outputs: y[..., b, i] = sum_o w[b, o, i] * x[..., b, o].
+
+    x (..., *batch, O), w (*batch, O, I) with at most one batch axis -> (..., *batch, I).
+    """
+    return _backend(backend).matmul_transposed(x, w)
+
+
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str | None = None) -> jax.Array:
+    """Multiply every row by its expert's matrix: y[r, o] = sum_i w[e(r), o, i] * x[r, i].
+
+    Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; rows_E sums to R. -> (R, O).
+    """
+    return _backend(backend).expert_matmul(x_RI, w, rows_E)
+
+
+def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str | None = None) -> jax.Array:
+    """Rows of a matrix w (O, I) at index (...), as (..., I) of `dtype`: the embedding."""
+    return _backend(backend).take(w, index, dtype)
+
+
+def _backend(name: str | None):  # noqa: ANN202
+    return BACKENDS[name or ("pallas_tpu" if jax.default_backend() == "tpu" else "xla")]

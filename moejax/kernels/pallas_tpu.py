@@ -1,0 +1,1 @@
+from moejax.kernels.xla import expert_matmul, matmul, matmul_transposed, take

@@ -1,0 +1,116 @@
+"""The four operations tiled for XLA: a weight is unpacked a cache-sized tile of output rows at a time.
+
+On CPU `jax.lax.ragged_dot` computes every expert for every row; `expert_matmul` here visits only the experts hit.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from moejax.formats import ExpertWeights, Leaf, PackedTensor, dense, rows, take_rows
+from moejax.kernels.reference import accumulator
+
+# An unpacked tile stays in a core's second-level cache: 0.6 G weights/s outside of it against 14 inside, measured on
+# one row of a 7168 x 2048 and a 2048 x 2048 matrix of 4-bit weights.
+TILE_BYTES = 1 << 20
+MAX_ROW_BLOCK = 256
+
+Carry = TypeVar("Carry")
+
+
+def matmul(x: jax.Array, w: Leaf) -> jax.Array:
+    if w.ndim == 3:
+        return _per_matrix(matmul, x, w)
+    if not isinstance(w, PackedTensor):
+        return _dot(x, w.astype(x.dtype), contract=1)
+
+    def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
+        y_tile = _dot(x, dense(rows(w, start, size), x.dtype), contract=1)
+        return jax.lax.dynamic_update_slice_in_dim(y, y_tile, start, axis=y.ndim - 1)
+
+    return _over_tiles(w.shape, tile, jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype))
+
+
+def matmul_transposed(x: jax.Array, w: Leaf) -> jax.Array:
+    if w.ndim == 3:
+        return _per_matrix(matmul_transposed, x, w)
+    if not isinstance(w, PackedTensor):
+        return _dot(x, w.astype(x.dtype), contract=0)
+
+    def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
+        x_tile = jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 1)
+        w_tile = dense(rows(w, start, size), x.dtype)
+        return y + _dot(x_tile, w_tile, contract=0, out_dtype=y.dtype)
+
+    return _over_tiles(w.shape, tile, jnp.zeros((*x.shape[:-1], w.shape[1]), accumulator(x))).astype(x.dtype)
+
+
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
+    """Experts are visited in order and in whole blocks of rows: a block's surplus rows belong to later experts, which
+    overwrite them, and the last expert's fall into padding."""
+    num_rows, (num_experts, outputs, _) = x_RI.shape[0], w.shape
+    block = _row_block(num_rows, num_experts)
+    x = jnp.pad(x_RI, ((0, block), (0, 0)))
+    first_row_E = jnp.cumsum(rows_E) - rows_E
+    hit_E = jnp.nonzero(rows_E, size=min(num_experts, num_rows))[0]
+
+    def visit(hit: jax.Array, y: jax.Array) -> jax.Array:
+        e = hit_E[hit]
+
+        def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
+            unpack = [partial(_expert_tile, bucket, size=size, dtype=x.dtype) for bucket in w.buckets]
+            w_tile = jax.lax.switch(w.bucket_E[e], unpack, w.index_E[e], start)
+
+            def row_block(b: jax.Array, y: jax.Array) -> jax.Array:
+                row = first_row_E[e] + b * block
+                y_block = _dot(jax.lax.dynamic_slice_in_dim(x, row, block), w_tile, contract=1)
+                return jax.lax.dynamic_update_slice(y, y_block, (row, start))
+
+            return jax.lax.fori_loop(0, -(-rows_E[e] // block), row_block, y)
+
+        return _over_tiles(w.shape[1:], tile, y)
+
+    y = jnp.zeros((num_rows + block, outputs), x.dtype)
+    return jax.lax.fori_loop(0, jnp.count_nonzero(rows_E), visit, y)[:num_rows]
+
+
+def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return dense(take_rows(w, index), jnp.dtype(dtype))
+
+
+def _dot(x: jax.Array, w: jax.Array, contract: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    dims = (((x.ndim - 1,), (contract,)), ((), ()))
+    y = jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x))
+    return y.astype(out_dtype or x.dtype)
+
+
+def _per_matrix(operation: Callable[[jax.Array, Leaf], jax.Array], x: jax.Array, w: Leaf) -> jax.Array:
+    """One matrix after another, so that no more than one of them is unpacked at a time."""
+    y_b = jax.lax.map(lambda args: operation(*args), (jnp.moveaxis(x, -2, 0), w))
+    return jnp.moveaxis(y_b, 0, -2)
+
+
+def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Carry], Carry], init: Carry) -> Carry:
+    """tile(start, size, carry) for consecutive tiles of the output rows of a matrix (O, I)."""
+    outputs, inputs = shape
+    size = min(outputs, max(1, TILE_BYTES // (4 * inputs)))
+    whole = outputs // size
+    if whole == 1 and size == outputs:
+        return tile(0, size, init)
+    carry = jax.lax.fori_loop(0, whole, lambda t, carry: tile(t * size, size, carry), init)
+    rest = outputs - whole * size
+    return tile(whole * size, rest, carry) if rest else carry
+
+
+def _expert_tile(bucket: Leaf, index: jax.Array, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
+    matrix = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), bucket)
+    return dense(rows(matrix, start, size), dtype)
+
+
+def _row_block(num_rows: int, num_experts: int) -> int:
+    """Rows multiplied at once: the power of two next above an expert's mean share."""
+    mean = -(-num_rows // num_experts)
+    return min(MAX_ROW_BLOCK, 1 << (mean - 1).bit_length())
