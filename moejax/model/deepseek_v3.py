@@ -1,0 +1,174 @@
+"""The model: decoder blocks, embedding and head, MTP blocks. Start reading here."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.formats import Leaf
+from moejax.kernels import matmul, take
+from moejax.model.attention import Attention, LatentCache
+from moejax.model.config import Config
+from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
+from moejax.model.moe import Mlp, MoE
+from moejax.model.norm import rms_norm
+from moejax.model.rope import Rotation, rotation
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then + mlp(norm(.)): one decoder layer, dense or with experts."""
+
+    def __init__(self, config: Config, leaves: Leaves, is_moe: bool, experts_per_token: int | None = None):
+        self.config = config
+        self.input_norm = nnx.Param(leaves("input_norm"))
+        self.self_attn = Attention(config, under(leaves, "self_attn"))
+        self.post_attention_norm = nnx.Param(leaves("post_attention_norm"))
+        mlp = under(leaves, "mlp")
+        self.mlp = MoE(config, mlp, experts_per_token) if is_moe else Mlp(mlp)
+
+    def __call__(
+        self, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None = None, taps: Taps | None = None
+    ) -> jax.Array:
+        """x (B, T, D) to (B, T, D). `choice_TK` replays expert choices; `taps` receives every weight's input."""
+        normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
+        attention_taps: Taps | None = None if taps is None else {}
+        x_BTD = x_BTD + self.self_attn(normed, by, attention_taps)
+        mlp_taps: Taps | None = None if taps is None else {}
+        x_BTD = x_BTD + self._feed_forward(x_BTD, choice_TK, mlp_taps)
+        if taps is not None:
+            taps |= prefixed("self_attn", attention_taps) | prefixed("mlp", mlp_taps)
+        return x_BTD
+
+    def attend_cached(
+        self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """The same for T tokens behind a cache; returns the output and the new cache."""
+        normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
+        attended, cache = self.self_attn.attend_cached(normed, by, cache, start)
+        x_BTD = x_BTD + attended
+        return x_BTD + self._feed_forward(x_BTD, None, None), cache
+
+    def _feed_forward(self, x: jax.Array, choice_TK: jax.Array | None, taps: Taps | None) -> jax.Array:
+        normed = rms_norm(x, self.post_attention_norm.get_value(), self.config.rms_norm_eps)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(normed, choice_TK, taps)
+        return self.mlp(normed, taps)
+
+
+class MtpBlock(nnx.Module):
+    """Multi-token prediction (arXiv:2412.19437, section 2.2): a block that drafts the token after the next.
+
+        h' = block([norm_e(embed(token_{t+1})) | norm_h(h_t)] W_eh), logits_{t+2} = head(norm(h'))
+
+    Embedding and head are the model's own and passed in, because a Param of two modules becomes two under jit.
+    """
+
+    def __init__(self, config: Config, leaves: Leaves, is_moe: bool, experts_per_token: int | None = None):
+        self.config = config
+        self.enorm = nnx.Param(leaves("enorm"))
+        self.hnorm = nnx.Param(leaves("hnorm"))
+        self.eh_proj = nnx.Param(leaves("eh_proj"))
+        self.block = Block(config, under(leaves, "block"), is_moe, experts_per_token)
+        self.norm = nnx.Param(leaves("norm"))
+
+    def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
+        """h_t after the model's final norm and the next token's embedding, both (B, T, D), to the normed h'."""
+        eps = self.config.rms_norm_eps
+        both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
+        joined = linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
+        block_taps: Taps | None = None if taps is None else {}
+        drafted = self.block(joined, by, taps=block_taps)
+        if taps is not None:
+            taps |= prefixed("block", block_taps)
+        return rms_norm(drafted, self.norm.get_value(), eps)
+
+
+class DeepseekV3(nnx.Module):
+    """Token ids to logits.
+
+    `leaves` gives every weight by name (see `leaves.Layout`), `experts_per_token` K per block where it is not the
+    config's. Everything is computed in `dtype`, sums in at least float32.
+    """
+
+    def __init__(self, config: Config, leaves: Leaves, experts_per_token: Sequence[int] | None = None):
+        self.config = config
+        per_block = experts_per_token or [config.num_experts_per_tok] * config.num_blocks
+        self.embed = nnx.Param(leaves("embed"))
+        self.layers = nnx.List(
+            Block(config, under(leaves, f"layers.{i}"), config.is_moe(i), per_block[i])
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = nnx.Param(leaves("norm"))
+        self.head = nnx.Param(leaves("head"))
+        self.mtp = nnx.List(
+            MtpBlock(config, under(leaves, f"mtp.{m}"), config.is_moe(i), per_block[i])
+            for m, i in enumerate(range(config.num_hidden_layers, config.num_blocks))
+        )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        choices: Sequence[jax.Array | None] | None = None,
+    ) -> jax.Array:
+        """Logits (B, T, C); `choices` replays each layer's experts (B*T, K), None for dense layers."""
+        return self.logits(self.hidden(tokens_BT, dtype, choices))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        choices: Sequence[jax.Array | None] | None = None,
+    ) -> jax.Array:
+        """The output of the last layer before the final norm, (B, T, D)."""
+        x_BTD = self.embedded(tokens_BT, dtype)
+        by = self.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        for layer, choice_TK in zip(self.layers, choices or [None] * len(self.layers), strict=True):
+            x_BTD = layer(x_BTD, by, choice_TK)
+        return x_BTD
+
+    def embedded(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """Embedding rows, (B, T, D)."""
+        return take(self.embed.get_value(), tokens_BT, dtype)
+
+    def rotation(self, positions: jax.Array, dtype: jnp.dtype) -> Rotation:
+        """RoPE's rotation for positions (T,)."""
+        return rotation(self.config, positions, jnp.promote_types(dtype, jnp.float32))
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Final norm and head: hidden states (B, T, D) to logits (B, T, C), in at least float32."""
+        return _project(self.normed(x_BTD), self.head.get_value())
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm."""
+        return rms_norm(x_BTD, self.norm.get_value(), self.config.rms_norm_eps)
+
+    def draft_logits(self, tokens_BT: jax.Array, hidden_BTD: jax.Array, depth: int = 0) -> jax.Array:
+        """MTP block `depth`'s logits for the token after the next, (B, T-1, C), from `hidden`'s output."""
+        following = self.embedded(tokens_BT[:, 1:], hidden_BTD.dtype)
+        by = self.rotation(jnp.arange(following.shape[1]), hidden_BTD.dtype)
+        drafted = self.mtp[depth](self.normed(hidden_BTD)[:, :-1], following, by)
+        return _project(drafted, self.head.get_value())
+
+    def empty_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> list[LatentCache]:
+        """Zeroed latent caches of all layers, for `length` tokens."""
+        c = self.config
+        shapes = (batch, length, c.kv_lora_rank), (batch, length, c.qk_rope_head_dim)
+        return [LatentCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in self.layers]
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: list[LatentCache], start: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> tuple[jax.Array, list[LatentCache]]:
+        """Hidden states (B, T, D) of T tokens at positions start, start+1, ... and the cache that now holds them."""
+        x_BTD = self.embedded(tokens_BT, dtype)
+        by = self.rotation(start + jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        new_cache = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x_BTD, layer_cache = layer.attend_cached(x_BTD, by, layer_cache, start)
+            new_cache.append(layer_cache)
+        return x_BTD, new_cache
+
+
+def _project(x: jax.Array, head: Leaf) -> jax.Array:
+    return matmul(x.astype(jnp.promote_types(x.dtype, jnp.float32)), head)
