@@ -35,9 +35,9 @@ class ExpertWeights:
         return (self.num_experts, *self.buckets[0].shape[1:])
 
     def expert(self, e: int) -> Leaf:
-        """One expert's matrix (O, I); e is a Python number, the slot table must be concrete."""
-        bucket, index = int(self.bucket_E[e]), int(self.index_E[e])
-        return jax.tree.map(lambda a: a[index], self.buckets[bucket])
+        """One expert's matrix (O, I). With several buckets the slot table must be concrete."""
+        bucket = self.buckets[0] if len(self.buckets) == 1 else self.buckets[int(self.bucket_E[e])]
+        return jax.tree.map(lambda a: a[self.index_E[e]], bucket)
 
 
 def gather_experts(experts: Sequence[Leaf]) -> ExpertWeights:

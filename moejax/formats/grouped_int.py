@@ -54,7 +54,7 @@ class GroupedInt(PackedTensor):
         return jax.tree.map(lambda a: a.reshape(*shape, a.shape[-1]), self)
 
 
-def centre(bits: int) -> float:
+def centre(bits: int | jax.Array) -> float | jax.Array:
     """The code, half-way between two integers, that stands for zero."""
     return (2**bits - 1) / 2
 
@@ -77,7 +77,7 @@ def encode(weight: jax.Array, scale: jax.Array, bits: int) -> GroupedInt:
     return GroupedInt(planar.pack(ungroup(codes).astype(jnp.uint32), bits), scale, bits)
 
 
-def round_to_codes(weight: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def round_to_codes(weight: jax.Array, scale: jax.Array, bits: int | jax.Array) -> jax.Array:
     """The nearest code of each weight under its scale, as floats; any code where the scale is zero."""
     safe = jnp.where(scale == 0, jnp.ones_like(scale), scale)
-    return jnp.clip(jnp.round(weight / safe + centre(bits)), 0, 2**bits - 1)
+    return jnp.clip(jnp.round(weight / safe + centre(bits)), 0, 2 * centre(bits))

@@ -1,0 +1,6 @@
+"""One pass over calibration text: statistics of every weight's input, layer by layer."""
+
+from moejax.calibrate.observe import calibrate
+from moejax.calibrate.statistics import BlockStatistics, ExpertStatistics, Statistics
+
+__all__ = ["BlockStatistics", "ExpertStatistics", "Statistics", "calibrate"]

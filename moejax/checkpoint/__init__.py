@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face in, native store and manifest; nothing outside this folder knows files."""

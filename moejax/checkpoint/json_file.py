@@ -1,0 +1,46 @@
+"""JSON objects from files that may be missing, damaged or huge."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import InputError
+
+MAX_JSON_BYTES = 100_000_000
+"""The largest JSON text read, in bytes; the tensor index of a 671B checkpoint takes 9 million."""
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Reads `file` as one JSON object.
+
+    Raises InputError if the file cannot be read, is larger than `MAX_JSON_BYTES`, or is no JSON object.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{file}: {size} bytes of JSON are more than the {MAX_JSON_BYTES} that are accepted")
+        text = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); a readable JSON file is needed") from error
+    return parse_json_object(text, file)
+
+
+def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
+    """Parses `text`, found in `file`, as one JSON object in which no object has a key twice; else raises InputError."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object_without_duplicates)
+    except (ValueError, RecursionError) as error:  # ValueError includes wrong UTF-8
+        raise InputError(f"{file}: is not valid JSON ({error}); a JSON object is needed") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: holds a JSON {type(value).__name__} where a JSON object is needed")
+    return value
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds one JSON object; of a key that stands there twice, readers pick different values, so it is refused."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return result

@@ -1,0 +1,175 @@
+"""Reading a Hugging Face checkpoint folder: its safetensors files as memory maps, its config as a dict.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes), and for
+sharded checkpoints `model.safetensors.index.json`, whose `weight_map` says which file holds which tensor.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from moejax.checkpoint.json_file import parse_json_object, read_json_object
+from moejax.errors import InputError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""The dtype names of safetensors headers that are accepted, and what they are read as."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes of `file` from `offset` on, in row-major order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SafetensorsFolder:
+    """A checkpoint folder whose headers have been read and agree with its index; no tensor's bytes have."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns the tensor `name` as a read-only array over a memory map, which lives as long as the array does."""
+        if name not in self.tensors:
+            raise InputError(f"{self.path}: has no tensor {name}, which is needed")
+        info = self.tensors[name]
+        if info.nbytes == 0:  # an empty range cannot be mapped
+            return np.empty(info.shape, info.dtype)
+        mapped = np.memmap(info.file, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
+        return np.asarray(mapped).view(info.dtype).reshape(info.shape)
+
+
+def open_folder(path: Path) -> SafetensorsFolder:
+    """Reads the headers of the checkpoint in the folder `path`: one `model.safetensors`, or shards with an index.
+
+    Raises InputError if the folder or a file is missing, a file is corrupt or truncated, a tensor's dtype is not in
+    `DTYPES`, or the files do not hold exactly the tensors that the index gives them.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a folder; give the folder of a Hugging Face checkpoint")
+    if (path / SINGLE_FILE).exists():
+        return SafetensorsFolder(path, _read_header(path / SINGLE_FILE))
+    if not (path / INDEX_FILE).exists():
+        raise InputError(f"{path}: has neither {SINGLE_FILE} nor {INDEX_FILE}; one of them is needed")
+    return SafetensorsFolder(path, _read_shards(path, _read_weight_map(path / INDEX_FILE)))
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """Returns the fields of `config.json` in the folder `path`; raises InputError if it is not a JSON object."""
+    return read_json_object(path / CONFIG_FILE)
+
+
+def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
+    """Returns the checkpoint's folder: `name_or_path` itself where it is a folder, else the hub's `org/name`, fetched.
+
+    Only safetensors, JSON and tokenizer files are fetched, into the hub's own cache. Raises InputError if there is
+    neither, or the hub cannot be reached.
+    """
+    path, name = Path(name_or_path), os.fspath(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise InputError(f"{name}: is neither a folder nor a name of the form org/name on the Hugging Face hub")
+
+    from huggingface_hub import snapshot_download  # here: its import takes half a second, and folders do not need it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+    except Exception as error:  # the hub's client has no common base class for what can go wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{name}: no such folder here, and fetching it from the Hugging Face hub failed ({reason}); "
+            "give a checkpoint folder, or the org/name of a model that the hub lets you read"
+        ) from error
+
+
+def _read_weight_map(index_file: Path) -> dict[str, str]:
+    """Returns the index's map from tensor name to file name, each a file in the index's folder."""
+    weight_map = read_json_object(index_file).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index_file}: lacks the object `weight_map` from tensor names to file names")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise InputError(f"{index_file}: gives tensor {tensor} the file {shard!r}, which is not a file name")
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise InputError(f"{index_file}: gives tensor {tensor} the file {shard}, which is outside the folder")
+    for shard in sorted(set(weight_map.values())):
+        if not (index_file.parent / shard).is_file():
+            raise InputError(f"{index_file}: names the file {shard}, which is not in the folder; fetch it too")
+    return weight_map
+
+
+def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    """Reads every shard's header and compares it with the index, in both directions."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, info in _read_header(path / shard).items():
+            if name in tensors:
+                raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} and in {shard}; one is needed")
+            if name not in weight_map:
+                raise InputError(f"{path / shard}: holds tensor {name}, which {INDEX_FILE} does not list")
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file != path / shard:
+            raise InputError(f"{path / shard}: does not hold tensor {name}, which {INDEX_FILE} says it does")
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Returns where the tensors of one safetensors file lie, once the safetensors library has found it sound.
+
+    The library refuses headers over 100 MB or beyond the file, and byte ranges that overlap, leave gaps, disagree with
+    shape and dtype, or do not end with the file; but it does not give the ranges away.
+    """
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: is not a sound safetensors file ({error}); fetch or write it again") from error
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = parse_json_object(stream.read(header_bytes), file)
+    header.pop("__metadata__", None)
+    return {name: _tensor_info(file, 8 + header_bytes, name, fields) for name, fields in header.items()}
+
+
+def _tensor_info(file: Path, data_start: int, name: str, fields: dict[str, Any]) -> TensorInfo:
+    if fields["dtype"] not in DTYPES:
+        raise InputError(f"{file}: tensor {name} has dtype {fields['dtype']}; accepted are {', '.join(DTYPES)}")
+    start, _ = fields["data_offsets"]
+    return TensorInfo(tuple(fields["shape"]), DTYPES[fields["dtype"]], file, data_start + start)

@@ -1,0 +1,1 @@
+"""What compression cost: texts, perplexity, KL divergence, generation."""

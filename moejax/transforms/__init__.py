@@ -1,0 +1,1 @@
+"""The compression steps as pure functions: prune, experts_per_token, quantize."""

@@ -1,0 +1,277 @@
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
+
+from moejax.checkpoint.store import (
+    atomic_folder,
+    checksum,
+    folder_bytes,
+    item_bytes,
+    payload_bytes,
+    read_item,
+    write_item,
+)
+from moejax.errors import InputError
+
+DTYPES = [
+    np.dtype(scalar)
+    for scalar in (
+        *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+        *(np.bool_, np.float16, np.float32, np.float64),
+        *(np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
+    )
+]
+LEAVES: dict[str, np.ndarray] = {
+    "q_a": np.arange(12).reshape(3, 4).astype(ml_dtypes.bfloat16),
+    "experts.0.words": np.arange(6, dtype=np.uint32).reshape(1, 2, 3),
+    "scale": np.asarray(0.5, np.float32),
+}
+
+
+@st.composite
+def random_arrays(draw: st.DrawFn) -> np.ndarray:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st_np.array_shapes(min_dims=0, max_dims=8, max_side=3))
+    count = int(np.prod(shape)) * dtype.itemsize
+    data = draw(st.binary(min_size=count, max_size=count))
+    data = bytes(byte & 1 for byte in data) if dtype.kind == "b" else data
+    return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
+
+
+def assert_same_bits(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype), name
+        assert np.asarray(array).tobytes() == np.asarray(expected[name]).tobytes(), name
+
+
+@given(st.dictionaries(names, random_arrays(), min_size=1, max_size=6))
+@settings(max_examples=30, deadline=None)
+def test_round_trip_and_predicted_size(leaves: dict[str, np.ndarray]) -> None:
+    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_item(Path(folder), "layer_0", leaves)
+        assert folder_bytes(Path(folder)) == item_bytes(leaves) == item_bytes(abstract)
+        assert_same_bits(read_item(Path(folder), "layer_0", leaves), leaves)
+        with ocp.PyTreeCheckpointer() as plain_orbax:
+            assert_same_bits(plain_orbax.restore(Path(folder) / "items" / "layer_0"), leaves)
+
+
+def test_payload_bytes() -> None:
+    assert payload_bytes(LEAVES) == 12 * 2 + 6 * 4 + 4
+    assert payload_bytes({"a": jax.ShapeDtypeStruct((3, 5), jnp.float8_e4m3fn)}) == 15
+
+
+def test_jax_arrays_and_strided_arrays(tmp_path: Path) -> None:
+    matrix = np.arange(24, dtype=np.int32).reshape(4, 6)
+    write_item(tmp_path, "a", {"jax": jnp.asarray(matrix, jnp.bfloat16), "columns": matrix[:, ::2], "turned": matrix.T})
+    expected = {"jax": matrix.astype(ml_dtypes.bfloat16), "columns": matrix[:, ::2].copy(), "turned": matrix.T.copy()}
+    assert folder_bytes(tmp_path) == item_bytes(expected)
+    assert_same_bits(read_item(tmp_path, "a"), expected)
+
+
+def test_leaves_are_read_only_maps(tmp_path: Path) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    for leaf in read_item(tmp_path, "a").values():
+        assert not leaf.flags.writeable and not leaf.flags.owndata
+
+
+def test_the_items_are_one_orbax_checkpoint_too(tmp_path: Path) -> None:
+    write_item(tmp_path, "embed", {"weight": LEAVES["q_a"]})
+    write_item(tmp_path, "layer_0", LEAVES)
+    wanted = ocp.args.Composite(embed=ocp.args.PyTreeRestore(), layer_0=ocp.args.PyTreeRestore())
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as plain_orbax:
+        restored = plain_orbax.restore(tmp_path / "items", args=wanted)
+    assert_same_bits(restored.embed, {"weight": LEAVES["q_a"]})
+    assert_same_bits(restored.layer_0, LEAVES)
+
+
+def test_two_writes_are_equal_byte_for_byte_wherever_they_lie(tmp_path: Path) -> None:
+    contents = []
+    for folder in (tmp_path / "a", tmp_path / "a_longer_path"):
+        folder.mkdir()
+        write_item(folder, "embed", LEAVES)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        contents.append({file.relative_to(folder): file.read_bytes() for file in files})
+    assert contents[0] == contents[1] and len(contents[0]) == 1 + 2 * len(LEAVES)
+
+
+def test_writing_and_reading_log_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        write_item(tmp_path, "a", LEAVES)
+        read_item(tmp_path, "a")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("leaves", "reason"),
+    [
+        ({}, "without leaves"),
+        ({"a": np.zeros((2, 0))}, r"leaf a: shape \(2, 0\) has no elements"),
+        ({"a": np.zeros(2, np.complex64)}, "leaf a: dtype complex64 cannot be stored"),
+        ({"a": np.zeros(2, ">f4")}, "leaf a: dtype >f4 cannot be stored"),
+        ({"a": np.zeros(2, ml_dtypes.int4)}, "leaf a: dtype int4 cannot be stored"),
+        ({"a": np.asarray(["text"])}, "leaf a: dtype <U4 cannot be stored"),
+        ({"a/b": np.zeros(2)}, "the name 'a/b' cannot be stored"),
+        ({".a": np.zeros(2)}, "the name '.a' cannot be stored"),
+        ({"": np.zeros(2)}, "the name '' cannot be stored"),
+        ({"a" * 201: np.zeros(2)}, "the name 'a+' cannot be stored"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_writing(
+    tmp_path: Path, leaves: dict[str, np.ndarray], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        item_bytes(leaves)
+    with pytest.raises(ValueError, match=reason):
+        write_item(tmp_path, "a", leaves)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_item_is_not_overwritten(tmp_path: Path) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    with pytest.raises(InputError, match="items/a: exists already"):
+        write_item(tmp_path, "a", {"b": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"the name '\.\./b' cannot be stored"):
+        write_item(tmp_path, "../b", LEAVES)
+    assert_same_bits(read_item(tmp_path, "a"), LEAVES)
+
+
+def test_an_item_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(_: Any, directory: Path, **__: Any) -> None:
+        (directory / "q_a").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_item(tmp_path, "a", LEAVES)
+    assert not list((tmp_path / "items").iterdir())
+
+
+def damage_chunk(item: Path) -> None:
+    chunk = item / "q_a" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+
+
+def damage_array_file(item: Path, old: str, new: str) -> None:
+    file = item / "q_a" / ".zarray"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_chunk, r"q_a/0.0: has 23 bytes where leaf q_a of bfloat16 \[3, 4\] needs 24"),
+        (lambda item: (item / "scale" / "0").unlink(), "scale/0: has 0 bytes where leaf scale of float32 .* needs 4"),
+        (lambda item: shutil.rmtree(item / "q_a"), "items/a: leaf q_a is missing"),
+        (lambda item: shutil.copytree(item / "q_a", item / "q_b"), "items/a: leaf q_b does not belong there"),
+        (lambda item: (item / "_METADATA").unlink(), "items/a/_METADATA: cannot be read"),
+        (lambda item: (item / "_METADATA").write_text("{"), "items/a/_METADATA: is not valid JSON"),
+        (lambda item: (item / "_METADATA").write_text("{}"), "items/a/_METADATA: lacks the object `tree_metadata`"),
+        (lambda item: (item / "q_a" / ".zarray").unlink(), "q_a/.zarray: cannot be read"),
+        (lambda item: (item / "q_a" / ".zarray").write_text("{}"), "q_a/.zarray: does not describe"),
+        (lambda item: damage_array_file(item, '"bfloat16"', '"float128"'), "q_a/.zarray: does not describe"),
+        (lambda item: damage_array_file(item, '"chunks":[3,4]', '"chunks":[1,4]'), "q_a/.zarray: does not describe"),
+        (lambda item: damage_array_file(item, '"shape":[3,4]', '"shape":[-3,4]'), "q_a/.zarray: does not describe"),
+        (lambda item: damage_array_file(item, '"compressor":null', '"compressor":1'), "q_a/.zarray: does not describe"),
+    ],
+)
+def test_a_damaged_item_is_refused(tmp_path: Path, damage: Any, reason: str) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    damage(tmp_path / "items" / "a")
+    with pytest.raises(InputError, match=reason):
+        read_item(tmp_path, "a")
+
+
+def test_an_item_with_other_leaves_than_expected_is_refused(tmp_path: Path) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    with pytest.raises(InputError, match="items/a: leaf q_b is missing"):
+        read_item(tmp_path, "a", [*LEAVES, "q_b"])
+    with pytest.raises(InputError, match="items/a: leaf scale does not belong there"):
+        read_item(tmp_path, "a", LEAVES.keys() - {"scale"})
+    with pytest.raises(InputError, match="has no item b"):
+        read_item(tmp_path, "b")
+
+
+def test_folder_bytes_counts_every_file(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / ".hidden").write_bytes(bytes(3))
+    (tmp_path / "a" / "b" / "c").write_bytes(bytes(4))
+    (tmp_path / "empty").touch()
+    assert folder_bytes(tmp_path) == 7
+
+
+@given(random_arrays())
+@settings(max_examples=30, deadline=None)
+def test_checksum_is_crc32_of_the_bytes(array: np.ndarray) -> None:
+    expected = f"{zlib.crc32(array.tobytes()):08x}"
+    assert checksum(array) == expected and len(expected) == 8
+    assert checksum(np.stack([array, array])[0]) == expected
+    assert checksum(array.T) == f"{zlib.crc32(array.T.tobytes()):08x}"
+
+
+def test_checksum_of_a_jax_array() -> None:
+    assert checksum(jnp.arange(4, dtype=jnp.uint8)) == checksum(np.arange(4, dtype=np.uint8)) == "8bb98613"
+
+
+def test_atomic_folder_appears_when_done(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as temporary:
+        assert temporary.parent == tmp_path
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_text("text")
+        assert not (tmp_path / "out").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "text"
+
+
+def test_atomic_folder_takes_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(Path("out")):
+        os.chdir("/")
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_atomic_folder_vanishes_on_failure(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("text")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_atomic_folder_refuses_what_exists(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("folder", "file", "link", "folder/.", "folder/.."):
+        with pytest.raises(InputError, match="exists already"), atomic_folder(tmp_path / name):
+            pytest.fail("the block must not run")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_atomic_folder_refuses_a_parent_that_cannot_take_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for output in (tmp_path / "missing" / "out", tmp_path / "file" / "out", tmp_path / ("a" * 250)):
+        with pytest.raises(InputError, match="no folder can be made in"), atomic_folder(output):
+            pytest.fail("the block must not run")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
