@@ -7,17 +7,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoint.safetensors_folder import SafetensorsFolder, open_folder, read_config_json
+from moejax.checkpoint.safetensors_folder import SafetensorsFolder, TensorInfo, open_folder, read_config_json
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf
 from moejax.model.config import Config, config_from_hf
-from moejax.model.leaves import Layout
+from moejax.model.leaves import Layout, Weight
 
 _ATTENTION = {
     "q": "q_proj",
@@ -41,12 +42,18 @@ _BLOCK = {
     **{f"mlp.experts.{name}": f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
 }
 _TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-_MTP = {"enorm": "enorm.weight", "hnorm": "hnorm.weight", "eh_proj": "eh_proj.weight", "norm": "shared_head.norm.weight"}
+_MTP = {
+    "enorm": "enorm.weight",
+    "hnorm": "hnorm.weight",
+    "eh_proj": "eh_proj.weight",
+    "norm": "shared_head.norm.weight",
+}
 # An MTP block's own copies of embedding and head.
 _MTP_COPIES = {"embed_tokens.weight": "embed", "shared_head.head.weight": "head"}
 # Leaves that no tensor holds: they are functions of the config.
 _DERIVED = ("mlp.group_id", "mlp.routing_scale")
 _SCALE = "_scale_inv"
+_DENSE_DTYPES = tuple(np.dtype(dtype) for dtype in (ml_dtypes.bfloat16, np.float16, np.float32))
 
 
 def hf_name(name: str, config: Config) -> str | None:
@@ -67,9 +74,14 @@ class HuggingFaceCheckpoint:
     """An opened and checked checkpoint; `leaf` reads one weight of the model."""
 
     path: Path
-    raw_config: dict
+    raw_config: dict[str, Any]
     config: Config
     folder: SafetensorsFolder
+
+    @property
+    def experts_per_token(self) -> tuple[int, ...]:
+        """K of every block: the config's."""
+        return (self.config.num_experts_per_tok,) * self.config.num_blocks
 
     @property
     def num_elements(self) -> int:
@@ -77,7 +89,7 @@ class HuggingFaceCheckpoint:
         tensors = self.folder.tensors
         return sum(math.prod(info.shape) for name, info in tensors.items() if not name.endswith(_SCALE))
 
-    def leaf(self, name: str) -> Leaf | ExpertWeights:
+    def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
         if name.endswith(_DERIVED):
             return self._derived(name)
@@ -102,8 +114,6 @@ class HuggingFaceCheckpoint:
 
     def _experts(self, tensor: str) -> ExpertWeights:
         leaves = [self._read(tensor.format(e)) for e in range(self.config.n_routed_experts)]
-        if len({(type(leaf), leaf.dtype if isinstance(leaf, jax.Array) else None) for leaf in leaves}) > 1:
-            raise InputError(f"{tensor.format(0)} and its fellow experts differ in dtype; one dtype a projection is accepted")
         bucket = jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
         slots = jnp.arange(len(leaves), dtype=jnp.int32)
         return ExpertWeights((bucket,), jnp.zeros_like(slots), slots)
@@ -134,11 +144,15 @@ class HuggingFaceCheckpoint:
 
 
 def open_huggingface(path: Path) -> HuggingFaceCheckpoint:
-    """Open a folder and check its tensors' names and shapes against its config, without reading them."""
+    """Open a folder and check its tensors' names, shapes and dtypes against its config, and MTP blocks' copies.
+
+    Other tensors are not read. Raises InputError naming the tensor, the file or the config's field that is wrong.
+    """
     raw_config = read_config_json(path)
     config = config_from_hf(raw_config, str(path / "config.json"))
     folder = open_folder(path)
     _check_tensors(folder, config, raw_config, path)
+    _check_experts(folder, config)
     checkpoint = HuggingFaceCheckpoint(path, raw_config, config, folder)
     _check_mtp_copies(checkpoint)
     return checkpoint
@@ -162,24 +176,49 @@ def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"model.layers.{layer}.{copy}", shape) for copy in _MTP_COPIES)
 
 
-def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict, path: Path) -> None:
+def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[str, Any], path: Path) -> None:
     expected = dict(expected_tensors(config))
     for name, shape in list(expected.items()):
         info = folder.tensors.get(name)
         if info is None:
             raise InputError(f"{path}: the tensor {name} is missing; the config asks for it")
-        if tuple(info.shape) != shape:
-            raise InputError(f"{info.file}: the tensor {name} has shape {tuple(info.shape)}; the config asks for {shape}")
+        if info.shape != shape:
+            raise InputError(f"{info.file}: the tensor {name} has shape {info.shape}; the config asks for {shape}")
+        _check_dtype(name, info)
         if info.dtype == ml_dtypes.float8_e4m3fn:
             block = _fp8_block(raw_config, path)
             expected[name + _SCALE] = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     for name, info in folder.tensors.items():
         if name not in expected:
             raise InputError(f"{info.file}: the tensor {name} is none of a deepseek_v3 model with this config")
-        if tuple(info.shape) != expected[name]:
-            raise InputError(f"{info.file}: the tensor {name} has shape {tuple(info.shape)}; {expected[name]} is accepted")
+        if info.shape != expected[name]:
+            raise InputError(f"{info.file}: the tensor {name} has shape {info.shape}; {expected[name]} is accepted")
+        if name.endswith(_SCALE) and info.dtype != np.float32:
+            raise InputError(f"{info.file}: the tensor {name} has dtype {info.dtype}; float32 is accepted")
     if scale := next((name for name in expected if name not in folder.tensors), None):
         raise InputError(f"{path}: the tensor {scale} is missing; its FP8 weight needs it")
+
+
+def _check_dtype(name: str, info: TensorInfo) -> None:
+    is_linear = len(info.shape) == 2 and not name.endswith("mlp.gate.weight")
+    if info.dtype in _DENSE_DTYPES or (is_linear and info.dtype == ml_dtypes.float8_e4m3fn):
+        return
+    accepted = ", ".join(map(str, _DENSE_DTYPES)) + (" and float8_e4m3fn" if is_linear else "")
+    raise InputError(f"{info.file}: the tensor {name} has dtype {info.dtype}; accepted are {accepted}")
+
+
+def _check_experts(folder: SafetensorsFolder, config: Config) -> None:
+    for name in Layout(config).shapes():
+        tensor = hf_name(name, config)
+        if tensor is None or "{}" not in tensor:
+            continue
+        first, *others = (tensor.format(e) for e in range(config.n_routed_experts))
+        for other in others:
+            own, wanted = folder.tensors[other], folder.tensors[first].dtype
+            if own.dtype != wanted:
+                raise InputError(
+                    f"{own.file}: the tensor {other} has dtype {own.dtype}; {wanted} is needed, as {first} has"
+                )
 
 
 def _check_mtp_copies(checkpoint: HuggingFaceCheckpoint) -> None:
@@ -188,14 +227,19 @@ def _check_mtp_copies(checkpoint: HuggingFaceCheckpoint) -> None:
         for copy, original in _MTP_COPIES.items():
             name = f"model.layers.{layer}.{copy}"
             if not np.array_equal(_bits(folder.read(name)), _bits(folder.read(_TOP[original]))):
-                raise InputError(f"{folder.tensors[name].file}: {name} differs from {_TOP[original]}; an MTP block shares it")
+                file = folder.tensors[name].file
+                raise InputError(f"{file}: the tensor {name} differs from {_TOP[original]}, which an MTP block shares")
 
 
-def _fp8_block(raw_config: dict, path: Path) -> tuple[int, int]:
-    block = raw_config.get("quantization_config", {}).get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise InputError(f"{path / 'config.json'}: FP8 weights need quantization_config.weight_block_size, such as [128, 128]")
-    return (block[0], block[1])
+def _fp8_block(raw_config: dict[str, Any], path: Path) -> tuple[int, int]:
+    quantization = raw_config.get("quantization_config")
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise InputError(
+            f"{path / 'config.json'}: quantization_config.weight_block_size is {block!r}; "
+            "FP8 weights need two positive integers, such as [128, 128]"
+        )
+    return block[0], block[1]
 
 
 def _required(name: str | None) -> str:

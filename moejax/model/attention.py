@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.formats import reshape_outputs
+from moejax.formats import Leaf, reshape_outputs
 from moejax.kernels import matmul, matmul_transposed
 from moejax.model.config import Config
 from moejax.model.leaves import Leaves, Taps, linear
@@ -65,7 +65,9 @@ class Attention(nnx.Module):
         q_nope k_b -> L, attend to c_kv, then v_b. Returns the output and the cache with the T tokens written into it.
         """
         q_nope, q_rope = self._queries(x_BTD, by, None)
-        cache = LatentCache(*(_write(old, new, start) for old, new in zip(cache, self._latents(x_BTD, by, None), strict=True)))
+        cache = LatentCache(
+            *(_write(old, new, start) for old, new in zip(cache, self._latents(x_BTD, by, None), strict=True))
+        )
         c_kv, k_rope = (part.astype(x_BTD.dtype) for part in cache)
         q_latent = matmul_transposed(q_nope, self.k_b.get_value())
         scores = jnp.einsum("bthl,bsl->bhts", q_latent, c_kv) + jnp.einsum("bthr,bsr->bhts", q_rope, k_rope)
@@ -89,9 +91,11 @@ class Attention(nnx.Module):
     def _latents(self, x: jax.Array, by: Rotation, taps: Taps | None) -> LatentCache:
         c = self.config
         c_kv, k_rope = jnp.split(linear(x, self.kv_a, taps, "kv_a"), [c.kv_lora_rank], axis=-1)
-        return LatentCache(rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), rotate(k_rope, by, c.rope_interleave))
+        return LatentCache(
+            rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), rotate(k_rope, by, c.rope_interleave)
+        )
 
-    def _expand(self, c_kv: jax.Array, weight: nnx.Param, taps: Taps | None, name: str) -> jax.Array:
+    def _expand(self, c_kv: jax.Array, weight: nnx.Param[Leaf], taps: Taps | None, name: str) -> jax.Array:
         """c_kv (B, T, L) through a weight (H, X, L) to (B, T, H, X)."""
         if taps is not None:
             taps[name] = c_kv

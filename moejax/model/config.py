@@ -9,7 +9,7 @@ from moejax.errors import InputError
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # What the model computes only one way; a config that asks for another is refused.
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -17,6 +17,7 @@ _FIXED = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
+_FIXED_YARN: dict[str, Any] = {"attention_factor": None, "truncate": True}
 
 
 @dataclass(frozen=True)
@@ -93,27 +94,39 @@ class Config:
 
 
 _DEFAULTS: dict[str, Any] = {"rope_interleave": True, "num_nextn_predict_layers": 0, "rope_theta": 10000.0}
-_POSITIVE = [f.name for f in fields(Config) if f.type in (int, float)]
-_MAY_BE_ZERO = {"first_k_dense_replace", "num_nextn_predict_layers"}
+_MAY_BE_ZERO = {"first_k_dense_replace", "num_nextn_predict_layers", "mscale", "mscale_all_dim"}
+_WANTED: dict[Any, str] = {
+    bool: "true or false",
+    int: "a positive integer",
+    int | None: "a positive integer or null",
+    float: "a positive number",
+    float | None: "a positive number or null",
+}
 
 
 def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Config:
     """Read a Hugging Face config. Raises InputError naming the field for whatever the model cannot compute."""
     if raw.get("model_type") not in MODEL_TYPES:
         raise InputError(f"{source}: model_type is {raw.get('model_type')!r}; accepted are {', '.join(MODEL_TYPES)}")
-    for name, only in _FIXED.items():
-        if raw.get(name, only) != only:
-            raise InputError(f"{source}: {name} is {raw[name]!r}; only {only!r} is supported")
+    _check_fixed(raw, _FIXED, source)
     # transformers 5 writes rope_theta and rope_scaling as one dictionary.
-    rope = raw.get("rope_parameters") or {}
-    values = {**_DEFAULTS, **{k: rope[k] for k in ("rope_theta",) if k in rope}, **raw}
-    values["yarn"] = _yarn(raw.get("rope_scaling") or rope, source)
-    names = [f.name for f in fields(Config)]
+    rope = _dictionary(raw, "rope_parameters", source)
+    values = {**_DEFAULTS, **{name: rope[name] for name in ("rope_theta",) if name in rope}, **raw}
+    values["yarn"] = _yarn(_dictionary(raw, "rope_scaling", source) or rope, f"{source}: rope_scaling")
+    names = [field.name for field in fields(Config)]
     if missing := [name for name in names if name not in values]:
         raise InputError(f"{source}: the field {missing[0]} is missing")
     config = Config(**{name: values[name] for name in names})
-    _validate(config, source)
+    _check_types(config, source)
+    _check_limits(config, source)
     return config
+
+
+def _dictionary(raw: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    value = raw.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{source}: {name} is {value!r}; it must be a JSON object or null")
+    return value
 
 
 def _yarn(rope: Mapping[str, Any], source: str) -> Yarn | None:
@@ -121,18 +134,39 @@ def _yarn(rope: Mapping[str, Any], source: str) -> Yarn | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise InputError(f"{source}: rope scaling of type {kind!r}; accepted are yarn and none")
-    try:
-        return Yarn(**{f.name: rope[f.name] for f in fields(Yarn) if f.name in rope})
-    except TypeError:
-        raise InputError(f"{source}: yarn needs factor and original_max_position_embeddings") from None
+        raise InputError(f"{source} is of type {kind!r}; accepted are 'yarn' and none")
+    _check_fixed(rope, _FIXED_YARN, source)
+    if missing := [name for name in ("factor", "original_max_position_embeddings") if name not in rope]:
+        raise InputError(f"{source}: the field {missing[0]} is missing; yarn needs it")
+    yarn = Yarn(**{field.name: rope[field.name] for field in fields(Yarn) if field.name in rope})
+    _check_types(yarn, source)
+    return yarn
 
 
-def _validate(config: Config, source: str) -> None:
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-            raise InputError(f"{source}: {name} is {value!r}; it must be a positive number")
+def _check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
+    for name, only in fixed.items():
+        if raw.get(name, only) != only:
+            raise InputError(f"{source}: {name} is {raw[name]!r}; only {only!r} is supported")
+
+
+def _check_types(config: Config | Yarn, source: str) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in _WANTED and not _is_of(value, field.type, field.name in _MAY_BE_ZERO):
+            raise InputError(f"{source}: {field.name} is {value!r}; it must be {_WANTED[field.type]}")
+
+
+def _is_of(value: Any, kind: Any, may_be_zero: bool) -> bool:
+    """Whether a JSON value has a field's type: `true` is no number, an integer is a float, numbers are finite."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if value is None:
+        return isinstance(value, kind)
+    is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(value, kind))
+    return is_number and (0 < value < math.inf or (value == 0 and may_be_zero))
+
+
+def _check_limits(config: Config, source: str) -> None:
     per_group, rest = divmod(config.n_routed_experts, config.n_group)
     limits = {
         f"n_group {config.n_group} must divide n_routed_experts {config.n_routed_experts}": rest == 0,

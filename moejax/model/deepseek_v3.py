@@ -138,7 +138,7 @@ class DeepseekV3(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head: hidden states (B, T, D) to logits (B, T, C), in at least float32."""
-        return _project(self.normed(x_BTD), self.head.get_value())
+        return head_logits(self.normed(x_BTD), self.head.get_value())
 
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm."""
@@ -149,7 +149,7 @@ class DeepseekV3(nnx.Module):
         following = self.embedded(tokens_BT[:, 1:], hidden_BTD.dtype)
         by = self.rotation(jnp.arange(following.shape[1]), hidden_BTD.dtype)
         drafted = self.mtp[depth](self.normed(hidden_BTD)[:, :-1], following, by)
-        return _project(drafted, self.head.get_value())
+        return head_logits(drafted, self.head.get_value())
 
     def empty_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> list[LatentCache]:
         """Zeroed latent caches of all layers, for `length` tokens."""
@@ -158,7 +158,11 @@ class DeepseekV3(nnx.Module):
         return [LatentCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in self.layers]
 
     def extend(
-        self, tokens_BT: jax.Array, cache: list[LatentCache], start: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+        self,
+        tokens_BT: jax.Array,
+        cache: list[LatentCache],
+        start: jax.Array,
+        dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> tuple[jax.Array, list[LatentCache]]:
         """Hidden states (B, T, D) of T tokens at positions start, start+1, ... and the cache that now holds them."""
         x_BTD = self.embedded(tokens_BT, dtype)
@@ -170,5 +174,6 @@ class DeepseekV3(nnx.Module):
         return x_BTD, new_cache
 
 
-def _project(x: jax.Array, head: Leaf) -> jax.Array:
+def head_logits(x: jax.Array, head: Leaf) -> jax.Array:
+    """Normed hidden states (..., D) to logits (..., C), in at least float32."""
     return matmul(x.astype(jnp.promote_types(x.dtype, jnp.float32)), head)

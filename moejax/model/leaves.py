@@ -1,7 +1,7 @@
 """How modules get their weights, and how their weights are named.
 
-A module is built from a `Leaves` function, name -> leaf; a checkpoint's reader, a manifest and an abstract model are all
-such functions, so that there is one constructor whatever the weights' source. Names are module paths such as
+A module is built from a `Leaves` function, name -> leaf; a checkpoint's reader, a manifest and an abstract model are
+all such functions, so that there is one constructor whatever the weights' source. Names are module paths such as
 `layers.3.self_attn.q_a`; `Layout` lists them with their shapes.
 """
 
@@ -12,11 +12,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moejax.formats import ExpertWeights, Leaf
+from moejax.formats import Leaf
 from moejax.kernels import matmul
 from moejax.model.config import Config
 
-Leaves = Callable[[str], Leaf]
+# An array (norms, router, bias), a `Leaf` (matrices) or `ExpertWeights`: only the name tells which.
+Weight = Any
+Leaves = Callable[[str], Weight]
 # What every weight's input was, by the weight's name; filled while a module is traced, for calibration. The entry
 # `experts` is the routed experts' `ExpertRun`.
 Taps = dict[str, Any]
@@ -27,7 +29,7 @@ def under(leaves: Leaves, prefix: str) -> Leaves:
     return lambda name: leaves(f"{prefix}.{name}")
 
 
-def linear(x: jax.Array, weight: nnx.Param, taps: Taps | None, name: str) -> jax.Array:
+def linear(x: jax.Array, weight: nnx.Param[Leaf], taps: Taps | None, name: str) -> jax.Array:
     """matmul(x, weight), the input noted under `name` if somebody listens."""
     if taps is not None:
         taps[name] = x
@@ -39,7 +41,7 @@ def prefixed(prefix: str, taps: Taps | None) -> Taps:
     return {f"{prefix}.{name}": value for name, value in (taps or {}).items()}
 
 
-def named_leaves(module: nnx.Module) -> dict[str, Leaf | ExpertWeights]:
+def named_leaves(module: nnx.Module) -> dict[str, Weight]:
     """Every weight of a module by its path, in a stable order."""
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): param.get_value() for path, param in state}

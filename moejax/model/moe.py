@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.kernels import expert_matmul
+from moejax.formats import ExpertWeights
+from moejax.kernels import expert_matmul, matmul
 from moejax.model.config import Config
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 
@@ -67,7 +68,7 @@ class Experts(nnx.Module):
         return y_TD, ExpertRun(expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
 
     @staticmethod
-    def _project(x_RI: jax.Array, weights: nnx.Param, rows_E: jax.Array) -> jax.Array:
+    def _project(x_RI: jax.Array, weights: nnx.Param[ExpertWeights], rows_E: jax.Array) -> jax.Array:
         return expert_matmul(x_RI, weights.get_value(), rows_E)
 
 
@@ -112,7 +113,7 @@ class MoE(nnx.Module):
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """sigmoid(x W_router) in at least float32, (T, E)."""
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-        return jax.nn.sigmoid(x_TD.astype(wide) @ self.router.get_value().astype(wide).T)
+        return jax.nn.sigmoid(matmul(x_TD.astype(wide), self.router.get_value()))
 
     def route(self, x_TD: jax.Array, choice_TK: jax.Array | None = None) -> Routing:
         """Each token's experts and weights."""

@@ -46,7 +46,7 @@ def frequencies(config: Config) -> np.ndarray:
 
 
 def _stretch_ramp(yarn: Yarn, theta: float, dims: int) -> np.ndarray:
-    """0 where a frequency is kept, 1 where it is divided by the factor, linear between (arXiv:2309.00071, section 3.2)."""
+    """0 where a frequency is kept, 1 where it is divided by the factor, between them linear (arXiv:2309.00071, 3.2)."""
 
     def dim_of_turns(turns: float) -> float:
         return dims * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moejax.calibrate.statistics import ExpertStatistics
 from moejax.formats import select_experts
 from moejax.model.config import Config
-from moejax.model.leaves import Leaves, named_leaves
+from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
 
 CRITERIA = ("frequency", "paper", "reap")
@@ -55,15 +55,13 @@ def pruning_order(scores_E: np.ndarray, group_E: np.ndarray, keep_per_group: int
     return np.asarray(order, int)
 
 
-def mask(moe: MoE, pruned_E: np.ndarray) -> MoE:
-    """The layer with the experts where pruned_E (E,) is true never chosen, but still there.
+def masked_bias(bias_E: jax.Array, pruned_E: np.ndarray) -> jax.Array:
+    """A router bias under which the experts where pruned_E (E,) is true are never chosen.
 
-    Same outputs as `prune` without them: their choice is -inf before the top-K, so tokens route to other experts.
+    A layer with it computes what `prune` without them does: their choice is -inf before the top-K, so tokens route to
+    other experts.
     """
-    masked = nnx.clone(moe)
-    bias = moe.bias.get_value()
-    masked.bias = nnx.Param(jnp.where(jnp.asarray(pruned_E), -jnp.inf, bias))
-    return masked
+    return jnp.where(jnp.asarray(pruned_E), -jnp.inf, bias_E)
 
 
 def prune(moe: MoE, keep: Sequence[int]) -> MoE:
@@ -77,12 +75,7 @@ def prune(moe: MoE, keep: Sequence[int]) -> MoE:
         leaves[name] = leaves[name][kept]
     for name in ("gate", "up", "down"):
         leaves[f"experts.{name}"] = select_experts(leaves[f"experts.{name}"], kept)
-    return rebuilt(moe, leaves.__getitem__)
-
-
-def rebuilt(moe: MoE, leaves: Leaves, experts_per_token: int | None = None) -> MoE:
-    """The same layer with other weights."""
-    return MoE(moe.config, leaves, experts_per_token or moe.experts_per_token)
+    return MoE(moe.config, leaves.__getitem__, moe.experts_per_token)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:

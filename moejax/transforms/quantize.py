@@ -57,13 +57,17 @@ def search_scales(
 
 
 @partial(jax.jit, static_argnames=("group_size",))
-def quantization_error(
-    weight: jax.Array, second_moment: jax.Array, output_weight: jax.Array, bits: jax.Array | int, group_size: int
+def quantization_errors(
+    weight: jax.Array, second_moment: jax.Array, output_weight: jax.Array, bits_F: jax.Array, group_size: int
 ) -> jax.Array:
-    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result, (...): the expected squared error of the outputs, each
-    weighted by r = `output_weight` (..., O)."""
-    _, error = search_scales(weight, second_moment, bits, group_size)
-    return jnp.einsum("...og,...o->...", error, output_weight)
+    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F widths, (F, ...): the expected squared
+    error of the outputs, each weighted by r = `output_weight` (..., O)."""
+
+    def one_width(bits: jax.Array) -> jax.Array:
+        _, error = search_scales(weight, second_moment, bits, group_size)
+        return jnp.einsum("...og,...o->...", error, output_weight)
+
+    return jax.lax.map(one_width, bits_F)
 
 
 def positive(second_moment: jax.Array) -> jax.Array:

@@ -1,0 +1,44 @@
+"""One way to open a checkpoint, whichever kind it is."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from moejax.checkpoint.huggingface import open_huggingface
+from moejax.checkpoint.native import MANIFEST, open_native
+from moejax.checkpoint.safetensors_folder import resolve_checkpoint
+from moejax.formats import ExpertWeights, Leaf
+from moejax.model import Config, DeepseekV3
+from moejax.resources import tiny_checkpoint
+
+
+class Checkpoint(Protocol):
+    """An opened and checked checkpoint, native or Hugging Face's."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def raw_config(self) -> dict[str, Any]: ...
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def experts_per_token(self) -> tuple[int, ...]:
+        """K of every block."""
+        ...
+
+    def leaf(self, name: str) -> Leaf | ExpertWeights:
+        """One weight of the model, by the name that `Layout` gives it."""
+        ...
+
+
+def open_checkpoint(name: str | Path | None = None) -> Checkpoint:
+    """Open a folder (native if it has a manifest), a hub name, or, given none, the tiny checkpoint of the package."""
+    path = tiny_checkpoint() if name is None else resolve_checkpoint(name)
+    return open_native(path) if (path / MANIFEST).is_file() else open_huggingface(path)
+
+
+def load_model(checkpoint: Checkpoint) -> DeepseekV3:
+    """The whole model, its weights in the checkpoint's own formats."""
+    return DeepseekV3(checkpoint.config, checkpoint.leaf, checkpoint.experts_per_token)

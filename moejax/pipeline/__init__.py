@@ -1,0 +1,1 @@
+"""The main job: calibrate, measure, plan, compress, write, evaluate."""

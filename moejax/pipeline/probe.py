@@ -1,0 +1,66 @@
+"""Probes: the true KL divergence that a change to one block causes, all other blocks original."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.evaluate.divergence import compare, head_log_probabilities
+from moejax.formats import dense
+from moejax.model import DeepseekV3
+from moejax.model.deepseek_v3 import Block
+from moejax.model.rope import Rotation
+from moejax.model.steps import embed, run_block, run_blocks
+from moejax.pipeline.working_copy import dense_block
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The original model on a few chunks: dense blocks, what each of them takes in, and the original's predictions."""
+
+    model: DeepseekV3
+    tokens_BT: jax.Array
+    rotation: Rotation
+    blocks: tuple[Block, ...]
+    inputs: tuple[jax.Array, ...]
+    output: jax.Array
+    head: jax.Array
+    base: jax.Array
+
+    def divergence_of_block(self, index: int, changed: Block) -> float:
+        """Mean KL(original | model with block `index` replaced), nats."""
+        x_BTD = run_block(changed, self.inputs[index], self.rotation)
+        return self.divergence_of_output(run_blocks(self.blocks[index + 1 :], x_BTD, self.rotation))
+
+    def divergence_of_model(self, blocks: Sequence[Block], embedding: jax.Array, head: jax.Array) -> float:
+        """Mean KL with everything replaced."""
+        return self.divergence_of_output(run_blocks(blocks, embedding[self.tokens_BT], self.rotation), head)
+
+    def divergence_of_embedding(self, embedding: jax.Array) -> float:
+        """Mean KL with another embedding (C, D)."""
+        return self.divergence_of_output(run_blocks(self.blocks, embedding[self.tokens_BT], self.rotation))
+
+    def divergence_of_head(self, head: jax.Array) -> float:
+        """Mean KL with another head (C, D)."""
+        return self.divergence_of_output(self.output, head)
+
+    def divergence_of_output(self, x_BTD: jax.Array, head: jax.Array | None = None) -> float:
+        """Mean KL of the last block's output x, through another head if one is given."""
+        log_probs = head_log_probabilities(self.model.normed(x_BTD), self.head if head is None else head)
+        return float(jnp.mean(compare(self.base, log_probs, self.tokens_BT).kld))
+
+
+def probe(model: DeepseekV3, chunks: np.ndarray) -> Probe:
+    """Prepare probes on token chunks (B, T), taken at once."""
+    tokens_BT = jnp.asarray(chunks)
+    x_BTD, by = embed(model, tokens_BT, jnp.float32)
+    blocks, inputs = [], []
+    for layer in model.layers:
+        blocks.append(dense_block(layer))
+        inputs.append(x_BTD)
+        x_BTD = run_block(blocks[-1], x_BTD, by)
+    head = dense(model.head.get_value(), jnp.float32)
+    base = head_log_probabilities(model.normed(x_BTD), head)
+    return Probe(model, tokens_BT, by, tuple(blocks), tuple(inputs), x_BTD, head, base)

@@ -1,0 +1,64 @@
+"""A dense float32 copy of a model, one block at a time, in which probes try things out.
+
+Whatever is tried (rounded weights, masked experts), the arrays keep their shapes, so that blocks of a kind compile once.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.formats import ExpertWeights, Leaf, dense
+from moejax.model import named_leaves
+from moejax.model.deepseek_v3 import Block
+from moejax.model.moe import MoE
+from moejax.transforms.prune import masked_bias
+
+_PER_EXPERT = ("mlp.router", "mlp.bias", "mlp.group_id")
+
+
+def dense_block(block: Block) -> Block:
+    """The block with every packed weight unpacked to float32, experts in one bucket."""
+    return with_leaves(block, {})
+
+
+def with_leaves(block: Block, new: Mapping[str, Leaf | ExpertWeights], experts_per_token: int | None = None) -> Block:
+    """A dense copy of the block in which the weights `new`, by name, replace its own."""
+    leaves = {name: _dense(leaf) for name, leaf in (named_leaves(block) | dict(new)).items()}
+    is_moe = isinstance(block.mlp, MoE)
+    own = block.mlp.experts_per_token if is_moe else None
+    return Block(block.config, leaves.__getitem__, is_moe, experts_per_token or own)
+
+
+def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] | None) -> Block:
+    """A dense copy of a compressed block in the original's shapes: pruned experts are there, but never chosen."""
+    leaves = named_leaves(compressed)
+    if keep is None:
+        return with_leaves(original, leaves)
+    kept = np.asarray(keep)
+    before = named_leaves(original)
+    pruned_E = np.isin(np.arange(len(before["mlp.bias"])), kept, invert=True)
+    leaves |= {name: before[name] for name in _PER_EXPERT}
+    leaves["mlp.bias"] = masked_bias(before["mlp.bias"], pruned_E)
+    for name in ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"):
+        survivors = _dense(leaves[name]).buckets[0]
+        slots = jnp.zeros((len(pruned_E), *survivors.shape[1:]), survivors.dtype).at[kept].set(survivors)
+        leaves[name] = one_bucket(slots)
+    return with_leaves(original, leaves)
+
+
+def _dense(leaf: Leaf | ExpertWeights) -> Leaf | ExpertWeights:
+    if isinstance(leaf, ExpertWeights):
+        if len(leaf.buckets) == 1:
+            return one_bucket(dense(leaf.buckets[0], jnp.float32)[leaf.index_E])
+        return one_bucket(jnp.stack([dense(leaf.expert(e), jnp.float32) for e in range(leaf.num_experts)]))
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf
+    return dense(leaf, jnp.float32)
+
+
+def one_bucket(experts_EOI: jax.Array) -> ExpertWeights:
+    """Experts (E, O, I) of one format, slot e holding expert e."""
+    slots = jnp.arange(len(experts_EOI), dtype=jnp.int32)
+    return ExpertWeights((experts_EOI,), jnp.zeros_like(slots), slots)

@@ -1,0 +1,43 @@
+"""Sizes as users write them."""
+
+import re
+
+from moejax.errors import InputError
+
+_UNITS = {"B": 1} | {
+    prefix + suffix: base ** (n + 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for n, prefix in enumerate("KMGTPE")
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `103GB` (10^9), `96GiB` (2^30), `1.5MB`, `4096B`; case of the unit does not matter."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]+)\s*", text)
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    if not match or match[2].lower() not in units:
+        raise InputError(f"{text!r} is no size; accepted are sizes such as 103GB, 96GiB or 1.5MB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_budget(text: str, elements: int) -> int:
+    """Bytes of a size, or of `6x`: two bytes for each of `elements`, divided by 6."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", text)
+    if not match:
+        try:
+            return parse_size(text)
+        except InputError:
+            raise InputError(f"{text!r} is no budget; accepted are sizes such as 103GB and ratios such as 6x") from None
+    if float(match[1]) <= 0:
+        raise InputError(f"{text!r} is no budget; a ratio must be above 0")
+    return int(2 * elements / float(match[1]))
+
+
+def format_size(size: int) -> str:
+    """`10.12 MB`, in powers of ten."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB", "PB"):
+        if value < 1000 or unit == "PB":
+            break
+        value /= 1000
+    return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
