@@ -40,7 +40,7 @@ def calibrate(
         blocks.append(statistics)
     return Statistics(
         blocks=tuple(blocks),
-        tokens=chunks.size,
+        tokens=jnp.asarray(chunks.size, jnp.float32),
         head_input2=sum((jnp.sum(x_BTD**2, axis=(0, 1)) for x_BTD in normed), jnp.zeros(normed[0].shape[-1])),
         count_C=jnp.bincount(jnp.asarray(chunks.reshape(-1)), length=model.config.vocab_size),
     )

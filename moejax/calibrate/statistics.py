@@ -67,12 +67,12 @@ class BlockStatistics:
         return self.input2[name] / self.tokens
 
 
-@dataclass(frozen=True)
+@_pytree
 class Statistics:
     """A model's statistics: one entry per block (MTP blocks last), the head's input, and how often each token came."""
 
     blocks: tuple[BlockStatistics, ...]
-    tokens: int
+    tokens: jax.Array
     head_input2: jax.Array
     count_C: jax.Array
 

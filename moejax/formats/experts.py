@@ -32,7 +32,8 @@ class ExpertWeights:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, O, I)."""
-        return (self.num_experts, *self.buckets[0].shape[1:])
+        _, outputs, inputs = self.buckets[0].shape
+        return self.num_experts, outputs, inputs
 
     def expert(self, e: int) -> Leaf:
         """One expert's matrix (O, I). With several buckets the slot table must be concrete."""
@@ -44,26 +45,29 @@ def gather_experts(experts: Sequence[Leaf]) -> ExpertWeights:
     """Put matrices (O, I), in order of expert, into buckets of equal format, in order of the formats' names."""
     names = [format_name(leaf) for leaf in experts]
     members_of = [[e for e, own in enumerate(names) if own == name] for name in sorted(set(names))]
-    buckets = [jax.tree.map(lambda *arrays: jnp.stack(arrays), *(experts[e] for e in members)) for members in members_of]
+    buckets = [
+        jax.tree.map(lambda *arrays: jnp.stack(arrays), *(experts[e] for e in members)) for members in members_of
+    ]
     return ExpertWeights(tuple(buckets), *_slot_table(members_of))
 
 
 def select_experts(weights: ExpertWeights, keep: Sequence[int]) -> ExpertWeights:
     """The experts `keep`, renumbered 0, 1, ... in that order; their bytes are untouched.
 
-    With one bucket, as in an original checkpoint, everything may be traced; with several, the slot table must be
+    With one bucket, as in an original checkpoint, the weights may be traced; with several, the slot table must be
     concrete, because the new buckets' sizes depend on it.
     """
-    keep = np.asarray(keep, np.int32)
+    kept = np.asarray(keep, np.int32)
     if len(weights.buckets) == 1:
-        chosen = weights.index_E[keep]
+        chosen = weights.index_E[kept]
         bucket = jax.tree.map(lambda a: a[chosen], weights.buckets[0])
-        return ExpertWeights((bucket,), jnp.zeros(len(keep), jnp.int32), jnp.arange(len(keep), dtype=jnp.int32))
-    bucket_of, index_of = np.asarray(weights.bucket_E)[keep], np.asarray(weights.index_E)[keep]
-    members_of = [np.flatnonzero(bucket_of == old) for old in np.unique(bucket_of)]
+        return ExpertWeights((bucket,), *_slot_table([range(len(kept))]))
+    bucket_of, index_of = np.asarray(weights.bucket_E)[kept], np.asarray(weights.index_E)[kept]
+    used = np.unique(bucket_of)
+    members_of = [np.flatnonzero(bucket_of == bucket).tolist() for bucket in used]
     buckets = [
-        jax.tree.map(lambda a, m=members: a[index_of[m]], weights.buckets[old])
-        for old, members in zip(np.unique(bucket_of), members_of, strict=True)
+        jax.tree.map(lambda a, chosen=index_of[members]: a[chosen], weights.buckets[bucket])
+        for bucket, members in zip(used, members_of, strict=True)
     ]
     return ExpertWeights(tuple(buckets), *_slot_table(members_of))
 

@@ -68,7 +68,7 @@ def _expert_options(model: DeepseekV3, index: int, settings: Settings) -> Expert
     for projection in PROJECTIONS:
         weights = leaves[f"{block_name(model, index)}.mlp.experts.{projection}"]
         assert isinstance(weights, ExpertWeights)
-        one = jax.eval_shape(lambda weights=weights: weights.expert(0))
+        one = jax.eval_shape(lambda w: w.expert(0), weights)
         menus[projection] = _menu([_options_of(one, 1, settings)] * weights.num_experts, settings)
     config = model.config
     group_E = np.arange(config.n_routed_experts) // (config.n_routed_experts // config.n_group)

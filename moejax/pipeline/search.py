@@ -1,0 +1,112 @@
+"""The search for a plan: solve under the budget for several prices of pruning, try each plan out, keep the best.
+
+The solver adds costs up, but losses add up to less than their sum: where the surviving weights are rough, pruning costs
+less than its own probes say. How much less is found by trying: the solver runs with pruning at full price, at discounts,
+and forbidden, and the plan whose true KL divergence on the probe's text is lowest wins.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from moejax.calibrate import Statistics
+from moejax.errors import InputError
+from moejax.formats import dense
+from moejax.model import DeepseekV3
+from moejax.model.deepseek_v3 import Block
+from moejax.pipeline.probe import Probe
+from moejax.pipeline.working_copy import in_original_slots
+from moejax.plan import Plan
+from moejax.plan.allocate import plan_of_choice, smallest_choice
+from moejax.plan.costs import Costs
+from moejax.plan.size import format_size
+from moejax.plan.solve import choice_bytes, choice_cost, solve
+from moejax.transforms.compress import compress
+
+Progress = Callable[[Iterable, str], Iterable]
+SizeOf = Callable[[Plan], int]
+
+PRUNING_WEIGHTS = (float("inf"), 1.0, 0.7, 0.5, 0.35)
+_MAX_CORRECTIONS = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried: the pruning weight it was solved with, its predicted and its true KL on the probe's text."""
+
+    pruning_weight: float
+    plan: Plan
+    predicted: float
+    divergence: float
+
+
+def check_budget(free: Costs, model: DeepseekV3, size_of: SizeOf, budget: int, original_bytes: int) -> None:
+    """Raise InputError if no plan fits the budget, naming the smallest that can be met, or if the original fits it."""
+    smallest = size_of(plan_of_choice(free, smallest_choice(free), model.config))
+    if budget < smallest:
+        raise InputError(
+            f"a budget of {format_size(budget)} ({budget} bytes) cannot be met; the smallest that can is "
+            f"{format_size(smallest)} ({smallest} bytes)"
+        )
+    if budget >= original_bytes:
+        raise InputError(
+            f"a budget of {format_size(budget)} ({budget} bytes) leaves nothing to do; the original takes "
+            f"{format_size(original_bytes)} ({original_bytes} bytes), a budget below that is needed"
+        )
+
+
+def search(
+    costs: Costs,
+    model: DeepseekV3,
+    probe: Probe,
+    statistics: Statistics,
+    size_of: SizeOf,
+    budget: int,
+    progress: Progress,
+) -> list[Candidate]:
+    """Candidate plans within the budget, the best first."""
+    tried: list[Candidate] = []
+    for weight in progress(PRUNING_WEIGHTS, "trying plans"):
+        fitted = fit_to_budget(costs, model, size_of, budget, weight)
+        if fitted is None or any(fitted[0] == other.plan for other in tried):
+            continue
+        plan, predicted = fitted
+        compressed = compress(model, plan, statistics)
+        divergence = divergence_of(probe, compressed, masked_blocks(probe, compressed, plan))
+        tried.append(Candidate(weight, plan, predicted, divergence))
+    return sorted(tried, key=lambda candidate: candidate.divergence)
+
+
+def fit_to_budget(
+    costs: Costs, model: DeepseekV3, size_of: SizeOf, budget: int, pruning_weight: float
+) -> tuple[Plan, float] | None:
+    """The solver's plan whose exact bytes, everything in the folder, are at most the budget; and its predicted KL.
+
+    The solver knows the arrays' bytes only; what describes them depends on the plan, so the difference is fed back.
+    """
+    target, best = budget, None
+    for _ in range(_MAX_CORRECTIONS):
+        choice = solve(costs, target, pruning_weight)
+        if choice is None:
+            break
+        plan = plan_of_choice(costs, choice, model.config)
+        size = size_of(plan)
+        if size <= budget:
+            best = plan, choice_cost(costs, choice)
+            break
+        target = min(target - 1, choice_bytes(costs, choice) - (size - budget))
+    return best
+
+
+def masked_blocks(probe: Probe, compressed: DeepseekV3, plan: Plan) -> list[Block]:
+    """A compressed model's layers in the original's shapes."""
+    layers = zip(probe.blocks, compressed.layers, plan.blocks, strict=False)
+    return [in_original_slots(original, block, own.keep) for original, block, own in layers]
+
+
+def divergence_of(probe: Probe, compressed: DeepseekV3, blocks: Sequence[Block]) -> float:
+    """True mean KL of a compressed model on the probe's text, its layers given as `masked_blocks`."""
+    return probe.divergence_of_model(
+        blocks, dense(compressed.embed.get_value(), jnp.float32), dense(compressed.head.get_value(), jnp.float32)
+    )

@@ -1,0 +1,67 @@
+"""Plans that measure nothing, to compare with: one width for everything, with or without pruning first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moejax.model import Config
+from moejax.plan.costs import Costs, Menu
+from moejax.plan.plan import KEEP, PROJECTIONS, BlockPlan, Plan
+
+SizeOf = Callable[[Plan], int]
+Kept = Mapping[int, Sequence[int]]
+
+
+def uniform_plan(costs: Costs, config: Config, kept: Kept, size_of: SizeOf, budget: int) -> Plan | None:
+    """The largest width that fits everywhere, the rest of the budget spent raising whole layers from layer 0.
+
+    `kept` are the survivors of every block with experts. None if not even the smallest width fits.
+    """
+    ladder = range(len(costs.tensors.formats))
+    fitting = [f for f in ladder if size_of(_plan(costs, config, kept, [f] * config.num_blocks, f)) <= budget]
+    if not fitting:
+        return None
+    base = max(fitting)
+    levels = [base] * config.num_blocks
+    for block in range(config.num_blocks):
+        raised = [*levels[:block], min(base + 1, ladder[-1]), *levels[block + 1 :]]
+        if size_of(_plan(costs, config, kept, raised, base)) > budget:
+            break
+        levels = raised
+    return _plan(costs, config, kept, levels, base)
+
+
+def all_experts(costs: Costs) -> Kept:
+    """Nothing pruned."""
+    return {block: range(menu.num_experts) for block, menu in costs.experts.items()}
+
+
+def most_needed(orders: Mapping[int, np.ndarray], num_experts: int, share: float) -> Kept:
+    """The ceil(share * E) experts of every block that its pruning order leaves to the last."""
+    pruned = num_experts - int(np.ceil(share * num_experts))
+    return {block: np.setdiff1d(np.arange(num_experts), order[:pruned]) for block, order in orders.items()}
+
+
+def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:
+    """Formats by their index in the ladder: per block, and for embedding and head. Floors do not apply."""
+    name_of, menu = costs.tensors.formats, costs.tensors
+    row_of = {name: n for n, name in enumerate(costs.names)}
+    blocks = []
+    for i, level in enumerate(levels):
+        prefix = f"layers.{i}." if i < config.num_hidden_layers else f"mtp.{i - config.num_hidden_layers}."
+        names = [name for name in costs.names if name.startswith(prefix)]
+        targets = {name.removeprefix(prefix).removeprefix("block."): _usable(menu, row_of[name], level) for name in names}
+        block = BlockPlan({name: target for name, target in targets.items() if target != KEEP})
+        if i in costs.experts:
+            experts = {name: (name_of[level],) * len(kept[i]) for name in PROJECTIONS}
+            keep = tuple(int(e) for e in kept[i])
+            block = replace(block, keep=keep, experts=experts, experts_per_token=config.num_experts_per_tok)
+        blocks.append(block)
+    return Plan(_usable(menu, row_of["embed"], outer), _usable(menu, row_of["head"], outer), tuple(blocks))
+
+
+def _usable(menu: Menu, row: int, level: int) -> str:
+    """The format, or KEEP where it saves nothing."""
+    keep = len(menu.formats) - 1
+    return menu.formats[level] if menu.bytes_NF[row, level] < menu.bytes_NF[row, keep] else KEEP
