@@ -1,13 +1,14 @@
 """One way to open a checkpoint, whichever kind it is."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.native import MANIFEST, open_native
 from moejax.checkpoint.safetensors_folder import resolve_checkpoint
-from moejax.formats import ExpertWeights, Leaf
 from moejax.model import Config, DeepseekV3
+from moejax.model.leaves import Weight
 from moejax.resources import tiny_checkpoint
 
 
@@ -28,8 +29,12 @@ class Checkpoint(Protocol):
         """K of every block."""
         ...
 
-    def leaf(self, name: str) -> Leaf | ExpertWeights:
+    def leaf(self, name: str) -> Weight:
         """One weight of the model, by the name that `Layout` gives it."""
+        ...
+
+    def abstract_leaves(self) -> Iterable[tuple[str, Weight]]:
+        """Every weight by name, in shapes alone."""
         ...
 
 

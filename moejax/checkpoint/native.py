@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,9 @@ import numpy as np
 from moejax.checkpoint import store
 from moejax.checkpoint.json_file import read_json_object
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, describe
+from moejax.formats import abstract_experts, abstract_leaf, describe
 from moejax.model import Config, DeepseekV3, Layout, config_from_hf, named_leaves
+from moejax.model.leaves import Weight
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -87,7 +88,7 @@ class NativeCheckpoint:
     plan: dict[str, Any]
     provenance: dict[str, Any]
 
-    def leaf(self, name: str) -> Leaf | ExpertWeights:
+    def leaf(self, name: str) -> Weight:
         """The weight called `name`. Raises InputError if its bytes are not those that the manifest names."""
         item, within = item_of(name)
         if within not in self.items.get(item, {}):
@@ -102,6 +103,13 @@ class NativeCheckpoint:
         restored = [jnp.asarray(arrays[array_name]) for array_name in names]
         _check_shapes(self.path, name, restored, jax.tree.leaves(abstract))
         return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+
+    def abstract_leaves(self) -> Iterable[tuple[str, Weight]]:
+        """Every weight by name, in shapes alone."""
+        for name in Layout(self.config).shapes():
+            item, within = item_of(name)
+            yield name, _abstract(within, self.items[item][within][0])
 
 
 def open_native(path: Path) -> NativeCheckpoint:
@@ -169,29 +177,29 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
     return json.dumps(manifest, separators=(",", ":")).encode()
 
 
-def _items(model: DeepseekV3) -> dict[str, dict[str, Leaf | ExpertWeights]]:
-    items: dict[str, dict[str, Leaf | ExpertWeights]] = {}
+def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
+    items: dict[str, dict[str, Weight]] = {}
     for name, leaf in named_leaves(model).items():
         item, within = item_of(name)
         items.setdefault(item, {})[within] = leaf
     return items
 
 
-def _arrays(name: str, leaf: Leaf | ExpertWeights) -> dict[str, jax.Array]:
+def _arrays(name: str, leaf: Weight) -> dict[str, jax.Array]:
     """A leaf's arrays under names of their own: `self_attn.q_a.words`, or just the leaf's if it is one array."""
     flat, _ = jax.tree_util.tree_flatten_with_path(leaf)
     return {".".join((name, *(str(getattr(key, "name", getattr(key, "idx", "")) ) for key in path))): a for path, a in flat}
 
 
-def _arrays_of(leaves: Mapping[str, Leaf | ExpertWeights]) -> dict[str, jax.Array]:
+def _arrays_of(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:
     return {array: value for name, leaf in leaves.items() for array, value in _arrays(name, leaf).items()}
 
 
-def _all_arrays(items: Mapping[str, Mapping[str, Leaf | ExpertWeights]]) -> list[str]:
+def _all_arrays(items: Mapping[str, Mapping[str, Weight]]) -> list[str]:
     return [f"{item}/{array}" for item, leaves in items.items() for array in _arrays_of(leaves)]
 
 
-def _abstract(within: str, spec: str) -> Leaf | ExpertWeights:
+def _abstract(within: str, spec: str) -> Weight:
     return abstract_experts(spec) if within.rpartition(".")[0].endswith("experts") else abstract_leaf(spec)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.formats.packed import PackedTensor
+from moejax.formats.slices import slice_axis
 
 Leaf = jax.Array | PackedTensor
 
@@ -20,7 +21,12 @@ def rows(leaf: Leaf, start: jax.Array | int, size: int) -> Leaf:
     """Outputs start to start+size, (..., size, I); start may be traced."""
     if isinstance(leaf, PackedTensor):
         return leaf.rows(start, size)
-    return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=leaf.ndim - 2)
+    return slice_axis(leaf, start, size, axis=leaf.ndim - 2)
+
+
+def matrix(leaf: Leaf, index: jax.Array | int) -> Leaf:
+    """Of matrices (N, O, I), the one at index, (O, I); index may be traced."""
+    return jax.tree.map(lambda a: slice_axis(a, index, 1, axis=0)[0], leaf)
 
 
 def take_rows(leaf: Leaf, index: jax.Array) -> Leaf:

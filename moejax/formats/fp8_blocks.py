@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.formats.packed import PackedTensor
+from moejax.formats.slices import slice_axis
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale_inv"], meta_fields=["block"])
@@ -35,23 +36,27 @@ class Fp8Blocks(PackedTensor):
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         outputs, inputs = self.shape[-2:]
         scale = _expand(_expand(self.scale_inv, self.block[0], outputs, -2), self.block[1], inputs, -1)
-        return self.values.astype(dtype) * scale.astype(dtype)
+        wide = jnp.promote_types(dtype, scale.dtype)  # a scale rounded to bfloat16 would shift its whole block
+        return (self.values.astype(wide) * scale.astype(wide)).astype(dtype)
 
     def rows(self, start: jax.Array | int, size: int) -> "Fp8Blocks":
-        values = jax.lax.dynamic_slice_in_dim(self.values, start, size, axis=self.ndim - 2)
         block_of_row = (start + jnp.arange(size)) // self.block[0]
-        return Fp8Blocks(values, jnp.take(self.scale_inv, block_of_row, axis=-2), (1, self.block[1]))
+        scale_inv = jnp.take(self.scale_inv, block_of_row, axis=-2, mode="clip")
+        return Fp8Blocks(slice_axis(self.values, start, size, self.ndim - 2), scale_inv, (1, self.block[1]))
 
     def take(self, index: jax.Array) -> "Fp8Blocks":
         return Fp8Blocks(self.values[index], self.scale_inv[index // self.block[0]], (1, self.block[1]))
 
     def reshape_outputs(self, *shape: int) -> "Fp8Blocks":
         """Raises ValueError where a matrix's rows are no whole number of blocks, unless they stay together."""
-        if self.shape[-2] % self.block[0] or shape[-1] % self.block[0]:
-            raise ValueError(f"rows {self.shape[:-1]} cannot become {shape}: blocks of {self.block[0]} rows would split")
-        values = self.values.reshape(*shape, self.shape[-1])
-        block_rows = (*shape[:-1], shape[-1] // self.block[0])
-        return Fp8Blocks(values, self.scale_inv.reshape(*block_rows, self.scale_inv.shape[-1]), self.block)
+        together = shape[-1] == self.shape[-2]
+        if not together and (self.shape[-2] % self.block[0] or shape[-1] % self.block[0]):
+            raise ValueError(
+                f"rows {self.shape[:-1]} cannot become {shape}: they would split {self.format_name} blocks"
+            )
+        block_rows = -(-shape[-1] // self.block[0])
+        scale_inv = self.scale_inv.reshape(*shape[:-1], block_rows, self.scale_inv.shape[-1])
+        return Fp8Blocks(self.values.reshape(*shape, self.shape[-1]), scale_inv, self.block)
 
 
 def _expand(scale: jax.Array, block: int, length: int, axis: int) -> jax.Array:

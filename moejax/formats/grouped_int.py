@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moejax.formats import planar
 from moejax.formats.packed import PackedTensor
+from moejax.formats.slices import slice_axis
 
 SCALE_DTYPE = jnp.bfloat16
 
@@ -18,8 +19,8 @@ class GroupedInt(PackedTensor):
     """weight[..., o, i] = (code[..., o, i] - (2^bits - 1)/2) * scale[..., o, i // group_size].
 
     Levels lie symmetrically about zero and none is zero: at 1 bit -+s/2, at 2 bits -+s/2 and -+3s/2. The scale is
-    bfloat16: codes are chosen after it is rounded, so mantissa bits would buy nothing where range does, and TPUs have no
-    float16.
+    bfloat16: codes are chosen after it is rounded, so mantissa bits would buy nothing where range does, and TPUs have
+    no float16.
 
     words: uint32 (..., O, I*bits/32), planar (see `planar`). scale: bfloat16 (..., O, I/group_size).
     """
@@ -45,7 +46,7 @@ class GroupedInt(PackedTensor):
         return ungroup(group(levels, self.group_size) * self.scale[..., None].astype(dtype))
 
     def rows(self, start: jax.Array | int, size: int) -> "GroupedInt":
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=a.ndim - 2), self)
+        return jax.tree.map(lambda a: slice_axis(a, start, size, a.ndim - 2), self)
 
     def take(self, index: jax.Array) -> "GroupedInt":
         return jax.tree.map(lambda a: a[index], self)
@@ -72,6 +73,7 @@ def ungroup(x: jax.Array) -> jax.Array:
 def encode(weight: jax.Array, scale: jax.Array, bits: int) -> GroupedInt:
     """Round every weight (..., O, I) to the nearest level of its group's scale (..., O, I/group_size), and pack."""
     scale = scale.astype(SCALE_DTYPE)
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     group_size = weight.shape[-1] // scale.shape[-1]
     codes = round_to_codes(group(weight, group_size), scale[..., None].astype(weight.dtype), bits)
     return GroupedInt(planar.pack(ungroup(codes).astype(jnp.uint32), bits), scale, bits)

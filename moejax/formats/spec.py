@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,8 @@ class IntFormat:
                 f"{self.group_size} and of {planar.inputs_multiple(self.bits)}"
             )
         *outer, inputs = shape
-        words = jax.ShapeDtypeStruct((*outer, inputs * self.bits // planar.WORD_BITS), jnp.uint32)
-        return GroupedInt(words, jax.ShapeDtypeStruct((*outer, inputs // self.group_size), SCALE_DTYPE), self.bits)
+        words = _abstract((*outer, inputs * self.bits // planar.WORD_BITS), jnp.uint32)
+        return GroupedInt(words, _abstract((*outer, inputs // self.group_size), SCALE_DTYPE), self.bits)
 
 
 def parse_int_format(name: str) -> IntFormat:
@@ -66,8 +67,10 @@ def abstract_leaf(spec: str) -> Leaf:
         raise InputError(f"{spec!r} describes no leaf: expected a format and a shape, such as bf16[256,128]")
     name, shape = match[1], tuple(int(n) for n in match[2].split(",") if n)
     if name in _DENSE_DTYPES:
-        return jax.ShapeDtypeStruct(shape, _DENSE_DTYPES[name])
-    if fp8 := re.fullmatch(r"fp8b(\d+)x(\d+)", name):
+        return _abstract(shape, _DENSE_DTYPES[name])
+    if len(shape) < 2:
+        raise InputError(f"{spec!r} describes no leaf: a packed one has two dimensions or more, as in int4g64[256,128]")
+    if fp8 := re.fullmatch(r"fp8b([1-9]\d*)x([1-9]\d*)", name):
         return _abstract_fp8(shape, (int(fp8[1]), int(fp8[2])))
     return parse_int_format(name).abstract(shape)
 
@@ -75,12 +78,15 @@ def abstract_leaf(spec: str) -> Leaf:
 def abstract_experts(spec: str) -> ExpertWeights:
     """The inverse of `describe` for experts."""
     buckets = tuple(abstract_leaf(part) for part in spec.split("+"))
-    slots = jax.ShapeDtypeStruct((sum(bucket.shape[0] for bucket in buckets),), jnp.int32)
+    slots = _abstract((sum(bucket.shape[0] for bucket in buckets),), jnp.int32)
     return ExpertWeights(buckets, slots, slots)
 
 
 def _abstract_fp8(shape: tuple[int, ...], block: tuple[int, int]) -> Fp8Blocks:
     blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-    return Fp8Blocks(
-        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(blocks, jnp.float32), block
-    )
+    return Fp8Blocks(_abstract(shape, jnp.float8_e4m3fn), _abstract(blocks, jnp.float32), block)
+
+
+def _abstract(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Stands where an array of that shape will stand."""
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))

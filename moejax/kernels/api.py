@@ -4,12 +4,27 @@ Every backend computes the same thing: the weight's dense value times the input,
 returned in the input's dtype.
 """
 
+from typing import Protocol
+
 import jax
 
 from moejax.formats import ExpertWeights, Leaf
 from moejax.kernels import pallas_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
+
+class Backend(Protocol):
+    """What a backend's module holds."""
+
+    def matmul(self, x: jax.Array, w: Leaf) -> jax.Array: ...
+
+    def matmul_transposed(self, x: jax.Array, w: Leaf) -> jax.Array: ...
+
+    def expert_matmul(self, x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array: ...
+
+    def take(self, w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array: ...
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
 
 
 def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
@@ -41,5 +56,5 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str
     return _backend(backend).take(w, index, dtype)
 
 
-def _backend(name: str | None):  # noqa: ANN202
+def _backend(name: str | None) -> Backend:
     return BACKENDS[name or ("pallas_tpu" if jax.default_backend() == "tpu" else "xla")]

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from moejax.formats import ExpertWeights, Leaf, dense
 
+# Without it a TPU would round float32 inputs to bfloat16.
+PRECISION = jax.lax.Precision.HIGHEST
+
 
 def accumulator(x: jax.Array) -> jnp.dtype:
     """The dtype sums are kept in: x's own, but no less than float32."""
@@ -14,13 +17,13 @@ def accumulator(x: jax.Array) -> jnp.dtype:
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
     acc = accumulator(x)
     equation = "...i,oi->...o" if w.ndim == 2 else "...bi,boi->...bo"
-    return jnp.einsum(equation, x.astype(acc), dense(w, acc)).astype(x.dtype)
+    return jnp.einsum(equation, x.astype(acc), dense(w, acc), precision=PRECISION).astype(x.dtype)
 
 
 def matmul_transposed(x: jax.Array, w: Leaf) -> jax.Array:
     acc = accumulator(x)
     equation = "...o,oi->...i" if w.ndim == 2 else "...bo,boi->...bi"
-    return jnp.einsum(equation, x.astype(acc), dense(w, acc)).astype(x.dtype)
+    return jnp.einsum(equation, x.astype(acc), dense(w, acc), precision=PRECISION).astype(x.dtype)
 
 
 def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
@@ -29,7 +32,7 @@ def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.A
     first_slot = jnp.cumsum(jnp.asarray([0] + [bucket.shape[0] for bucket in w.buckets]))
     w_EOI = slots[first_slot[w.bucket_E] + w.index_E]
     expert_R = jnp.repeat(jnp.arange(w.num_experts), rows_E, total_repeat_length=x_RI.shape[0])
-    return jnp.einsum("ri,roi->ro", x_RI.astype(acc), w_EOI[expert_R]).astype(x_RI.dtype)
+    return jnp.einsum("ri,roi->ro", x_RI.astype(acc), w_EOI[expert_R], precision=PRECISION).astype(x_RI.dtype)
 
 
 def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

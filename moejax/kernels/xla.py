@@ -1,4 +1,4 @@
-"""The four operations tiled for XLA: a weight is unpacked a cache-sized tile of output rows at a time.
+"""The four operations tiled for XLA: a weight is unpacked, or converted, a cache-sized tile of output rows at a time.
 
 On CPU `jax.lax.ragged_dot` computes every expert for every row; `expert_matmul` here visits only the experts hit.
 """
@@ -10,8 +10,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from moejax.formats import ExpertWeights, Leaf, PackedTensor, dense, rows, take_rows
-from moejax.kernels.reference import accumulator
+from moejax.formats import ExpertWeights, Leaf, PackedTensor, dense, matrix, rows, take_rows
+from moejax.kernels.reference import PRECISION, accumulator
 
 # An unpacked tile stays in a core's second-level cache: 0.6 G weights/s outside of it against 14 inside, measured on
 # one row of a 7168 x 2048 and a 2048 x 2048 matrix of 4-bit weights.
@@ -24,11 +24,11 @@ Carry = TypeVar("Carry")
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
     if w.ndim == 3:
         return _per_matrix(matmul, x, w)
-    if not isinstance(w, PackedTensor):
-        return _dot(x, w.astype(x.dtype), contract=1)
+    if not isinstance(w, PackedTensor) and w.dtype == x.dtype:
+        return _dot(x, w, contract=1)
 
     def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
-        y_tile = _dot(x, dense(rows(w, start, size), x.dtype), contract=1)
+        y_tile = _dot(x, _unpacked_rows(w, start, size, x.dtype), contract=1)
         return jax.lax.dynamic_update_slice_in_dim(y, y_tile, start, axis=y.ndim - 1)
 
     return _over_tiles(w.shape, tile, jnp.zeros((*x.shape[:-1], w.shape[0]), x.dtype))
@@ -37,12 +37,12 @@ def matmul(x: jax.Array, w: Leaf) -> jax.Array:
 def matmul_transposed(x: jax.Array, w: Leaf) -> jax.Array:
     if w.ndim == 3:
         return _per_matrix(matmul_transposed, x, w)
-    if not isinstance(w, PackedTensor):
-        return _dot(x, w.astype(x.dtype), contract=0)
+    if not isinstance(w, PackedTensor) and w.dtype == x.dtype:
+        return _dot(x, w, contract=0)
 
     def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
         x_tile = jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 1)
-        w_tile = dense(rows(w, start, size), x.dtype)
+        w_tile = _unpacked_rows(w, start, size, x.dtype)
         return y + _dot(x_tile, w_tile, contract=0, out_dtype=y.dtype)
 
     return _over_tiles(w.shape, tile, jnp.zeros((*x.shape[:-1], w.shape[1]), accumulator(x))).astype(x.dtype)
@@ -83,7 +83,7 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def _dot(x: jax.Array, w: jax.Array, contract: int, out_dtype: jnp.dtype | None = None) -> jax.Array:
     dims = (((x.ndim - 1,), (contract,)), ((), ()))
-    y = jax.lax.dot_general(x, w, dims, preferred_element_type=accumulator(x))
+    y = jax.lax.dot_general(x, w, dims, precision=PRECISION, preferred_element_type=accumulator(x))
     return y.astype(out_dtype or x.dtype)
 
 
@@ -106,8 +106,14 @@ def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Ca
 
 
 def _expert_tile(bucket: Leaf, index: jax.Array, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
-    matrix = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), bucket)
-    return dense(rows(matrix, start, size), dtype)
+    bucket, index = jax.lax.optimization_barrier((bucket, index))
+    return _unpacked_rows(matrix(bucket, index), start, size, dtype)
+
+
+def _unpacked_rows(w: Leaf, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
+    # Without the barrier XLA sees that w is the same for every tile, and would unpack it all ahead of the loop.
+    w, start = jax.lax.optimization_barrier((w, start))
+    return dense(rows(w, start, size), dtype)
 
 
 def _row_block(num_rows: int, num_experts: int) -> int:

@@ -18,6 +18,7 @@ from moejax.checkpoint.native import COPIED_FILES, Description, native_bytes, wr
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
+from moejax.evaluate.text import Text
 from moejax.model import DeepseekV3
 from moejax.pipeline.activated_experts import ActivatedExperts, try_activated_experts, with_activated_experts
 from moejax.pipeline.measure import measure_costs
@@ -92,18 +93,18 @@ def copied_files(checkpoint: HuggingFaceCheckpoint) -> list[Path]:
 
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, settings: Settings, provenance: dict[str, Any]) -> None:
     """Raise InputError if the budget cannot be met or is none, before any work: shapes alone decide."""
-    model = jax.eval_shape(lambda: load_model(checkpoint))
+    model = checkpoint.abstract_model()
     statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
     free = options(model, settings)
     abstract = Prepared(checkpoint, model, statistics, None, free, provenance)  # type: ignore[arg-type]
     check_budget(free, model, abstract.size_of, budget, folder_bytes(checkpoint.path))
 
 
-def provenance(calibration_source: str, calibration_sha256: str, chunks: int, settings: Settings) -> dict[str, Any]:
+def provenance(calibration: Text, chunks: int, settings: Settings) -> dict[str, Any]:
     """What a manifest says about how the checkpoint was made."""
     return {
         "moejax": metadata.version("moejax"),
-        "calibration": {"source": calibration_source, "sha256": calibration_sha256, "chunks": chunks},
+        "calibration": {"source": calibration.source, "sha256": calibration.sha256, "chunks": chunks},
         "criterion": settings.criterion,
     }
 

@@ -1,0 +1,5 @@
+"""`python -m moejax`."""
+
+from moejax.cli import main
+
+main()

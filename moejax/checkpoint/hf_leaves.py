@@ -1,0 +1,71 @@
+"""The model's leaves from Hugging Face tensors: FP8 kept as it is, kv_b split, experts put side by side."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.checkpoint.hf_names import DERIVED, SCALE, hf_name
+from moejax.formats import ExpertWeights, Fp8Blocks, Leaf
+from moejax.model.config import Config
+from moejax.model.leaves import Weight
+
+
+@dataclass(frozen=True)
+class HuggingFaceLeaves:
+    """Leaf by name from tensor by name.
+
+    `read` gives a tensor's array, from a file or, under `jax.eval_shape`, an abstract one; `block` is the size of FP8
+    blocks, asked for only where a tensor is FP8.
+    """
+
+    config: Config
+    read: Callable[[str], np.ndarray | jax.Array]
+    block: Callable[[], tuple[int, int]]
+
+    def __call__(self, name: str) -> Weight:
+        """The weight that `Layout` calls `name`."""
+        if name.endswith(DERIVED):
+            return self._derived(name)
+        tensor = hf_name(name, self.config)
+        assert tensor is not None
+        if "{}" in tensor:
+            return self._experts(tensor)
+        if tensor.endswith("kv_b_proj.weight"):
+            return self._split_kv_b(tensor, is_key=name.endswith("k_b"))
+        return self._leaf(tensor)
+
+    def _derived(self, name: str) -> jax.Array:
+        if name.endswith("routing_scale"):
+            return jnp.ones((), jnp.float32)
+        experts, groups = self.config.n_routed_experts, self.config.n_group
+        return jnp.arange(experts, dtype=jnp.int32) // (experts // groups)
+
+    def _leaf(self, tensor: str) -> Leaf:
+        values = jnp.asarray(self.read(tensor))
+        if values.dtype != jnp.float8_e4m3fn:
+            return values
+        return Fp8Blocks(values, jnp.asarray(self.read(tensor + SCALE)), self.block())
+
+    def _experts(self, tensor: str) -> ExpertWeights:
+        leaves = [self._leaf(tensor.format(e)) for e in range(self.config.n_routed_experts)]
+        bucket = jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
+        slots = jnp.arange(len(leaves), dtype=jnp.int32)
+        return ExpertWeights((bucket,), jnp.zeros_like(slots), slots)
+
+    def _split_kv_b(self, tensor: str, is_key: bool) -> Leaf:
+        """k_b (H, N, L) or v_b (H, V, L) of kv_b_proj (H*(N+V), L), FP8 scales following their rows exactly."""
+        c = self.config
+        first, width = (0, c.qk_nope_head_dim) if is_key else (c.qk_nope_head_dim, c.v_head_dim)
+        values = jnp.asarray(self.read(tensor))
+        per_head = values.reshape(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, -1)
+        part = per_head[:, first : first + width]
+        if values.dtype != jnp.float8_e4m3fn:
+            return part
+        block_rows, block_inputs = self.block()
+        step = math.gcd(block_rows, c.qk_nope_head_dim, c.v_head_dim)
+        rows = np.arange(values.shape[0]).reshape(per_head.shape[:2])[:, first : first + width : step]
+        return Fp8Blocks(part, jnp.asarray(self.read(tensor + SCALE))[rows // block_rows], (step, block_inputs))

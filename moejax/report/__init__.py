@@ -1,0 +1,1 @@
+"""What users see: progress bars, tables, figures as JSON."""

@@ -1,0 +1,35 @@
+"""Progress bars on standard error, and the tables that commands print."""
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Step = TypeVar("Step")
+
+
+def progress_bar(steps: Iterable[Step], description: str) -> Iterable[Step]:
+    """The steps, with a bar that shows how many are done and the time left."""
+    total = len(steps) if isinstance(steps, Sized) else None
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield from bar.track(steps, total=total, description=description)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output, its first column to the left and the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="left" if n == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,89 @@
+"""Every printed figure, as JSON values under stable keys and as rows of a table."""
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moejax.checkpoint.summary import KindSummary
+from moejax.evaluate.divergence import Evaluation
+from moejax.evaluate.text import Text
+from moejax.pipeline.compress import Planned
+from moejax.plan.size import format_size
+
+Rows = list[tuple[str, str]]
+
+
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures if a path is given."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:
+    """The figures of one evaluation; those that need an original are absent without one."""
+    figures = {name: value for name, value in asdict(evaluation).items() if value is not None}
+    return {"text": {"source": text.source, "sha256": text.sha256}, **figures}
+
+
+def evaluation_rows(evaluation: Evaluation) -> Rows:
+    """Perplexity, and the divergence from the original if there is one."""
+    rows = [("tokens scored", str(evaluation.tokens)), ("perplexity", f"{evaluation.ppl:.4f}")]
+    if evaluation.base_ppl is not None:
+        rows += [
+            ("perplexity of the original", f"{evaluation.base_ppl:.4f}"),
+            ("ln(PPL ratio)", f"{evaluation.ln_ppl_ratio:.5f}"),
+            ("KL divergence, mean", f"{evaluation.kld_mean:.5f}"),
+            ("KL divergence, 99.9 %", f"{evaluation.kld_p999:.4f}"),
+            ("equal top-1", f"{evaluation.same_top1:.2f} %"),
+        ]
+    return rows
+
+
+def plan_rows(planned: Planned, num_experts: int) -> Rows:
+    """What the plan does, and what was tried beside it."""
+    kept = [len(block.keep) for block in planned.plan.blocks if block.keep is not None]
+    rows = [("experts kept per layer", f"{' '.join(map(str, kept))} of {num_experts}")] if kept else []
+    rows += [(f"tried: pruning at {100 * c.pruning_weight:.0f} % of its price", f"KL {c.divergence:.5f}")
+             if c.pruning_weight != float("inf") else ("tried: no pruning", f"KL {c.divergence:.5f}")
+             for c in planned.candidates]
+    for choice in planned.activated:
+        scaled = "fitted routing scale" if choice.is_scaled else "routing scale 1"
+        rows.append((f"tried: {choice.experts_per_token} experts a token, {scaled}", f"KL {choice.divergence:.5f}"))
+    return rows
+
+
+def plan_figures(planned: Planned) -> dict[str, Any]:
+    """The same for JSON."""
+    return {
+        "experts_kept": [len(block.keep) for block in planned.plan.blocks if block.keep is not None],
+        "experts_per_token": [b.experts_per_token for b in planned.plan.blocks if b.keep is not None],
+        "routing_scale": [block.routing_scale for block in planned.plan.blocks if block.keep is not None],
+        "tried_plans": [
+            {"pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,
+             "kld_predicted": c.predicted, "kld_probe": c.divergence}
+            for c in planned.candidates
+        ],
+        "tried_experts_per_token": [
+            {"experts_per_token": a.experts_per_token, "routing_scale": a.routing_scales, "kld_probe": a.divergence}
+            for a in planned.activated
+        ],
+    }
+
+
+def kind_rows(kinds: Sequence[KindSummary]) -> list[tuple[str, ...]]:
+    """Kind, numbers, bytes, bits per number; and their total."""
+    total = KindSummary("total", sum(kind.elements for kind in kinds), sum(kind.bytes for kind in kinds))
+    return [
+        (kind.kind, f"{kind.elements:,}", format_size(kind.bytes), f"{kind.bits_per_weight:.3f}")
+        for kind in [*kinds, total]
+    ]
