@@ -1,8 +1,6 @@
 """The command line: thin, typed, no logic of its own."""
 
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 

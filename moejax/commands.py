@@ -1,6 +1,5 @@
 """What each command does: opens files, calls the library, prints and writes the figures."""
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from moejax.errors import InputError
 from moejax.evaluate import divergence
 from moejax.evaluate.generate import generate
 from moejax.evaluate.text import Text, chunks, default_calibration_text, default_evaluation_text, read_text
-from moejax.model import named_leaves
 from moejax.pipeline import compress as job
 from moejax.pipeline.options import Settings
 from moejax.plan.size import format_size, parse_budget
@@ -56,7 +54,9 @@ def run_compress(
     evaluated = _tokenize(evaluation, tokenizer)
     calibrated, probed = job.split_calibration(_tokenize(source, tokenizer), calibration_chunks, _PROBED_CHUNKS)
     made = job.provenance(source, len(calibrated), settings)
-    print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes); {format_size(2 * checkpoint.num_elements)} in BF16")
+    print(
+        f"budget {format_size(budget_bytes)} ({budget_bytes} bytes); {format_size(2 * checkpoint.num_elements)} in BF16"
+    )
     print(f"calibrating on {source.source}; evaluating on {evaluation.source}")
     prepared = job.prepare(checkpoint, calibrated, probed, settings, made, progress_bar)
     result = job.compress_checkpoint(prepared, output, budget_bytes, evaluated, progress_bar)
@@ -64,17 +64,33 @@ def run_compress(
     bits = 8 * result.bytes / checkpoint.num_elements
     ratio = 2 * checkpoint.num_elements / result.bytes
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
-    head = [("folder", f"{format_size(result.bytes)} ({result.bytes} bytes)"), ("against BF16", f"{ratio:.2f}x smaller"),
-            ("bits per original weight", f"{bits:.3f}")]
-    print_table(str(output), ("figure", "value"),
-                [*head, *figures.plan_rows(result.planned, checkpoint.config.n_routed_experts),
-                 *figures.evaluation_rows(result.evaluation)])
-    figures.write_json(json, {
-        "bytes": result.bytes, "budget_bytes": budget_bytes, "ratio": ratio, "bits_per_weight": bits,
-        **figures.evaluation_figures(result.evaluation, evaluation), **figures.plan_figures(result.planned),
-        "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
-        **_cost_of_the_run(started),
-    })
+    head = [
+        ("folder", f"{format_size(result.bytes)} ({result.bytes} bytes)"),
+        ("against BF16", f"{ratio:.2f}x smaller"),
+        ("bits per original weight", f"{bits:.3f}"),
+    ]
+    print_table(
+        str(output),
+        ("figure", "value"),
+        [
+            *head,
+            *figures.plan_rows(result.planned, checkpoint.config.n_routed_experts),
+            *figures.evaluation_rows(result.evaluation),
+        ],
+    )
+    figures.write_json(
+        json,
+        {
+            "bytes": result.bytes,
+            "budget_bytes": budget_bytes,
+            "ratio": ratio,
+            "bits_per_weight": bits,
+            **figures.evaluation_figures(result.evaluation, evaluation),
+            **figures.plan_figures(result.planned),
+            "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
+            **_cost_of_the_run(started),
+        },
+    )
 
 
 def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype: str, json: Path | None) -> None:
@@ -86,13 +102,17 @@ def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype
     evaluated = _tokenize(source, tokenizer)
     original = open_checkpoint(against) if against else None
     if original is not None and original.config.vocab_size != checkpoint.config.vocab_size:
-        raise InputError(f"{against} has {original.config.vocab_size} tokens and {checkpoint.path} "
-                         f"{checkpoint.config.vocab_size}; two models of one vocabulary are needed")
+        raise InputError(
+            f"{against} has {original.config.vocab_size} tokens and {checkpoint.path} "
+            f"{checkpoint.config.vocab_size}; two models of one vocabulary are needed"
+        )
     base = load_model(original) if original is not None else None
     evaluation = divergence.evaluate(load_model(checkpoint), evaluated, base, dtype=dtype, progress=progress_bar)
     print_table(f"{checkpoint.path} on {source.source}", ("figure", "value"), figures.evaluation_rows(evaluation))
     size = folder_bytes(checkpoint.path)
-    figures.write_json(json, {"bytes": size, **figures.evaluation_figures(evaluation, source), **_cost_of_the_run(started)})
+    figures.write_json(
+        json, {"bytes": size, **figures.evaluation_figures(evaluation, source), **_cost_of_the_run(started)}
+    )
 
 
 def run_generate(name: str | None, prompt: str, tokens: int, temperature: float, seed: int, dtype: str) -> None:

@@ -1,6 +1,6 @@
 """Running the model over calibration text and summing what its weights see."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +12,26 @@ from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
 from moejax.model.steps import embed
+from moejax.progress import Progress, silent
 
-Progress = Callable[[Iterable, str], Iterable]
+Observer = Callable[[jax.Array, jax.Array], tuple[jax.Array, BlockStatistics]]
 
 
-def calibrate(
-    model: DeepseekV3, chunks: np.ndarray, batch: int = 8, progress: Progress = lambda steps, _: steps
-) -> Statistics:
+def calibrate(model: DeepseekV3, chunks: np.ndarray, batch: int = 8, progress: Progress = silent) -> Statistics:
     """Statistics of every weight's input over token chunks (N, T), in float32.
 
     Layer after layer over all chunks, so that one block at a time is needed; the hidden states of all chunks are kept.
     """
     batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
-    states, by = [], None
-    for tokens in batches:
-        x_BTD, by = embed(model, tokens, jnp.float32)
-        states.append(x_BTD)
+    embedded = [embed(model, tokens, jnp.float32) for tokens in batches]
+    states, by = [x_BTD for x_BTD, _ in embedded], embedded[0][1]
     blocks = []
     for layer in progress(model.layers, "calibrating"):
-        states, statistics = _observe_all(lambda x, _, layer=layer: _observe_block(layer, x, by), states, batches)
+        states, statistics = _observe_all(_layer_observer(layer, by), states, batches)
         blocks.append(statistics)
     normed = [model.normed(x_BTD) for x_BTD in states]
     for mtp in model.mtp:
-        _, statistics = _observe_all(
-            lambda x, tokens, mtp=mtp: _observe_mtp(mtp, x, model.embedded(tokens), by), normed, batches
-        )
+        _, statistics = _observe_all(_mtp_observer(mtp, model, by), normed, batches)
         blocks.append(statistics)
     return Statistics(
         blocks=tuple(blocks),
@@ -46,7 +41,12 @@ def calibrate(
     )
 
 
-Observer = Callable[[jax.Array, jax.Array], tuple[jax.Array, BlockStatistics]]
+def _layer_observer(layer: Block, by: Rotation) -> Observer:
+    return lambda x_BTD, _: _observe_block(layer, x_BTD, by)
+
+
+def _mtp_observer(mtp: MtpBlock, model: DeepseekV3, by: Rotation) -> Observer:
+    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, model.embedded(tokens_BT), by)
 
 
 def _observe_all(

@@ -13,13 +13,10 @@ from moejax.model.moe import ExpertRun
 PRIOR_TOKENS = 32.0
 
 
-def _pytree(cls: type) -> type:
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class ExpertStatistics:
-    """Sums over the tokens that chose expert e, with gate weight g, gate and up outputs a and u, output f = expert_e(x).
+    """Sums over the tokens that chose expert e: gate weight g, gate and up outputs a and u, output f = expert_e(x).
 
     count_E: 1. weight_E: g. weighted_norm_E: g*|f|. norm2_E: |f|^2. gate2_E: g^2.
     x2_ED: g^2 * x^2, the input of gate and up. hidden2_EF: g^2 * (silu(a)*u)^2, the input of down.
@@ -54,7 +51,8 @@ class ExpertStatistics:
         return slope2_EF * down_norm2_EF
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class BlockStatistics:
     """One block's sums: `input2` by weight's name (relative to the block), sum over tokens of x^2, (I,)."""
 
@@ -67,7 +65,8 @@ class BlockStatistics:
         return self.input2[name] / self.tokens
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Statistics:
     """A model's statistics: one entry per block (MTP blocks last), the head's input, and how often each token came."""
 

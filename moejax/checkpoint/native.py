@@ -1,8 +1,8 @@
 """The native checkpoint: a manifest beside one store item per block, from which the compressed model is rebuilt.
 
-    manifest.json          format version, config, every leaf's format, shape and checksums, plan, provenance
-    items/<item>/...       the arrays, one orbax item per block (see `store`)
-    tokenizer.json, ...    copied from the original
+manifest.json          format version, config, every leaf's format, shape and checksums, plan, provenance
+items/<item>/...       the arrays, one orbax item per block (see `store`)
+tokenizer.json, ...    copied from the original
 """
 
 import json
@@ -56,13 +56,11 @@ def native_bytes(abstract_model: DeepseekV3, description: Description, copied: S
     return arrays + len(manifest) + sum(file.stat().st_size for file in copied)
 
 
-def write_native(
-    model: DeepseekV3, output: Path, description: Description, copied: Sequence[Path], budget: int
-) -> int:
+def write_native(model: DeepseekV3, output: Path, description: Description, copied: Sequence[Path], budget: int) -> int:
     """Write the checkpoint and return its bytes. Raises InputError, leaving nothing, if they exceed `budget`."""
     items = _items(model)
     with store.atomic_folder(output) as folder:
-        checksums = {}
+        checksums: dict[str, str] = {}
         for item, leaves in items.items():
             arrays = {name: np.asarray(array) for name, array in _arrays_of(leaves).items()}
             checksums |= {f"{item}/{name}": store.checksum(array) for name, array in arrays.items()}
@@ -99,11 +97,12 @@ class NativeCheckpoint:
         names = list(_arrays(within, abstract))
         for n, array_name in enumerate(names):
             if store.checksum(arrays[array_name]) != checksums[8 * n : 8 * n + 8]:
-                raise InputError(f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew")
+                raise InputError(
+                    f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew"
+                )
         restored = [jnp.asarray(arrays[array_name]) for array_name in names]
         _check_shapes(self.path, name, restored, jax.tree.leaves(abstract))
         return jax.tree.unflatten(jax.tree.structure(abstract), restored)
-
 
     def abstract_leaves(self) -> Iterable[tuple[str, Weight]]:
         """Every weight by name, in shapes alone."""
@@ -188,7 +187,9 @@ def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
 def _arrays(name: str, leaf: Weight) -> dict[str, jax.Array]:
     """A leaf's arrays under names of their own: `self_attn.q_a.words`, or just the leaf's if it is one array."""
     flat, _ = jax.tree_util.tree_flatten_with_path(leaf)
-    return {".".join((name, *(str(getattr(key, "name", getattr(key, "idx", "")) ) for key in path))): a for path, a in flat}
+    return {
+        ".".join((name, *(str(getattr(key, "name", getattr(key, "idx", ""))) for key in path))): a for path, a in flat
+    }
 
 
 def _arrays_of(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:

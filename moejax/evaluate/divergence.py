@@ -4,7 +4,6 @@ The protocol is llama.cpp's (`llama-perplexity`), so that figures compare: of ev
 T-1 are scored.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +15,7 @@ from moejax.formats import Leaf
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
 from moejax.model.steps import embed, run_blocks
-
-Progress = Callable[[Iterable, str], Iterable]
+from moejax.progress import Progress, silent
 
 
 class TokenScores(NamedTuple):
@@ -49,18 +47,22 @@ class Evaluation:
 def evaluate(
     model: DeepseekV3,
     chunks: np.ndarray,
-    base: DeepseekV3 | None = None,
+    base: DeepseekV3 | Sequence[jax.Array] | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     batch: int = 8,
-    progress: Progress = lambda steps, _: steps,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of `model` on token chunks (N, T), and its divergence from `base`."""
+    """Perplexity of `model` on token chunks (N, T), and its divergence from `base`: the original, or its
+    `log_probabilities` of every batch where they are used again."""
     scores, base_nll = [], []
-    for start in progress(range(0, len(chunks), batch), "evaluating"):
-        tokens = jnp.asarray(chunks[start : start + batch])
+    for n in progress(range(-(-len(chunks) // batch)), "evaluating"):
+        tokens = jnp.asarray(chunks[n * batch : (n + 1) * batch])
         log_probs = log_probabilities(model, tokens, dtype)
-        reference = log_probs if base is None else log_probabilities(base, tokens, dtype)
+        if base is None:
+            reference = log_probs
+        else:
+            reference = log_probabilities(base, tokens, dtype) if isinstance(base, DeepseekV3) else base[n]
         scores.append(jax.device_get(compare(reference, log_probs, tokens)))
         base_nll.append(np.asarray(_nll(reference, tokens)))
     nll, kld, same = (np.concatenate([np.ravel(batch[i]) for batch in scores]) for i in range(3))

@@ -48,7 +48,9 @@ def generate(
         yield int(token)
         if n + 1 < max_tokens:
             drawn = jax.random.fold_in(key, n + 1)
-            token, cache = _step(model, token[None, None], cache, position, 0, temperature, drawn, dtype=jnp.dtype(dtype))
+            token, cache = _step(
+                model, token[None, None], cache, position, 0, temperature, drawn, dtype=jnp.dtype(dtype)
+            )
             position += 1
 
 

@@ -19,6 +19,7 @@ TILE_BYTES = 1 << 20
 MAX_ROW_BLOCK = 256
 
 Carry = TypeVar("Carry")
+Tied = TypeVar("Tied")
 
 
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
@@ -106,14 +107,18 @@ def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Ca
 
 
 def _expert_tile(bucket: Leaf, index: jax.Array, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
-    bucket, index = jax.lax.optimization_barrier((bucket, index))
-    return _unpacked_rows(matrix(bucket, index), start, size, dtype)
+    bucket, index, start = _tied((bucket, index, start))
+    return dense(rows(matrix(bucket, index), start, size), dtype)
 
 
 def _unpacked_rows(w: Leaf, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
-    # Without the barrier XLA sees that w is the same for every tile, and would unpack it all ahead of the loop.
-    w, start = jax.lax.optimization_barrier((w, start))
+    w, start = _tied((w, start))
     return dense(rows(w, start, size), dtype)
+
+
+def _tied(weight_and_place: Tied) -> Tied:
+    """The same. XLA would see that the weight does not change in the loop, and unpack it all ahead of it."""
+    return jax.lax.optimization_barrier(weight_and_place)
 
 
 def _row_block(num_rows: int, num_experts: int) -> int:

@@ -1,6 +1,5 @@
 """How many experts a token goes to after pruning, and with what routing scale: tried out, the best kept."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import jax
@@ -14,9 +13,8 @@ from moejax.pipeline.probe import Probe
 from moejax.pipeline.search import divergence_of, masked_blocks
 from moejax.pipeline.working_copy import with_leaves
 from moejax.plan import Plan
+from moejax.progress import Progress
 from moejax.transforms.experts_per_token import fit_routing_scale, paper_rule
-
-Progress = Callable[[Iterable, str], Iterable]
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:
     """The plan with that K' and those routing scales; MTP blocks take the last layer's."""
     scales = [*choice.routing_scales, *[choice.routing_scales[-1]] * (len(plan.blocks) - len(choice.routing_scales))]
     blocks = tuple(
-        block
-        if block.keep is None
-        else replace(block, experts_per_token=choice.experts_per_token, routing_scale=scale)
+        block if block.keep is None else replace(block, experts_per_token=choice.experts_per_token, routing_scale=scale)
         for block, scale in zip(plan.blocks, scales, strict=True)
     )
     return replace(plan, blocks=blocks)

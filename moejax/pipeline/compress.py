@@ -1,16 +1,15 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from moejax import __version__
 from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
@@ -28,10 +27,10 @@ from moejax.pipeline.search import Candidate, check_budget, search
 from moejax.plan import Plan
 from moejax.plan.costs import Costs
 from moejax.plan.plan import to_json
+from moejax.progress import Progress
 from moejax.transforms.compress import compress
 
-Progress = Callable[[Iterable, str], Iterable]
-# Bytes of the budget that are left free while plans are compared, per block: digits of a routing scale fitted afterwards.
+# Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
 _SCALE_DIGITS = 16
 
 
@@ -103,7 +102,7 @@ def check(checkpoint: HuggingFaceCheckpoint, budget: int, settings: Settings, pr
 def provenance(calibration: Text, chunks: int, settings: Settings) -> dict[str, Any]:
     """What a manifest says about how the checkpoint was made."""
     return {
-        "moejax": metadata.version("moejax"),
+        "moejax": __version__,
         "calibration": {"source": calibration.source, "sha256": calibration.sha256, "chunks": chunks},
         "criterion": settings.criterion,
     }
@@ -115,7 +114,7 @@ def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tupl
     A text with fewer chunks than are asked for gives an eighth of them to the probe; it needs two.
     """
     if len(chunks) < 2:
-        raise InputError(f"the calibration text has {len(chunks)} chunk of {chunks.shape[1]} tokens; at least 2 are needed")
+        raise InputError(f"the calibration text has {len(chunks)} chunk of {chunks.shape[1]} tokens; 2 are needed")
     wanted = min(len(chunks), calibration + probed)
     spread = chunks[np.linspace(0, len(chunks) - 1, wanted).round().astype(int)]
     probed = probed if wanted == calibration + probed else max(1, wanted // 8)

@@ -1,7 +1,7 @@
 """Measured costs: what every format costs every weight, and what pruning costs every layer, as KL divergence.
 
-The error of a weight's outputs is computed for every format from calibration's second moments. One probe per weight (per
-projection for a layer's experts together) then measures the true KL divergence at one format, and sets the scale:
+The error of a weight's outputs is computed for every format from calibration's second moments. One probe per weight
+(per projection for a layer's experts together) then measures the true KL divergence at one format, and sets the scale:
 
     cost(format) = KL(probed format) * error(format) / error(probed format)
 
@@ -9,7 +9,7 @@ Pruning is probed directly, by masking experts so that tokens re-route. MTP bloc
 depend on, take the scales and the pruning costs of the last layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -22,12 +22,11 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.options import Settings, block_name, moe_blocks, quantizable
 from moejax.pipeline.probe import Probe
 from moejax.pipeline.working_copy import one_bucket, with_leaves
-from moejax.plan.costs import Costs, ExpertMenu, Menu
-from moejax.plan.plan import PROJECTIONS
+from moejax.plan.costs import Costs, ExpertMenu
+from moejax.progress import Progress
 from moejax.transforms.prune import expert_scores, masked_bias, min_per_group, pruning_order
 from moejax.transforms.quantize import quantization_errors, quantize
 
-Progress = Callable[[Iterable, str], Iterable]
 # The widths at which probes measure, near those that budgets lead to.
 _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
 # Pruning is probed at so many counts per layer, spread evenly, and interpolated between them.
@@ -168,6 +167,8 @@ class _Measurement:
 
     def _divergence(self, name: str, changed: jax.Array | ExpertWeights) -> float:
         if isinstance(changed, jax.Array) and name in ("embed", "head"):
-            return getattr(self.probe, {"embed": "divergence_of_embedding", "head": "divergence_of_head"}[name])(changed)
+            return getattr(self.probe, {"embed": "divergence_of_embedding", "head": "divergence_of_head"}[name])(
+                changed
+            )
         index, own = name.removeprefix("layers.").split(".", 1)
         return self.probe.divergence_of_block(int(index), with_leaves(self.probe.blocks[int(index)], {own: changed}))

@@ -20,7 +20,7 @@ class Settings:
     """The candidate formats, the pruning criterion, and the bits that weights other than routed experts keep at least:
     `min_bits_outer` for embedding, head and the last layer's shared expert, `min_bits_block` for the rest."""
 
-    formats: tuple[IntFormat, ...] = tuple(IntFormat(bits, 64) for bits in (1, 2, 3, 4, 5, 6, 8))
+    formats: tuple[IntFormat, ...] = tuple(IntFormat(bits, 128) for bits in (1, 2, 3, 4, 5, 6, 8))
     criterion: str = "reap"
     min_bits_outer: int = 4
     min_bits_block: int = 2

@@ -1,11 +1,11 @@
 """The search for a plan: solve under the budget for several prices of pruning, try each plan out, keep the best.
 
-The solver adds costs up, but losses add up to less than their sum: where the surviving weights are rough, pruning costs
-less than its own probes say. How much less is found by trying: the solver runs with pruning at full price, at discounts,
-and forbidden, and the plan whose true KL divergence on the probe's text is lowest wins.
+The solver adds costs up, but losses add up to less than their sum: where the surviving weights are rough, pruning
+costs less than its own probes say. How much less is found by trying: the solver runs with pruning at full price, at
+discounts, and forbidden, and the plan whose true KL divergence on the probe's text is lowest wins.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -22,18 +22,18 @@ from moejax.plan.allocate import plan_of_choice, smallest_choice
 from moejax.plan.costs import Costs
 from moejax.plan.size import format_size
 from moejax.plan.solve import choice_bytes, choice_cost, solve
+from moejax.progress import Progress
 from moejax.transforms.compress import compress
 
-Progress = Callable[[Iterable, str], Iterable]
 SizeOf = Callable[[Plan], int]
 
-PRUNING_WEIGHTS = (float("inf"), 1.0, 0.7, 0.5, 0.35)
+PRUNING_WEIGHTS = (float("inf"), 1.0, 0.7, 0.5, 0.35, 0.25)
 _MAX_CORRECTIONS = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was tried: the pruning weight it was solved with, its predicted and its true KL on the probe's text."""
+    """A plan that was tried, the pruning weight it was solved with, its predicted and true KL on the probe's text."""
 
     pruning_weight: float
     plan: Plan

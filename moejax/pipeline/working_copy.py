@@ -1,6 +1,6 @@
 """A dense float32 copy of a model, one block at a time, in which probes try things out.
 
-Whatever is tried (rounded weights, masked experts), the arrays keep their shapes, so that blocks of a kind compile once.
+Whatever is tried (rounded weights, masked experts), arrays keep their shapes, so that blocks of a kind compile once.
 """
 
 from collections.abc import Mapping
@@ -26,9 +26,8 @@ def dense_block(block: Block) -> Block:
 def with_leaves(block: Block, new: Mapping[str, Leaf | ExpertWeights], experts_per_token: int | None = None) -> Block:
     """A dense copy of the block in which the weights `new`, by name, replace its own."""
     leaves = {name: _dense(leaf) for name, leaf in (named_leaves(block) | dict(new)).items()}
-    is_moe = isinstance(block.mlp, MoE)
-    own = block.mlp.experts_per_token if is_moe else None
-    return Block(block.config, leaves.__getitem__, is_moe, experts_per_token or own)
+    own = block.mlp.experts_per_token if isinstance(block.mlp, MoE) else None
+    return Block(block.config, leaves.__getitem__, isinstance(block.mlp, MoE), experts_per_token or own)
 
 
 def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] | None) -> Block:
@@ -42,20 +41,24 @@ def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] 
     leaves |= {name: before[name] for name in _PER_EXPERT}
     leaves["mlp.bias"] = masked_bias(before["mlp.bias"], pruned_E)
     for name in ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"):
-        survivors = _dense(leaves[name]).buckets[0]
-        slots = jnp.zeros((len(pruned_E), *survivors.shape[1:]), survivors.dtype).at[kept].set(survivors)
-        leaves[name] = one_bucket(slots)
+        survivors = _dense_experts(leaves[name])
+        leaves[name] = one_bucket(jnp.zeros((len(pruned_E), *survivors.shape[1:])).at[kept].set(survivors))
     return with_leaves(original, leaves)
 
 
 def _dense(leaf: Leaf | ExpertWeights) -> Leaf | ExpertWeights:
     if isinstance(leaf, ExpertWeights):
-        if len(leaf.buckets) == 1:
-            return one_bucket(dense(leaf.buckets[0], jnp.float32)[leaf.index_E])
-        return one_bucket(jnp.stack([dense(leaf.expert(e), jnp.float32) for e in range(leaf.num_experts)]))
+        return one_bucket(_dense_experts(leaf))
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.integer):
         return leaf
     return dense(leaf, jnp.float32)
+
+
+def _dense_experts(weights: ExpertWeights) -> jax.Array:
+    """Every expert's matrix, (E, O, I)."""
+    if len(weights.buckets) == 1:
+        return dense(weights.buckets[0], jnp.float32)[weights.index_E]
+    return jnp.stack([dense(weights.expert(e), jnp.float32) for e in range(weights.num_experts)])
 
 
 def one_bucket(experts_EOI: jax.Array) -> ExpertWeights:

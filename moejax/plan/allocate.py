@@ -29,7 +29,9 @@ def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:
 def smallest_choice(costs: Costs) -> Choice:
     """Every weight in its smallest allowed format, as many experts pruned as can be."""
     pruned = {block: len(menu.order) for block, menu in costs.experts.items()}
-    expert = {block: {name: _smallest(own) for name, own in menu.menus.items()} for block, menu in costs.experts.items()}
+    expert = {
+        block: {name: _smallest(own) for name, own in menu.menus.items()} for block, menu in costs.experts.items()
+    }
     return Choice(_smallest(costs.tensors), pruned, expert)
 
 

@@ -40,7 +40,7 @@ def all_experts(costs: Costs) -> Kept:
 def most_needed(orders: Mapping[int, np.ndarray], num_experts: int, share: float) -> Kept:
     """The ceil(share * E) experts of every block that its pruning order leaves to the last."""
     pruned = num_experts - int(np.ceil(share * num_experts))
-    return {block: np.setdiff1d(np.arange(num_experts), order[:pruned]) for block, order in orders.items()}
+    return {block: np.setdiff1d(np.arange(num_experts), order[:pruned]).tolist() for block, order in orders.items()}
 
 
 def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:
@@ -51,7 +51,9 @@ def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer
     for i, level in enumerate(levels):
         prefix = f"layers.{i}." if i < config.num_hidden_layers else f"mtp.{i - config.num_hidden_layers}."
         names = [name for name in costs.names if name.startswith(prefix)]
-        targets = {name.removeprefix(prefix).removeprefix("block."): _usable(menu, row_of[name], level) for name in names}
+        targets = {
+            name.removeprefix(prefix).removeprefix("block."): _usable(menu, row_of[name], level) for name in names
+        }
         block = BlockPlan({name: target for name, target in targets.items() if target != KEEP})
         if i in costs.experts:
             experts = {name: (name_of[level],) * len(kept[i]) for name in PROJECTIONS}

@@ -1,4 +1,4 @@
-"""What the solver weighs: for every weight, the bytes and the cost of every format; for every layer, the cost of pruning.
+"""What the solver weighs: bytes and cost of every format for every weight, and the cost of pruning for every layer.
 
 A cost is a predicted mean KL divergence from the original, in nats; costs of different weights are taken to add up.
 """

@@ -50,7 +50,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> Plan:
-    """The inverse of `to_json`. Raises InputError where a key is missing or unknown or a value is not what it stands for."""
+    """The inverse of `to_json`. Raises InputError where a key is missing or unknown or a value is no such value."""
     try:
         name = raw["formats"]
         blocks = tuple(_block_from_json(block, name) for block in raw["blocks"])

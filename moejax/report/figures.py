@@ -53,9 +53,12 @@ def plan_rows(planned: Planned, num_experts: int) -> Rows:
     """What the plan does, and what was tried beside it."""
     kept = [len(block.keep) for block in planned.plan.blocks if block.keep is not None]
     rows = [("experts kept per layer", f"{' '.join(map(str, kept))} of {num_experts}")] if kept else []
-    rows += [(f"tried: pruning at {100 * c.pruning_weight:.0f} % of its price", f"KL {c.divergence:.5f}")
-             if c.pruning_weight != float("inf") else ("tried: no pruning", f"KL {c.divergence:.5f}")
-             for c in planned.candidates]
+    rows += [
+        (f"tried: pruning at {100 * c.pruning_weight:.0f} % of its price", f"KL {c.divergence:.5f}")
+        if c.pruning_weight != float("inf")
+        else ("tried: no pruning", f"KL {c.divergence:.5f}")
+        for c in planned.candidates
+    ]
     for choice in planned.activated:
         scaled = "fitted routing scale" if choice.is_scaled else "routing scale 1"
         rows.append((f"tried: {choice.experts_per_token} experts a token, {scaled}", f"KL {choice.divergence:.5f}"))
@@ -69,8 +72,11 @@ def plan_figures(planned: Planned) -> dict[str, Any]:
         "experts_per_token": [b.experts_per_token for b in planned.plan.blocks if b.keep is not None],
         "routing_scale": [block.routing_scale for block in planned.plan.blocks if block.keep is not None],
         "tried_plans": [
-            {"pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,
-             "kld_predicted": c.predicted, "kld_probe": c.divergence}
+            {
+                "pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,
+                "kld_predicted": c.predicted,
+                "kld_probe": c.divergence,
+            }
             for c in planned.candidates
         ],
         "tried_experts_per_token": [

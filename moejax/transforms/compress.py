@@ -9,13 +9,12 @@ from moejax.calibrate import BlockStatistics, Statistics
 from moejax.formats import ExpertWeights, Leaf, dense, gather_experts, parse_int_format
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
+from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
 from moejax.plan import KEEP, BlockPlan, Plan
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import prune
 from moejax.transforms.quantize import quantize
-
-Leaves = dict[str, Leaf | ExpertWeights]
 
 
 def compress(model: DeepseekV3, plan: Plan, statistics: Statistics) -> DeepseekV3:
@@ -23,7 +22,7 @@ def compress(model: DeepseekV3, plan: Plan, statistics: Statistics) -> DeepseekV
     leaves = {name: leaf for name, leaf in named_leaves(model).items() if name in ("embed", "norm", "head")}
     leaves["embed"] = requantize(leaves["embed"], jnp.ones(model.config.hidden_size), plan.embed)
     leaves["head"] = requantize(leaves["head"], statistics.head_input2 / statistics.tokens, plan.head)
-    blocks = [layer for layer in model.layers] + [mtp.block for mtp in model.mtp]
+    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
     names = [f"layers.{i}" for i in range(len(model.layers))] + [f"mtp.{m}.block" for m in range(len(model.mtp))]
     experts_per_token = []
     for name, block, block_plan, sums in zip(names, blocks, plan.blocks, statistics.blocks, strict=True):
@@ -43,15 +42,15 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics) -
     mlp = block.mlp
     if isinstance(mlp, MoE) and plan.keep is not None:
         mlp = adjust(prune(mlp, plan.keep), plan.experts_per_token or mlp.experts_per_token, plan.routing_scale)
-    leaves: Leaves = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
+    leaves: dict[str, Weight] = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
     for name, target in plan.formats.items():
         if name in leaves:
             leaves[name] = requantize(leaves[name], statistics.input_second_moment(name), target)
     for projection, formats in plan.experts.items():
         name = f"mlp.experts.{projection}"
         leaves[name] = _quantize_experts(leaves[name], formats, projection, plan, statistics)
-    is_moe = isinstance(mlp, MoE)
-    return Block(block.config, leaves.__getitem__, is_moe, mlp.experts_per_token if is_moe else None)
+    experts_per_token = mlp.experts_per_token if isinstance(mlp, MoE) else None
+    return Block(block.config, leaves.__getitem__, isinstance(mlp, MoE), experts_per_token)
 
 
 def requantize(leaf: Leaf, second_moment: jax.Array, target: str) -> Leaf:

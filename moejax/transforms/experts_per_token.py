@@ -13,7 +13,7 @@ def paper_rule(experts_per_token: int, share_kept: float) -> int:
 
 
 def adjust(moe: MoE, experts_per_token: int, routing_scale: jax.Array | float = 1.0) -> MoE:
-    """The layer choosing `experts_per_token` experts, their weights times `routing_scale` (and what they were times)."""
+    """The layer choosing `experts_per_token` experts, their weights times `routing_scale` and their scale so far."""
     leaves = named_leaves(moe)
     leaves["routing_scale"] = leaves["routing_scale"] * jnp.asarray(routing_scale, jnp.float32)
     return MoE(moe.config, leaves.__getitem__, experts_per_token)

@@ -74,7 +74,7 @@ def prune(moe: MoE, keep: Sequence[int]) -> MoE:
     for name in ("router", "bias", "group_id"):
         leaves[name] = leaves[name][kept]
     for name in ("gate", "up", "down"):
-        leaves[f"experts.{name}"] = select_experts(leaves[f"experts.{name}"], kept)
+        leaves[f"experts.{name}"] = select_experts(leaves[f"experts.{name}"], keep)
     return MoE(moe.config, leaves.__getitem__, moe.experts_per_token)
 
 

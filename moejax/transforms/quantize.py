@@ -1,6 +1,6 @@
 """Rounding weights to integers, group scales chosen to minimize the activation-weighted error.
 
-The number of bits is traced in the search, so that it compiles once per shape and group size, whatever the widths tried.
+The number of bits is traced in the search, so that it compiles once per shape and group size for all widths.
 """
 
 from functools import partial
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from moejax.formats import GroupedInt, IntFormat
 from moejax.formats.grouped_int import SCALE_DTYPE, centre, encode, group, round_to_codes
 
-# Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best share
-# falls from about 1 at 8 bits to 0.3 at 1 bit.
+# Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best
+# share falls from about 1 at 8 bits to 0.3 at 1 bit.
 SHARES = (0.22, 1.06, 22)
 
 
