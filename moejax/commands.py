@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
-from moejax.checkpoint.store import folder_bytes
+from moejax.checkpoint.store import folder_bytes, require_free
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import InputError
@@ -39,8 +39,8 @@ def run_compress(
 ) -> None:
     """The main job."""
     started = time.monotonic()
-    if output.exists():
-        raise InputError(f"{output}: exists already; give a path that is free")
+    require_free(output)
+    figures.require_writable(json)
     if calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     checkpoint = job.require_original(open_checkpoint(name))
@@ -96,6 +96,7 @@ def run_compress(
 def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype: str, json: Path | None) -> None:
     """Perplexity and divergence."""
     started = time.monotonic()
+    figures.require_writable(json)
     checkpoint = open_checkpoint(name)
     tokenizer = load_tokenizer(checkpoint.path)
     source = read_text(text) if text else default_evaluation_text(_EVALUATION_BYTES)
@@ -138,6 +139,7 @@ def run_generate(name: str | None, prompt: str, tokens: int, temperature: float,
 
 def run_inspect(name: str | None, json: Path | None) -> None:
     """What a checkpoint holds."""
+    figures.require_writable(json)
     checkpoint = open_checkpoint(name)
     kinds, config = summarize(checkpoint.abstract_leaves()), checkpoint.config
     size = folder_bytes(checkpoint.path)
@@ -160,7 +162,10 @@ def run_inspect(name: str | None, json: Path | None) -> None:
 
 
 def _tokenize(text: Text, tokenizer: Tokenizer) -> np.ndarray:
-    return chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
+    try:
+        return chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
+    except InputError as error:
+        raise InputError(f"{text.source}: {error}") from None
 
 
 def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:

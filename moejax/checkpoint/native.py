@@ -7,8 +7,7 @@ tokenizer.json, ...    copied from the original
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ FORMAT_VERSION = 1
 COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _OUTER = "outer"
 _NO_CHECKSUM = "0" * 8
+# Pruning shortens the first axis of these weights, and nothing else.
+_PER_EXPERT = ("router", "bias", "group_id", "experts.gate", "experts.up", "experts.down")
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,13 @@ class NativeCheckpoint:
     items: Mapping[str, Mapping[str, tuple[str, str]]]
     plan: dict[str, Any]
     provenance: dict[str, Any]
+    _opened: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def leaf(self, name: str) -> Weight:
         """The weight called `name`. Raises InputError if its bytes are not those that the manifest names."""
+        abstract = self.abstract(name)
         item, within = item_of(name)
-        if within not in self.items.get(item, {}):
-            raise InputError(f"{self.path / MANIFEST}: the weight {name} is missing; the config asks for it")
-        spec, checksums = self.items[item][within]
-        abstract = _abstract(within, spec)
-        arrays = _read_item(self.path, item, tuple(_item_arrays(self.items[item])))
+        arrays, checksums = self._arrays_of_item(item), self.items[item][within][1]
         names = list(_arrays(within, abstract))
         for n, array_name in enumerate(names):
             if store.checksum(arrays[array_name]) != checksums[8 * n : 8 * n + 8]:
@@ -104,11 +103,24 @@ class NativeCheckpoint:
         _check_shapes(self.path, name, restored, jax.tree.leaves(abstract))
         return jax.tree.unflatten(jax.tree.structure(abstract), restored)
 
+    def abstract(self, name: str) -> Weight:
+        """The weight called `name` in shapes alone. Raises InputError if the manifest does not describe it."""
+        item, within = item_of(name)
+        if within not in self.items.get(item, {}):
+            raise InputError(f"{self.path / MANIFEST}: the weight {name} is missing; the config asks for it")
+        try:
+            return _abstract(within, self.items[item][within][0])
+        except InputError as error:
+            raise InputError(f"{self.path / MANIFEST}: the weight {name}: {error}") from None
+
     def abstract_leaves(self) -> Iterable[tuple[str, Weight]]:
         """Every weight by name, in shapes alone."""
-        for name in Layout(self.config).shapes():
-            item, within = item_of(name)
-            yield name, _abstract(within, self.items[item][within][0])
+        return ((name, self.abstract(name)) for name in Layout(self.config).shapes())
+
+    def _arrays_of_item(self, item: str) -> dict[str, np.ndarray]:
+        if item not in self._opened:
+            self._opened[item] = store.read_item(self.path, item, _item_arrays(self.items[item]))
+        return self._opened[item]
 
 
 def open_native(path: Path) -> NativeCheckpoint:
@@ -139,19 +151,31 @@ def _check_against_config(checkpoint: NativeCheckpoint) -> None:
     if len(checkpoint.experts_per_token) != checkpoint.config.num_blocks:
         raise InputError(f"{source}: experts_per_token needs {checkpoint.config.num_blocks} entries, one per block")
     for name, shape in expected.items():
-        item, within = item_of(name)
-        if within not in checkpoint.items.get(item, {}):
-            raise InputError(f"{source}: the weight {name} is missing; the config asks for it")
-        own = _abstract(within, checkpoint.items[item][within][0]).shape
-        # Pruning shortens the expert axis, which comes first, and nothing else.
-        pruned = within.startswith(("mlp.router", "mlp.bias", "mlp.group_id", "mlp.experts")) and len(own) == len(shape)
-        if own != shape and not (pruned and own[1:] == shape[1:] and own[0] <= shape[0]):
+        own = checkpoint.abstract(name).shape
+        may_be_pruned = name.endswith(tuple(f".mlp.{weight}" for weight in _PER_EXPERT)) and len(own) == len(shape)
+        if own != shape and not (may_be_pruned and own[1:] == shape[1:] and own[0] <= shape[0]):
             raise InputError(f"{source}: the weight {name} has shape {own}; the config asks for {shape}")
     known = {item_of(name) for name in expected}
     for item, leaves in checkpoint.items.items():
         for within in leaves:
             if (item, within) not in known:
                 raise InputError(f"{source}: the weight {within} of {item} is none of a model with this config")
+    _check_experts(checkpoint)
+
+
+def _check_experts(checkpoint: NativeCheckpoint) -> None:
+    source, config = checkpoint.path / MANIFEST, checkpoint.config
+    layers = [name.removesuffix("router") for name in Layout(config).shapes() if name.endswith(".mlp.router")]
+    per_token = [k for block, k in enumerate(checkpoint.experts_per_token) if config.is_moe(block)]
+    for layer, k in zip(layers, per_token, strict=True):
+        counts = {weight: checkpoint.abstract(layer + weight).shape[0] for weight in _PER_EXPERT}
+        survivors = counts["router"]
+        if other := next((weight for weight, count in counts.items() if count != survivors), None):
+            raise InputError(
+                f"{source}: the weight {layer}{other} is of {counts[other]} experts; its router has {survivors}"
+            )
+        if not 1 <= k <= survivors:
+            raise InputError(f"{source}: experts_per_token of {layer}router is {k}; 1 to {survivors} are accepted")
 
 
 def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[str, str]) -> bytes:
@@ -206,11 +230,6 @@ def _abstract(within: str, spec: str) -> Weight:
 
 def _item_arrays(leaves: Mapping[str, tuple[str, str]]) -> list[str]:
     return [array for name, (spec, _) in leaves.items() for array in _arrays(name, _abstract(name, spec))]
-
-
-@cache
-def _read_item(path: Path, item: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return store.read_item(path, item, names)
 
 
 def _check_shapes(path: Path, name: str, arrays: list[jax.Array], abstract: list[jax.ShapeDtypeStruct]) -> None:

@@ -117,6 +117,23 @@ def atomic_folder(output: Path) -> Iterator[Path]:
     Raises InputError, before the block runs, if `output` exists or its parent cannot be written to.
     """
     output = Path(os.path.abspath(output))
+    temporary = _temporary_beside(output)
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        temporary.rename(output)
+    except BaseException:  # an interrupt leaves nothing behind either
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(output.parent)
+
+
+def require_free(output: Path) -> None:
+    """Raises the InputError that `atomic_folder` would: before the work whose result is to lie there."""
+    _temporary_beside(Path(os.path.abspath(output))).rmdir()
+
+
+def _temporary_beside(output: Path) -> Path:
     if os.path.lexists(output):
         raise InputError(f"{output}: exists already; give a path that is free")
     temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
@@ -127,14 +144,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
             f"{output}: no folder can be made in {output.parent} ({error.strerror}); "
             "give a path in a folder that exists and can be written to"
         ) from error
-    try:
-        yield temporary
-        _sync_tree(temporary)
-        temporary.rename(output)
-    except BaseException:  # an interrupt leaves nothing behind either
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(output.parent)
+    return temporary
 
 
 def _sync_tree(folder: Path) -> None:

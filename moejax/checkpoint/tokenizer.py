@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from moejax.checkpoint.native import MANIFEST
 from moejax.errors import InputError
 
 
@@ -62,12 +63,17 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _eos_token_ids(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """The first config that names an end wins, in the order in which generation looks for it."""
-    for name in ("generation_config.json", "config.json"):
-        token_ids = _read_json(folder / name).get("eos_token_id")
+    for fields in (_read_json(folder / "generation_config.json"), _model_config(folder)):
+        token_ids = fields.get("eos_token_id")
         if token_ids is not None:
             return tuple(token_ids) if isinstance(token_ids, list) else (token_ids,)
     token_id = _special_token_id(backend, config, "eos_token", folder)
     return () if token_id is None else (token_id,)
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """Hugging Face's config, which a native checkpoint has in its manifest."""
+    return _read_json(folder / "config.json") or _read_json(folder / MANIFEST).get("config", {})
 
 
 def _special_token_id(backend: tokenizers.Tokenizer, config: dict[str, Any], field: str, folder: Path) -> int | None:

@@ -4,6 +4,7 @@ The protocol is llama.cpp's (`llama-perplexity`), so that figures compare: of ev
 T-1 are scored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 

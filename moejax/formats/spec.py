@@ -78,6 +78,8 @@ def abstract_leaf(spec: str) -> Leaf:
 def abstract_experts(spec: str) -> ExpertWeights:
     """The inverse of `describe` for experts."""
     buckets = tuple(abstract_leaf(part) for part in spec.split("+"))
+    if len({bucket.shape[1:] for bucket in buckets}) > 1 or len(buckets[0].shape) != 3:
+        raise InputError(f"{spec!r} describes no experts: expected buckets of equal matrices, as in int4g64[8,256,128]")
     slots = _abstract((sum(bucket.shape[0] for bucket in buckets),), jnp.int32)
     return ExpertWeights(buckets, slots, slots)
 

@@ -23,7 +23,7 @@ from moejax.pipeline.activated_experts import ActivatedExperts, try_activated_ex
 from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.options import Settings, options
 from moejax.pipeline.probe import Probe, probe
-from moejax.pipeline.search import Candidate, check_budget, search
+from moejax.pipeline.search import Candidate, check_budget, search, smallest_candidate
 from moejax.plan import Plan
 from moejax.plan.costs import Costs
 from moejax.plan.plan import to_json
@@ -145,12 +145,13 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
         prepared.costs, prepared.model, prepared.probe, prepared.statistics, prepared.size_of, reserved, progress
     )
     if not candidates:
-        raise InputError(f"no plan was found for {budget} bytes; a little more is needed")
+        # Between the smallest plan's bytes and those of any the solver aims at lie the reserve and a few digits.
+        candidates = [smallest_candidate(prepared.costs, prepared.model, prepared.probe, prepared.statistics)]
     plan = candidates[0].plan
     compressed = compress(prepared.model, plan, prepared.statistics)
     activated = try_activated_experts(prepared.probe, compressed, plan, progress)
-    if activated:
-        plan = with_activated_experts(plan, activated[0])
+    adjusted = (with_activated_experts(plan, choice) for choice in activated)
+    plan = next((own for own in adjusted if prepared.size_of(own) <= budget), plan)
     return Planned(plan, tuple(candidates), tuple(activated))
 
 

@@ -157,7 +157,9 @@ class _Measurement:
             scale = self._last_layers_scale(name)
         else:
             probed = min(usable, key=lambda f: abs(self.settings.formats[f].bits - bits))
-            scale = divergence(self.settings.formats[probed]) / max(float(error_F[probed]), 1e-300)
+            # Rounding makes a tiny divergence negative.
+            measured = max(divergence(self.settings.formats[probed]), 0.0)
+            scale = measured / max(float(error_F[probed]), 1e-300)
         self.scales[name] = scale
         return np.append(error_F * scale, 0.0)
 

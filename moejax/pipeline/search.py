@@ -71,11 +71,15 @@ def search(
         fitted = fit_to_budget(costs, model, size_of, budget, weight)
         if fitted is None or any(fitted[0] == other.plan for other in tried):
             continue
-        plan, predicted = fitted
-        compressed = compress(model, plan, statistics)
-        divergence = divergence_of(probe, compressed, masked_blocks(probe, compressed, plan))
-        tried.append(Candidate(weight, plan, predicted, divergence))
+        tried.append(_try_out(weight, *fitted, model, probe, statistics))
     return sorted(tried, key=lambda candidate: candidate.divergence)
+
+
+def smallest_candidate(costs: Costs, model: DeepseekV3, probe: Probe, statistics: Statistics) -> Candidate:
+    """The plan that takes the fewest bytes of all, whatever it costs."""
+    choice = smallest_choice(costs)
+    plan = plan_of_choice(costs, choice, model.config)
+    return _try_out(0.0, plan, choice_cost(costs, choice), model, probe, statistics)
 
 
 def fit_to_budget(
@@ -97,6 +101,14 @@ def fit_to_budget(
             break
         target = min(target - 1, choice_bytes(costs, choice) - (size - budget))
     return best
+
+
+def _try_out(
+    pruning_weight: float, plan: Plan, predicted: float, model: DeepseekV3, probe: Probe, statistics: Statistics
+) -> Candidate:
+    compressed = compress(model, plan, statistics)
+    divergence = divergence_of(probe, compressed, masked_blocks(probe, compressed, plan))
+    return Candidate(pruning_weight, plan, predicted, divergence)
 
 
 def masked_blocks(probe: Probe, compressed: DeepseekV3, plan: Plan) -> list[Block]:

@@ -33,7 +33,7 @@ def with_leaves(block: Block, new: Mapping[str, Leaf | ExpertWeights], experts_p
 def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] | None) -> Block:
     """A dense copy of a compressed block in the original's shapes: pruned experts are there, but never chosen."""
     leaves = named_leaves(compressed)
-    if keep is None:
+    if keep is None or not isinstance(compressed.mlp, MoE):
         return with_leaves(original, leaves)
     kept = np.asarray(keep)
     before = named_leaves(original)
@@ -43,7 +43,7 @@ def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] 
     for name in ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"):
         survivors = _dense_experts(leaves[name])
         leaves[name] = one_bucket(jnp.zeros((len(pruned_E), *survivors.shape[1:])).at[kept].set(survivors))
-    return with_leaves(original, leaves)
+    return with_leaves(original, leaves, compressed.mlp.experts_per_token)
 
 
 def _dense(leaf: Leaf | ExpertWeights) -> Leaf | ExpertWeights:

@@ -1,6 +1,7 @@
 """Sizes as users write them."""
 
 import re
+from decimal import Decimal
 
 from moejax.errors import InputError
 
@@ -17,7 +18,7 @@ def parse_size(text: str) -> int:
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if not match or match[2].lower() not in units:
         raise InputError(f"{text!r} is no size; accepted are sizes such as 103GB, 96GiB or 1.5MB")
-    return int(float(match[1]) * units[match[2].lower()])
+    return int(Decimal(match[1]) * units[match[2].lower()])
 
 
 def parse_budget(text: str, elements: int) -> int:
@@ -28,9 +29,9 @@ def parse_budget(text: str, elements: int) -> int:
             return parse_size(text)
         except InputError:
             raise InputError(f"{text!r} is no budget; accepted are sizes such as 103GB and ratios such as 6x") from None
-    if float(match[1]) <= 0:
+    if Decimal(match[1]) <= 0:
         raise InputError(f"{text!r} is no budget; a ratio must be above 0")
-    return int(2 * elements / float(match[1]))
+    return int(2 * elements / Decimal(match[1]))
 
 
 def format_size(size: int) -> str:

@@ -1,6 +1,7 @@
 """Every printed figure, as JSON values under stable keys and as rows of a table."""
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -9,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from moejax.checkpoint.summary import KindSummary
+from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation
 from moejax.evaluate.text import Text
 from moejax.pipeline.compress import Planned
 from moejax.plan.size import format_size
 
 Rows = list[tuple[str, str]]
+
+
+def require_writable(path: Path | None) -> None:
+    """Raise InputError, before the work whose figures are to be written, if they could not be."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise InputError(f"{path}: cannot be written; give a file in a folder that exists")
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:

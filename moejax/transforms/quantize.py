@@ -7,13 +7,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.formats import GroupedInt, IntFormat
 from moejax.formats.grouped_int import SCALE_DTYPE, centre, encode, group, round_to_codes
 
 # Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best
-# share falls from about 1 at 8 bits to 0.3 at 1 bit.
-SHARES = (0.22, 1.06, 22)
+# share falls from about 1 at 8 bits to 0.3 at 1 bit; 1 itself is among them, so that no group is worse than with it.
+SHARES = np.linspace(0.20, 1.04, 22, dtype=np.float32)
 
 
 def quantize(weight: jax.Array, second_moment: jax.Array, to: IntFormat) -> GroupedInt:
@@ -49,7 +50,7 @@ def search_scales(
         scale = largest * shares[i]
         return _better((*assess(scale), scale), best)
 
-    shares = jnp.linspace(*SHARES)
+    shares = jnp.asarray(SHARES)
     start = (jnp.full_like(largest, jnp.inf), largest, largest)
     error, fitted, scale = jax.lax.fori_loop(0, len(shares), try_share, start)
     error, _, scale = _better((*assess(fitted), fitted), (error, fitted, scale))
@@ -71,9 +72,13 @@ def quantization_errors(
 
 
 def positive(second_moment: jax.Array) -> jax.Array:
-    """Inputs that calibration never saw count a little, so that their weights are not left to chance."""
-    floor = 1e-4 * jnp.mean(second_moment, axis=-1, keepdims=True)
-    return jnp.maximum(second_moment.astype(jnp.float32), floor) + 1e-30
+    """Inputs that calibration never saw count a little, so that their weights are not left to chance.
+
+    Where it saw none at all they count alike.
+    """
+    second_moment = second_moment.astype(jnp.float32)
+    mean = jnp.mean(second_moment, axis=-1, keepdims=True)
+    return jnp.where(mean > 0, jnp.maximum(second_moment, 1e-4 * mean), 1.0)
 
 
 _encode = jax.jit(lambda weight, scale, bits: encode(weight.astype(jnp.float32), scale, bits), static_argnums=2)

@@ -1,0 +1,211 @@
+"""Every operation on every backend equals the dense product in float64, computed from the formats' equations."""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from leaf_oracle import FloatArray, random_leaf, to_numpy
+from moejax import kernels
+from moejax.formats import Leaf, gather_experts
+from moejax.kernels import pallas_tpu, xla
+from quick_jit import quick_jit
+
+# Bounds on |error| / (|x| |w|^T): in bfloat16 a weight and a result are rounded by 2^-9 each; in float32 it is the sum
+# that rounds.
+TOLERANCE = {"bfloat16": 2.0**-8, "float32": 2e-6, "float64": 1e-14}
+
+GROUPED_INTS = [f"int{bits}g{(32, 64, 128)[bits % 3]}[40,512]" for bits in range(1, 9)]
+MATRICES = [
+    *GROUPED_INTS,
+    "int5g32[40,512]",
+    "int5g64[40,512]",
+    "int3g64[40,256]",  # too short for the Pallas kernel
+    "int2g64[24,2048]",  # words fill whole lanes
+    "int7g128[24,4096]",
+    "fp8b128x128[200,136]",
+    "fp8b32x32[64,96]",
+    "f32[40,96]",
+    "bf16[40,96]",
+]
+BATCHES = ["int4g32[3,40,128]", "fp8b32x32[3,40,96]", "f32[3,40,96]", "bf16[3,40,96]"]
+FEW = ["int3g32[40,512]", "fp8b128x128[200,136]", "bf16[40,96]", "int4g32[3,40,128]"]
+
+
+def implementations(operation: str) -> list[str]:
+    """The backends, only the first of those that share the operation."""
+    names = {getattr(backend, operation): name for name, backend in reversed(kernels.BACKENDS.items())}
+    return list(names.values())
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that every loop over them runs, and none divides its matrix."""
+    monkeypatch.setattr(xla, "TILE_BYTES", 4 * 512 * 16)
+    monkeypatch.setattr(pallas_tpu, "MAX_OUTPUT_TILE", 16)
+    monkeypatch.setattr(pallas_tpu, "MAX_ROW_TILE", 24)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@cache
+def jitted(operation: Callable[..., jax.Array], **static: str) -> Callable[..., jax.Array]:
+    """Compiled once for all tests of this file, whose tiles are the same."""
+    return quick_jit(partial(operation, **static))
+
+
+def random_rows(*shape: int, dtype: str) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape).astype(jnp.dtype(dtype)))
+
+
+def assert_close(y: jax.Array, x: jax.Array, w: FloatArray, equation: str) -> None:
+    """y equals the contraction of x and w by `equation`, as exactly as x.dtype allows."""
+    assert y.dtype == x.dtype
+    wide_x = np.asarray(x, np.float64)
+    error = np.abs(np.asarray(y, np.float64) - np.einsum(equation, wide_x, w))
+    bound = TOLERANCE[x.dtype.name] * np.einsum(equation, np.abs(wide_x), np.abs(w))
+    assert error.shape == y.shape
+    assert np.all(error <= bound), f"{np.max(error / bound)} times the tolerance"
+
+
+@pytest.mark.parametrize("backend", implementations("matmul"))
+class TestMatmul:
+    """y[..., b, o] = sum_i w[b, o, i] * x[..., b, i]."""
+
+    def check(self, spec: str, rows: int, dtype: str, backend: str) -> None:
+        w = random_leaf(spec)
+        *batch, _, inputs = w.shape
+        x = random_rows(rows, *batch, inputs, dtype=dtype)
+        y = jitted(kernels.matmul, backend=backend)(x, w)
+        assert_close(y, x, to_numpy(w), "rbi,boi->rbo" if batch else "ri,oi->ro")
+
+    @pytest.mark.parametrize("spec", [*MATRICES, *BATCHES])
+    def test_every_format(self, spec: str, backend: str) -> None:
+        self.check(spec, 7, "float32", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    @pytest.mark.parametrize("rows", [1, 64])
+    def test_rows(self, spec: str, rows: int, backend: str) -> None:
+        self.check(spec, rows, "float32", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    def test_bfloat16(self, spec: str, backend: str) -> None:
+        self.check(spec, 7, "bfloat16", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    def test_float64(self, spec: str, backend: str, x64: None) -> None:
+        self.check(spec, 7, "float64", backend)
+
+    @pytest.mark.parametrize("leading", [(), (2, 3)])
+    def test_leading_axes(self, leading: tuple[int, ...], backend: str) -> None:
+        w = random_leaf("int3g32[40,512]")
+        x = random_rows(*leading, 512, dtype="float32")
+        y = jitted(kernels.matmul, backend=backend)(x, w)
+        assert_close(y, x, to_numpy(w), "...i,oi->...o")
+
+
+@pytest.mark.parametrize("backend", implementations("matmul_transposed"))
+class TestMatmulTransposed:
+    """y[..., b, i] = sum_o w[b, o, i] * x[..., b, o]."""
+
+    def check(self, spec: str, rows: int, dtype: str, backend: str) -> None:
+        w = random_leaf(spec)
+        *batch, outputs, _ = w.shape
+        x = random_rows(rows, *batch, outputs, dtype=dtype)
+        y = jitted(kernels.matmul_transposed, backend=backend)(x, w)
+        assert_close(y, x, to_numpy(w), "rbo,boi->rbi" if batch else "ro,oi->ri")
+
+    @pytest.mark.parametrize("spec", [*MATRICES, *BATCHES])
+    def test_every_format(self, spec: str, backend: str) -> None:
+        self.check(spec, 7, "float32", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    @pytest.mark.parametrize("rows", [1, 64])
+    def test_rows(self, spec: str, rows: int, backend: str) -> None:
+        self.check(spec, rows, "float32", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    def test_bfloat16(self, spec: str, backend: str) -> None:
+        self.check(spec, 7, "bfloat16", backend)
+
+    @pytest.mark.parametrize("spec", FEW)
+    def test_float64(self, spec: str, backend: str, x64: None) -> None:
+        self.check(spec, 7, "float64", backend)
+
+
+@pytest.mark.parametrize("backend", implementations("expert_matmul"))
+class TestExpertMatmul:
+    """y[r, o] = sum_i w[e(r), o, i] * x[r, i], rows sorted by expert."""
+
+    FORMATS = ("int3g32", "int8g128", "fp8b128x128", "int3g32", "bf16", "int1g64")
+
+    def check(self, rows_E: list[int], dtype: str, backend: str, shape: str = "[40,512]") -> None:
+        """Experts without rows get weights that are not a number: nothing of them may reach the result."""
+        experts = [random_leaf(name + shape, seed) for seed, name in enumerate(self.FORMATS)]
+        expert_R = np.repeat(np.arange(len(experts)), rows_E)
+        w_ROI = np.stack([to_numpy(experts[e]) for e in expert_R])
+        x = random_rows(len(expert_R), w_ROI.shape[-1], dtype=dtype)
+        w = gather_experts([e if rows else poisoned(e) for e, rows in zip(experts, rows_E, strict=True)])
+        y = jitted(kernels.expert_matmul, backend=backend)(x, w, jnp.asarray(rows_E))
+        assert_close(y, x, w_ROI, "ri,roi->ro")
+
+    @pytest.mark.parametrize(
+        "rows_E",
+        [
+            [3, 1, 4, 1, 5, 9],
+            [10, 0, 0, 4, 0, 9],
+            [0, 0, 23, 0, 0, 0],
+            [0, 0, 0, 0, 0, 1],
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 1],
+            [0, 8, 1, 1, 1, 12],
+        ],
+    )
+    def test_routing(self, rows_E: list[int], backend: str) -> None:
+        self.check(rows_E, "float32", backend)
+
+    def test_bfloat16(self, backend: str) -> None:
+        self.check([3, 0, 4, 1, 5, 9], "bfloat16", backend)
+
+    def test_float64(self, backend: str, x64: None) -> None:
+        self.check([3, 0, 4, 1, 5, 9], "float64", backend)
+
+    def test_one_tile(self, backend: str) -> None:
+        self.check([3, 0, 4, 1, 5, 9], "float32", backend, shape="[8,128]")
+
+
+@pytest.mark.parametrize("backend", implementations("take"))
+class TestTake:
+    """y[..., i] = w[index[...], i]."""
+
+    @pytest.mark.parametrize("spec", MATRICES)
+    def test_every_format(self, spec: str, backend: str) -> None:
+        self.check(spec, "float32", backend)
+
+    @pytest.mark.parametrize("spec", FEW[:3])
+    def test_bfloat16(self, spec: str, backend: str) -> None:
+        self.check(spec, "bfloat16", backend)
+
+    @pytest.mark.parametrize("spec", FEW[:3])
+    def test_float64(self, spec: str, backend: str, x64: None) -> None:
+        self.check(spec, "float64", backend)
+
+    def check(self, spec: str, dtype: str, backend: str) -> None:
+        w = random_leaf(spec)
+        index = np.random.default_rng(1).integers(0, w.shape[0], (2, 5))
+        index[0, :2] = 0, w.shape[0] - 1
+        y = jitted(kernels.take, backend=backend, dtype=dtype)(w, index)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(np.asarray(y, np.float64), to_numpy(w)[index], rtol=TOLERANCE[dtype])
+
+
+def poisoned(leaf: Leaf) -> Leaf:
+    """The leaf with every float in it not a number."""
+    return jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if a.dtype != jnp.uint32 else a, leaf)

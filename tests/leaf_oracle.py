@@ -1,0 +1,61 @@
+"""Leaves with random content, and what they stand for: the formats' documented equations in numpy and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.formats import Fp8Blocks, GroupedInt, Leaf, abstract_leaf, dense
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def random_leaf(spec: str, seed: int = 0) -> Leaf:
+    """A leaf of that format and shape: any words, normal values, positive scales."""
+    rng = np.random.default_rng(seed)
+
+    def random_array(a: jax.Array) -> jax.Array:
+        if a.dtype == jnp.uint32:
+            return jnp.asarray(rng.integers(0, 2**32, a.shape, np.uint32))
+        return jnp.asarray(rng.normal(size=a.shape).astype(a.dtype))
+
+    return jax.tree.map(random_array, abstract_leaf(spec))
+
+
+def shapes_and_dtypes(tree: object) -> object:
+    """The tree with (shape, dtype) for every array: equal for trees of equal structure, abstract or concrete."""
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+
+@jax.jit
+def in_float32(leaf: Leaf) -> jax.Array:
+    return dense(leaf, jnp.float32)
+
+
+def planar_codes(words: IntArray, bits: int) -> IntArray:
+    """In a plane of n = 32/p fields of p bits, field i of word j holds code i*(I/n) + j; the first plane is top."""
+    inputs = words.shape[-1] * 32 // bits
+    code = np.arange(inputs)
+    codes, start = np.zeros((*words.shape[:-1], inputs), np.int64), 0
+    for width in PLANES[bits]:
+        words_of_plane = inputs * width // 32
+        i, j = code // words_of_plane, code % words_of_plane
+        codes = codes * 2**width + (words[..., start + j] >> (i * width)) % 2**width
+        start += words_of_plane
+    return codes
+
+
+def to_numpy(leaf: Leaf) -> FloatArray:
+    """The dense weight, (..., O, I)."""
+    if isinstance(leaf, GroupedInt):
+        levels = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits) - (2**leaf.bits - 1) / 2
+        scale = np.asarray(leaf.scale, np.float64)
+        inputs = levels.shape[-1]
+        return levels * scale[..., np.arange(inputs) // (inputs // scale.shape[-1])]
+    if isinstance(leaf, Fp8Blocks):
+        values, scale = np.asarray(leaf.values, np.float64), np.asarray(leaf.scale_inv, np.float64)
+        outputs, inputs = values.shape[-2:]
+        return values * scale[..., np.arange(outputs) // leaf.block[0], :][..., np.arange(inputs) // leaf.block[1]]
+    return np.asarray(leaf, np.float64)

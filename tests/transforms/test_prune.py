@@ -1,0 +1,191 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from moejax.calibrate import ExpertStatistics
+from moejax.formats import ExpertWeights, describe
+from moejax.model import named_leaves
+from moejax.model.config import Config
+from moejax.model.moe import MoE, Routing
+from moejax.transforms.prune import CRITERIA, expert_scores, masked_bias, min_per_group, prune, pruning_order
+from quick_jit import quick_jit
+from small_models import CONFIG, small_model
+
+Array = NDArray[Any]
+
+E, G = CONFIG.n_routed_experts, CONFIG.n_group
+GROUP = np.arange(E) // (E // G)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@quick_jit
+def run(moe: MoE, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
+    return moe(x_TD[None])[0], moe.route(x_TD)
+
+
+def moe_layer(bias_mean: float = 0.0) -> MoE:
+    """A layer whose experts are FP8, with the mean of its router's bias moved."""
+    mlp = small_model().layers[1].mlp
+    assert isinstance(mlp, MoE)
+    return with_bias(mlp, mlp.bias.get_value() + bias_mean)
+
+
+def with_bias(moe: MoE, bias_E: jax.Array) -> MoE:
+    return MoE(moe.config, (named_leaves(moe) | {"bias": bias_E}).__getitem__, moe.experts_per_token)
+
+
+def random_keep(random: np.random.RandomState, count: int) -> list[int]:
+    """So many experts in ascending order, two of every group among them."""
+    sure = np.concatenate([random.choice(np.flatnonzero(g == GROUP), 2, replace=False) for g in range(G)])
+    others = random.choice(np.setdiff1d(np.arange(E), sure), count - len(sure), replace=False)
+    return sorted([*sure.tolist(), *others.tolist()])
+
+
+def statistics_of(count_E: Array, random: np.random.RandomState) -> ExpertStatistics:
+    """Sums over so many tokens per expert; those that scores do not look at are empty."""
+    sums: dict[str, Array] = {field.name: np.zeros(0) for field in dataclasses.fields(ExpertStatistics)}
+    sums["count_E"] = count_E
+    sums["weight_E"] = count_E * random.uniform(0.1, 0.9, len(count_E))
+    sums["weighted_norm_E"] = count_E * random.uniform(0.1, 9, len(count_E))
+    return ExpertStatistics(**{name: jnp.asarray(own, jnp.float32) for name, own in sums.items()})
+
+
+def scores_by_hand(statistics: ExpertStatistics, criterion: str, alpha: float) -> list[float]:
+    count_E, weight_E, weighted_norm_E = (
+        np.asarray(own, np.float64).tolist()
+        for own in (statistics.count_E, statistics.weight_E, statistics.weighted_norm_E)
+    )
+    frequency = [n / sum(count_E) for n in count_E]
+    if criterion == "frequency":
+        return frequency
+    if criterion == "reap":
+        return [total / n if n else 0.0 for total, n in zip(weighted_norm_E, count_E, strict=True)]
+    mean_weight = [total / n if n else 0.0 for total, n in zip(weight_E, count_E, strict=True)]
+    unit = [[(own - min(part)) / (max(part) - min(part)) for own in part] for part in (frequency, mean_weight)]
+    return [alpha * f + (1 - alpha) * s for f, s in zip(*unit, strict=True)]
+
+
+def by_expert(leaf: Any) -> Any:
+    """Of experts in one bucket its NumPy arrays in order of expert, of another weight the weight as it is."""
+    if not isinstance(leaf, ExpertWeights):
+        return leaf
+    (bucket,) = leaf.buckets
+    return jax.tree.map(lambda a: np.asarray(a)[np.asarray(leaf.index_E)], bucket)
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (own.shape, own.dtype) == (other.shape, other.dtype)
+        assert np.asarray(own).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@given(count_E=st.lists(st.integers(0, 1000), min_size=2, max_size=20, unique=True), seed=seeds)
+def test_scores_are_their_formulas(criterion: str, count_E: list[int], seed: int) -> None:
+    statistics = statistics_of(np.asarray(count_E, np.float64), np.random.RandomState(seed))
+    for alpha in (0.5, 0.2):
+        score_E = expert_scores(statistics, criterion, alpha)
+        assert score_E.dtype == np.float64
+        np.testing.assert_allclose(score_E, scores_by_hand(statistics, criterion, alpha), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("count", [0.0, 7.0])
+def test_experts_that_are_all_alike_score_alike(criterion: str, count: float) -> None:
+    alike = jax.tree.map(lambda own: jnp.full(4, count), statistics_of(np.ones(4), np.random.RandomState(0)))
+    score_E = expert_scores(alike, criterion)
+    assert np.all(np.isfinite(score_E)) and len(set(score_E.tolist())) == 1
+
+
+def test_an_unknown_criterion_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown pruning criterion 'l2'; accepted are frequency, paper, reap"):
+        expert_scores(statistics_of(np.ones(4), np.random.RandomState(0)), "l2")
+
+
+@pytest.mark.parametrize(
+    ("n_group", "topk_group", "experts_per_token", "expected"),
+    [(8, 4, 8, 2), (8, 4, 9, 3), (8, 2, 8, 4), (4, 1, 3, 3), (4, 4, 1, 2), (1, 1, 8, 8), (1, 1, 1, 1)],
+)
+def test_the_least_that_a_group_keeps(n_group: int, topk_group: int, experts_per_token: int, expected: int) -> None:
+    config: Config = dataclasses.replace(CONFIG, n_group=n_group, topk_group=topk_group)
+    assert min_per_group(config, experts_per_token) == expected
+
+
+@given(
+    score_E=st.lists(st.floats(0, 1), min_size=2, max_size=24),
+    groups=st.integers(1, 4),
+    keep_per_group=st.integers(1, 4),
+    seed=seeds,
+)
+def test_pruning_stops_at_the_least_of_every_group(
+    score_E: list[float], groups: int, keep_per_group: int, seed: int
+) -> None:
+    group_E = np.random.RandomState(seed).randint(groups, size=len(score_E))
+    order = pruning_order(np.asarray(score_E), group_E, keep_per_group)
+    before = np.bincount(group_E, minlength=groups)
+    assert len(set(order.tolist())) == len(order) == np.sum(np.maximum(before - keep_per_group, 0))
+    for pruned in range(len(order) + 1):
+        left = before - np.bincount(group_E[order[:pruned]], minlength=groups)
+        assert np.all(left >= np.minimum(before, keep_per_group))
+    # The least needed go first, over all groups and within each: nobody who stays is needed less than one who goes.
+    gone = [score_E[e] for e in order]
+    assert gone == sorted(gone)
+    for group in range(groups):
+        stay = [score_E[e] for e in np.setdiff1d(np.flatnonzero(group_E == group), order)]
+        assert not stay or all(score_E[e] <= min(stay) for e in order if group_E[e] == group)
+
+
+@pytest.mark.parametrize("count", [6, 8])
+@pytest.mark.parametrize("bias_mean", [0.0, -1.5])
+def test_a_pruned_layer_is_one_with_experts_masked(count: int, bias_mean: float) -> None:
+    moe, random = moe_layer(bias_mean), np.random.RandomState(count)
+    with jax.enable_x64(True):
+        x_TD = jnp.asarray(random.randn(40, CONFIG.hidden_size))
+        assert x_TD.dtype == jnp.float64
+        whole_TD, _ = run(moe, x_TD)
+        for _ in range(4):
+            keep = random_keep(random, count)
+            pruned_TD, routing = run(prune(moe, keep), x_TD)
+            bias_E = masked_bias(moe.bias.get_value(), np.isin(np.arange(E), keep, invert=True))
+            masked_TD, masked_routing = run(with_bias(moe, bias_E), x_TD)
+            np.testing.assert_array_equal(np.asarray(keep)[routing.experts_TK], masked_routing.experts_TK)
+            np.testing.assert_allclose(routing.weights_TK, masked_routing.weights_TK, rtol=1e-12)
+            np.testing.assert_allclose(pruned_TD, masked_TD, rtol=0, atol=1e-12)
+            assert np.abs(pruned_TD - whole_TD).max() > 1e-3, "no token lost an expert"
+
+
+@given(seed=seeds)
+def test_survivors_keep_their_bytes_and_their_group(seed: int) -> None:
+    moe = moe_layer()
+    keep = random_keep(np.random.RandomState(seed), 8)
+    before, after = named_leaves(moe), named_leaves(prune(moe, keep))
+    assert before.keys() == after.keys()
+    for name, leaf in after.items():
+        own, original = by_expert(leaf), by_expert(before[name])
+        is_per_expert = name in ("router", "bias", "group_id") or name.startswith("experts.")
+        assert_same_bits(own, jax.tree.map(lambda a: a[np.asarray(keep)], original) if is_per_expert else original)
+    np.testing.assert_array_equal(after["group_id"], GROUP[keep])
+
+
+def test_pruning_works_on_shapes_alone_and_leaves_its_input_alone() -> None:
+    moe, keep = moe_layer(), [0, 1, 4, 6, 7, 8, 10]
+    before = jax.tree.map(np.array, named_leaves(moe))
+    abstract = named_leaves(jax.eval_shape(lambda own: prune(own, keep), moe))
+    assert abstract["experts.down"].shape == (len(keep), CONFIG.hidden_size, CONFIG.moe_intermediate_size)
+    assert {name: describe(leaf) for name, leaf in abstract.items()} == {
+        name: describe(leaf) for name, leaf in named_leaves(prune(moe, keep)).items()
+    }
+    assert_same_bits(named_leaves(moe), before)
+
+
+def test_k_stays_and_so_does_the_routing_scale() -> None:
+    moe = moe_layer()
+    assert prune(moe, range(8)).experts_per_token == moe.experts_per_token == 3
+    assert prune(moe, range(8)).routing_scale.get_value() == moe.routing_scale.get_value()
