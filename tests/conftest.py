@@ -1,4 +1,4 @@
-"""What every test shares: the CPU as JAX's platform, reproducible hypothesis examples, and the tiny checkpoint."""
+"""What every test shares: JAX on the CPU, reproducible hypothesis examples, the checkpoints that tests work on."""
 
 import os
 
@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from moejax.resources import tiny_checkpoint
+from small_checkpoint import words, write_small_checkpoint
 
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
@@ -21,3 +22,27 @@ hypothesis.settings.load_profile("moejax")
 def tiny() -> Path:
     """The folder of the tiny trained checkpoint that comes with the package."""
     return tiny_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small random checkpoint; no test changes it."""
+    folder = tmp_path_factory.mktemp("small")
+    write_small_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of three chunks for the small checkpoint."""
+    file = tmp_path_factory.mktemp("calibration") / "calibration.txt"
+    file.write_text(words(seed=1, count=450))
+    return file
+
+
+@pytest.fixture(scope="session")
+def heldout_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another of one chunk."""
+    file = tmp_path_factory.mktemp("heldout") / "heldout.txt"
+    file.write_text(words(seed=2, count=180))
+    return file

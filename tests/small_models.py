@@ -1,5 +1,6 @@
 """Small random models whose matrices fit the integer formats, made in memory; built once for all tests."""
 
+from dataclasses import replace
 from functools import cache
 
 import ml_dtypes
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from model_cases import BASE, Tensors, random_tensors
 from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
-from moejax.model import DeepseekV3, config_from_hf
+from moejax.model import DeepseekV3, config_from_hf, named_leaves
 
 # Every input dimension is a multiple of 32; D is one of 64 too.
 RAW_CONFIG = BASE | {
@@ -24,8 +25,7 @@ RAW_CONFIG = BASE | {
 }
 CONFIG = config_from_hf(RAW_CONFIG)
 FP8_BLOCK = (32, 64)
-# Three chunks of calibration text.
-CHUNKS: NDArray[np.int32] = np.random.RandomState(0).randint(CONFIG.vocab_size, size=(3, 14)).astype(np.int32)
+CHUNKS: NDArray[np.int32] = np.random.RandomState(0).randint(CONFIG.vocab_size, size=(4, 14)).astype(np.int32)
 
 
 @cache
@@ -38,8 +38,15 @@ def small_model(mtp: bool = True) -> DeepseekV3:
 
 
 @cache
+def first_layers(count: int) -> DeepseekV3:
+    """The first layers of `small_model`, which compile faster; 1 is the dense one."""
+    config = replace(CONFIG, num_hidden_layers=count, num_nextn_predict_layers=0)
+    return DeepseekV3(config, named_leaves(small_model()).__getitem__)
+
+
+@cache
 def small_statistics() -> Statistics:
-    """Of `small_model` on CHUNKS."""
+    """Of `small_model` on CHUNKS, in two batches."""
     return calibrate(small_model(), CHUNKS, batch=2)
 
 
@@ -54,8 +61,3 @@ def _with_fp8(tensors: Tensors) -> Tensors:
             out[name] = (tensor / wide[: tensor.shape[0], : tensor.shape[1]]).astype(ml_dtypes.float8_e4m3fn)
             out[f"{name}_scale_inv"] = scale_inv
     return out
-
-
-def random_chunks(seed: int, count: int, length: int) -> NDArray[np.int32]:
-    """Chunks of tokens drawn at random."""
-    return np.random.RandomState(seed).randint(CONFIG.vocab_size, size=(count, length)).astype(np.int32)

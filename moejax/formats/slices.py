@@ -7,7 +7,8 @@ import jax.numpy as jnp
 def slice_axis(array: jax.Array, start: jax.Array | int, size: int, axis: int) -> jax.Array:
     """Elements start to start+size along `axis`; start may be traced.
 
-    XLA for CPU slices no narrow floats: it would convert the whole array to wider ones first. Bits it slices.
+    XLA for CPU slices no narrow floats: it would convert the whole array to wider ones first. Bits it slices, but no
+    gradient with respect to narrow floats passes through them.
     """
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize >= 4:
         return jax.lax.dynamic_slice_in_dim(array, start, size, axis)

@@ -33,14 +33,18 @@ class IntFormat:
         """Whether rows of that many inputs fill whole words and whole groups."""
         return inputs % self.group_size == 0 and inputs % planar.inputs_multiple(self.bits) == 0
 
-    def abstract(self, shape: Sequence[int]) -> GroupedInt:
-        """The packed leaf of a weight (..., O, I), shapes only."""
-        if not self.fits(shape[-1]):
+    def require_fit(self, inputs: int) -> None:
+        """Raise InputError where `fits` is false."""
+        if not self.fits(inputs):
             raise InputError(
-                f"format {self.name} cannot hold rows of {shape[-1]} inputs: they must be a multiple of "
+                f"format {self.name} cannot hold rows of {inputs} inputs: they must be a multiple of "
                 f"{self.group_size} and of {planar.inputs_multiple(self.bits)}"
             )
+
+    def abstract(self, shape: Sequence[int]) -> GroupedInt:
+        """The packed leaf of a weight (..., O, I), shapes only."""
         *outer, inputs = shape
+        self.require_fit(inputs)
         words = _abstract((*outer, inputs * self.bits // planar.WORD_BITS), jnp.uint32)
         return GroupedInt(words, _abstract((*outer, inputs // self.group_size), SCALE_DTYPE), self.bits)
 

@@ -118,7 +118,7 @@ def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tupl
     wanted = min(len(chunks), calibration + probed)
     spread = chunks[np.linspace(0, len(chunks) - 1, wanted).round().astype(int)]
     probed = probed if wanted == calibration + probed else max(1, wanted // 8)
-    held_out = np.linspace(0, wanted - 1, probed + 2)[1:-1].round().astype(int)
+    held_out = np.linspace(0, wanted - 1, probed + 2)[1:-1].astype(int)
     return np.delete(spread, held_out, axis=0), spread[held_out]
 
 

@@ -52,9 +52,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def from_json(raw: Mapping[str, Any]) -> Plan:
     """The inverse of `to_json`. Raises InputError where a key is missing or unknown or a value is no such value."""
     try:
+        _require_keys("the plan", raw, {"formats", "embed", "head", "blocks"})
         name = raw["formats"]
-        blocks = tuple(_block_from_json(block, name) for block in raw["blocks"])
+        blocks = tuple(_block_from_json(f"block {i} of the plan", block, name) for i, block in enumerate(raw["blocks"]))
         return Plan(name[raw["embed"]], name[raw["head"]], blocks)
+    except InputError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"the plan cannot be read: {error!r} in it; expected what `plan.to_json` writes") from None
 
@@ -76,10 +79,25 @@ def _block_to_json(block: BlockPlan, letter: Mapping[str, str]) -> dict[str, Any
     return raw
 
 
-def _block_from_json(raw: Mapping[str, Any], name: Mapping[str, str]) -> BlockPlan:
+def _block_from_json(what: str, raw: Mapping[str, Any], name: Mapping[str, str]) -> BlockPlan:
+    has_experts = "keep" in raw
+    own_keys = {"formats", "keep", "experts", "experts_per_token", "routing_scale"} if has_experts else {"formats"}
+    _require_keys(what, raw, own_keys)
     formats = {weight: name[own] for weight, own in raw["formats"].items()}
-    if "keep" not in raw:
+    if not has_experts:
         return BlockPlan(formats)
-    experts = {projection: tuple(name[own] for own in letters) for projection, letters in raw["experts"].items()}
     keep = tuple(int(e) for e in raw["keep"])
+    experts = {projection: tuple(name[own] for own in letters) for projection, letters in raw["experts"].items()}
+    _require_keys(f"experts in {what}", experts, set(PROJECTIONS))
+    for projection, own in experts.items():
+        if len(own) != len(keep):
+            raise InputError(
+                f"{what} has {len(own)} formats for {projection}; one for each of {len(keep)} experts kept"
+            )
     return BlockPlan(formats, keep, experts, int(raw["experts_per_token"]), float(raw["routing_scale"]))
+
+
+def _require_keys(what: str, raw: Mapping[str, Any], keys: set[str]) -> None:
+    for key in sorted(keys ^ raw.keys()):
+        problem = "is missing in" if key in keys else "is unknown in"
+        raise InputError(f"{key!r} {problem} {what}; its keys are {', '.join(sorted(keys))}")

@@ -1,37 +1,39 @@
 """Sizes as users write them."""
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 from moejax.errors import InputError
 
-_UNITS = {"B": 1} | {
+_UNITS = {"b": 1} | {
     prefix + suffix: base ** (n + 1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-    for n, prefix in enumerate("KMGTPE")
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for n, prefix in enumerate("kmgtpe")
 }
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 
 
 def parse_size(text: str) -> int:
     """Bytes of `103GB` (10^9), `96GiB` (2^30), `1.5MB`, `4096B`; case of the unit does not matter."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]+)\s*", text)
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    if not match or match[2].lower() not in units:
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*([a-zA-Z]+)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
         raise InputError(f"{text!r} is no size; accepted are sizes such as 103GB, 96GiB or 1.5MB")
-    return int(Decimal(match[1]) * units[match[2].lower()])
+    # Not a float, in which 1.001 KB would be 1000 bytes.
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def parse_budget(text: str, elements: int) -> int:
     """Bytes of a size, or of `6x`: two bytes for each of `elements`, divided by 6."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[xX]\s*", text)
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*[xX]\s*", text)
     if not match:
         try:
             return parse_size(text)
         except InputError:
             raise InputError(f"{text!r} is no budget; accepted are sizes such as 103GB and ratios such as 6x") from None
-    if Decimal(match[1]) <= 0:
+    ratio = Fraction(match[1])
+    if ratio == 0:
         raise InputError(f"{text!r} is no budget; a ratio must be above 0")
-    return int(2 * elements / Decimal(match[1]))
+    return int(2 * elements / ratio)
 
 
 def format_size(size: int) -> str:

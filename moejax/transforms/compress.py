@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.calibrate import BlockStatistics, Statistics
+from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, dense, gather_experts, parse_int_format
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
@@ -18,7 +19,10 @@ from moejax.transforms.quantize import quantize
 
 
 def compress(model: DeepseekV3, plan: Plan, statistics: Statistics) -> DeepseekV3:
-    """The model as `plan` wants it; pure, so `jax.eval_shape` of it is the compressed model's shape and bytes."""
+    """The model as `plan` wants it; pure, so `jax.eval_shape` of it is the compressed model's shape and bytes.
+
+    Raises InputError if the plan names a weight that its block does not have, or a format that does not fit it.
+    """
     leaves = {name: leaf for name, leaf in named_leaves(model).items() if name in ("embed", "norm", "head")}
     leaves["embed"] = requantize(leaves["embed"], jnp.ones(model.config.hidden_size), plan.embed)
     leaves["head"] = requantize(leaves["head"], statistics.head_input2 / statistics.tokens, plan.head)
@@ -44,7 +48,9 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics) -
         mlp = adjust(prune(mlp, plan.keep), plan.experts_per_token or mlp.experts_per_token, plan.routing_scale)
     leaves: dict[str, Weight] = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
     for name, target in plan.formats.items():
-        if name in leaves:
+        if name not in statistics.input2:
+            raise InputError(f"the plan gives a format to {name!r}, which is no matrix of its block")
+        if name in leaves:  # an MTP block's eh_proj lies outside its decoder block
             leaves[name] = requantize(leaves[name], statistics.input_second_moment(name), target)
     for projection, formats in plan.experts.items():
         name = f"mlp.experts.{projection}"

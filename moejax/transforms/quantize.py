@@ -23,7 +23,10 @@ def quantize(weight: jax.Array, second_moment: jax.Array, to: IntFormat) -> Grou
 
     The scale is the best of a grid or the least-squares scale for the codes it gave,
     s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (2^bits - 1)/2.
+
+    Raises InputError if rows of I inputs fill no whole groups or words.
     """
+    to.require_fit(weight.shape[-1])
     scale, _ = search_scales(weight, second_moment, to.bits, to.group_size)
     return _encode(weight, scale, to.bits)
 

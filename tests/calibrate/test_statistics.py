@@ -15,12 +15,12 @@ from moejax.calibrate import BlockStatistics, ExpertStatistics, calibrate
 from moejax.calibrate.statistics import PRIOR_TOKENS
 from moejax.formats import ExpertWeights
 from moejax.model import DeepseekV3, named_leaves
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
 from moejax.model.rope import Rotation
 from quick_jit import quick_jit
-from small_models import CHUNKS, CONFIG, small_model, small_statistics
+from small_models import CHUNKS, CONFIG, first_layers, small_model, small_statistics
 
 Array = NDArray[Any]
 
@@ -55,20 +55,28 @@ def seen() -> tuple[dict[str, Seen], Array]:
     for i, layer in enumerate(model.layers):
         x_BTD, taps, routing = observe(layer, x_BTD, by)
         blocks[f"layers.{i}"] = Seen(layer, as_numpy(taps), routing)
-    joined_BTD, eh_input = joined(model, model.mtp[0], np.asarray(model.normed(x_BTD)))
-    shorter = jax.tree.map(lambda angle: angle[:-1], by)
-    _, taps, routing = observe(model.mtp[0].block, jnp.asarray(joined_BTD), shorter)
-    blocks["mtp.0"] = Seen(model.mtp[0].block, as_numpy(taps) | {"eh_proj": eh_input}, routing)
-    return blocks, np.asarray(model.normed(x_BTD), np.float64)
+    normed_BTD = np.asarray(model.normed(x_BTD), np.float64)
+    blocks["mtp.0"] = seen_by_mtp(model, normed_BTD, by)
+    return blocks, normed_BTD
 
 
-def joined(model: DeepseekV3, mtp: MtpBlock, normed_BTD: Array) -> tuple[Array, Array]:
-    """The MTP block's input and eh_proj's: the next token's embedding beside the hidden state, each normed."""
+def seen_by_mtp(model: DeepseekV3, normed_BTD: Array, by: Rotation) -> Seen:
+    """The same of the MTP block, which takes each next token's embedding beside the hidden state, both normed.
+
+    The last token has no next one; it is run nevertheless, for the sake of the shape, and cut off what was seen.
+    """
+    mtp = model.mtp[0]
     leaves = {name: to_numpy(leaf) for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
-    following_BTD = to_numpy(model.embed.get_value())[CHUNKS[:, 1:]]
-    both = rms_norm(following_BTD, leaves["enorm"]), rms_norm(normed_BTD[:, :-1], leaves["hnorm"])
+    following_BTD = to_numpy(model.embed.get_value())[np.roll(CHUNKS, -1, axis=1)]
+    both = rms_norm(following_BTD, leaves["enorm"]), rms_norm(normed_BTD, leaves["hnorm"])
     eh_input = np.concatenate(both, axis=-1)
-    return (eh_input @ leaves["eh_proj"].T).astype(np.float32), eh_input
+    _, taps, routing = observe(mtp.block, jnp.asarray(eh_input @ leaves["eh_proj"].T, jnp.float32), by)
+    inputs = {
+        name: x.reshape(*CHUNKS.shape, -1)[:, :-1] for name, x in (as_numpy(taps) | {"eh_proj": eh_input}).items()
+    }
+    assert routing is not None
+    cut = (own.reshape(*CHUNKS.shape, -1)[:, :-1].reshape(-1, own.shape[-1]) for own in routing)
+    return Seen(mtp.block, inputs, Routing(*cut))
 
 
 def rms_norm(x: Array, gain: Array) -> Array:
@@ -164,9 +172,9 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
-def test_batches_do_not_change_the_sums() -> None:
-    one_by_one = calibrate(small_model(), CHUNKS, batch=1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one_by_one, small_statistics())
+def test_batches_do_not_change_the_sums_and_the_last_may_be_smaller() -> None:
+    one_by_one, two_and_one = (calibrate(first_layers(1), CHUNKS[:3], batch) for batch in (1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one_by_one, two_and_one)
 
 
 def test_progress_is_told_of_every_layer() -> None:
@@ -176,8 +184,8 @@ def test_progress_is_told_of_every_layer() -> None:
         told.append((len(steps), name))
         return steps
 
-    calibrate(small_model(), CHUNKS[:2], batch=2, progress=progress)
-    assert told == [(3, "calibrating")]
+    calibrate(first_layers(1), CHUNKS[:2], batch=2, progress=progress)
+    assert told == [(1, "calibrating")]
 
 
 @pytest.mark.parametrize("name", MOE_BLOCKS)

@@ -1,164 +1,19 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from model_cases import BASE, Config, Tensors, random_tensors, write_hf_checkpoint
-from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
+from fp8_checkpoint import BF16, BIAS, CONFIG, EXPERT, FP8, KV_A, NORM, SCALE, as_fp8, fp8_config
+from model_cases import Config, Tensors, random_tensors, write_hf_checkpoint
+from moejax.checkpoint.huggingface import open_huggingface
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Fp8Blocks, dense, describe
-from moejax.model import Layout
-from quick_jit import quick_jit
-
-quick_dense = quick_jit(dense, static_argnums=1)
-FP8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
-SCALE = "_scale_inv"
-
-# A dense and a sparse layer. kv_a_proj is 576 x 200, so that blocks of 128 are partial along both axes; kv_b_proj has
-# 40 rows a head, so that the borders of blocks lie within heads, and one of them within a head's keys.
-CONFIG: Config = BASE | {
-    "num_hidden_layers": 2,
-    "hidden_size": 200,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 24,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-}
-KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-NORM = "model.layers.1.post_attention_layernorm.weight"
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
-EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
-
-
-def fp8_config(config: Config, block: list[int]) -> Config:
-    return config | {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
-
-
-def is_linear(name: str) -> bool:
-    """Whether DeepSeek stores the tensor in FP8: every linear layer but the router and the head."""
-    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
-
-
-def as_fp8(tensors: Tensors, block: list[int]) -> tuple[Tensors, Tensors]:
-    """The checkpoint's tensors with linear layers in FP8 and other matrices in BF16, and the values they stand for."""
-    random, stored, values = np.random.RandomState(0), Tensors(), Tensors()
-    for name, tensor in tensors.items():
-        if not is_linear(name):
-            stored[name] = tensor.astype(BF16) if tensor.ndim == 2 else tensor
-            values[name] = stored[name].astype(np.float32)
-            continue
-        stored[name] = (100 * tensor).astype(FP8)
-        blocks = [-(-length // size) for length, size in zip(tensor.shape, block, strict=True)]
-        stored[name + SCALE] = (0.01 * (0.5 + random.rand(*blocks))).astype(np.float32)
-        i, j = np.indices(tensor.shape)
-        values[name] = stored[name].astype(np.float32) * stored[name + SCALE][i // block[0], j // block[1]]
-    return stored, values
-
-
-def write(folder: Path, config: Config, tensors: Tensors) -> HuggingFaceCheckpoint:
-    write_hf_checkpoint(folder, config, tensors)
-    return open_huggingface(folder)
-
-
-def leaves(checkpoint: HuggingFaceCheckpoint) -> dict[str, Any]:
-    return {name: checkpoint.leaf(name) for name in Layout(checkpoint.config).shapes()}
-
-
-def values_of(leaf: Any) -> np.ndarray[Any, Any]:
-    """A leaf as float32; experts (E, O, I)."""
-    if isinstance(leaf, ExpertWeights):
-        return values_of(leaf.buckets[0])[leaf.index_E]
-    return np.asarray(quick_dense(leaf, jnp.dtype(jnp.float32)))
-
-
-def bits(array: jax.Array | np.ndarray[Any, Any]) -> bytes:
-    return np.asarray(array).tobytes()
 
 
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
     return random_tensors(CONFIG, seed=30)
-
-
-@pytest.mark.parametrize("block", [[128, 128], [32, 48]], ids=str)
-def test_every_fp8_leaf_is_its_values_times_its_blocks_scales(
-    tmp_path: Path, tensors: Tensors, block: list[int]
-) -> None:
-    stored, values = as_fp8(tensors, block)
-    packed = leaves(write(tmp_path / "fp8", fp8_config(CONFIG, block), stored))
-    plain = leaves(write(tmp_path / "float32", CONFIG, values))
-    assert sum(isinstance(leaf, Fp8Blocks) for leaf in packed.values()) == 2 * 6 + 2 * 3
-    for name, leaf in packed.items():
-        assert leaf.shape == plain[name].shape
-        np.testing.assert_array_equal(values_of(leaf), values_of(plain[name]), err_msg=name)
-
-
-def test_fp8_bytes_are_kept(tmp_path: Path, tensors: Tensors) -> None:
-    stored, _ = as_fp8(tensors, [128, 128])
-    checkpoint = write(tmp_path, fp8_config(CONFIG, [128, 128]), stored)
-    kv_a = checkpoint.leaf("layers.0.self_attn.kv_a")
-    assert kv_a.block == (128, 128) and kv_a.scale_inv.shape == (5, 2)
-    assert bits(kv_a.values) == bits(stored[KV_A]) and bits(kv_a.scale_inv) == bits(stored[KV_A + SCALE])
-    up = checkpoint.leaf("layers.1.mlp.experts.up")
-    assert len(up.buckets) == 1 and bits(up.expert(2).values) == bits(stored[EXPERT])
-    per_head = stored["model.layers.0.self_attn.kv_b_proj.weight"].reshape(4, 24 + 16, 512)
-    assert bits(checkpoint.leaf("layers.0.self_attn.k_b").values) == bits(per_head[:, :24])
-    assert bits(checkpoint.leaf("layers.0.self_attn.v_b").values) == bits(per_head[:, 24:])
-
-
-@pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
-def test_unquantized_leaves_keep_their_dtype_and_bits(tmp_path: Path, tensors: Tensors, dtype: Any) -> None:
-    stored = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-    checkpoint = write(tmp_path, CONFIG, stored)
-    for name, tensor in [
-        ("embed", "model.embed_tokens.weight"),
-        ("layers.0.self_attn.kv_a", KV_A),
-        ("layers.1.post_attention_norm", NORM),
-        ("layers.1.mlp.bias", BIAS),
-    ]:
-        leaf = checkpoint.leaf(name)
-        assert leaf.dtype == dtype and bits(leaf) == bits(stored[tensor])
-    assert bits(checkpoint.leaf("layers.1.mlp.experts.up").expert(2)) == bits(stored[EXPERT])
-
-
-def test_leaves_that_no_tensor_holds_follow_from_the_config(tmp_path: Path, tensors: Tensors) -> None:
-    checkpoint = write(tmp_path, CONFIG, tensors)
-    np.testing.assert_array_equal(checkpoint.leaf("layers.1.mlp.group_id"), [0, 0, 1, 1])
-    assert checkpoint.leaf("layers.1.mlp.routing_scale") == 1
-    assert checkpoint.experts_per_token == (2, 2)
-
-
-def test_scales_are_no_elements_and_mtp_blocks_are(tmp_path: Path) -> None:
-    config = CONFIG | {"num_nextn_predict_layers": 1}
-    tensors = random_tensors(config, seed=31)
-    stored, _ = as_fp8(tensors, [128, 128])
-    checkpoint = write(tmp_path, fp8_config(config, [128, 128]), stored)
-    assert checkpoint.num_elements == sum(tensor.size for tensor in tensors.values())
-    assert isinstance(checkpoint.leaf("mtp.0.block.self_attn.o"), Fp8Blocks)
-    assert bits(checkpoint.leaf("mtp.0.eh_proj").values) == bits(stored["model.layers.2.eh_proj.weight"])
-
-
-def test_abstract_leaves_have_the_formats_and_shapes_of_those_read(tmp_path: Path, tensors: Tensors) -> None:
-    stored, _ = as_fp8(tensors, [128, 128])
-    checkpoint = write(tmp_path, fp8_config(CONFIG, [128, 128]), stored)
-    abstract = {name: describe(leaf) for name, leaf in checkpoint.abstract_leaves()}
-    assert abstract == {name: describe(leaf) for name, leaf in leaves(checkpoint).items()}
-    assert abstract["layers.0.self_attn.kv_a"] == "fp8b128x128[576,200]"
-
-
-def test_the_tiny_checkpoint_opens_and_most_of_its_bytes_are_fp8(tiny: Path) -> None:
-    checkpoint = open_huggingface(tiny)
-    info = checkpoint.folder.tensors
-    assert sum(tensor.nbytes for tensor in info.values() if tensor.dtype == FP8) > 0.8 * checkpoint.num_elements
-    assert isinstance(checkpoint.leaf("layers.4.mlp.experts.down").buckets[0], Fp8Blocks)
 
 
 def refusal(folder: Path, config: Config, tensors: Tensors, read: str | None = None) -> str:
@@ -243,13 +98,6 @@ def test_a_nan_in_fp8_values_or_scales_is_refused(
     stored[name + suffix][0, 0] = np.copysign(np.nan, sign)
     message = refusal(tmp_path, fp8_config(CONFIG, [128, 128]), stored, read=leaf)
     assert f"the tensor {name}{suffix} holds a NaN or an infinity" in message
-
-
-def test_the_largest_fp8_values_are_finite(tmp_path: Path, tensors: Tensors) -> None:
-    stored, _ = as_fp8(tensors, [128, 128])
-    stored[KV_A][0, :2] = [448, -448]
-    kv_a = write(tmp_path, fp8_config(CONFIG, [128, 128]), stored).leaf("layers.0.self_attn.kv_a")
-    np.testing.assert_array_equal(kv_a.values[0, :2].astype(np.float32), [448, -448])
 
 
 def test_an_fp8_weight_without_its_scale_is_named(tmp_path: Path, tensors: Tensors) -> None:

@@ -32,6 +32,13 @@ def test_unpacks_a_matrix_in_tiles(name: str) -> None:
     assert temporary_bytes(lambda w, i: xla.take(w, i, jnp.float32), w, abstract(8, dtype=jnp.int32)) < FIVE_TILES
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacks_a_batch_in_tiles(name: str) -> None:
+    w = abstract_leaf(f"{name}[128,128,512]")
+    assert temporary_bytes(xla.matmul, abstract(1, 128, 512), w) < FIVE_TILES
+    assert temporary_bytes(xla.matmul_transposed, abstract(1, 128, 128), w) < FIVE_TILES
+
+
 @pytest.mark.parametrize("formats", [*([name] for name in FORMATS), FORMATS])
 def test_unpacks_experts_in_tiles(formats: list[str]) -> None:
     spec = "+".join(f"{name}[{16 // len(formats)},2048,7168]" for name in formats)

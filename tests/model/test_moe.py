@@ -104,11 +104,11 @@ def forward_by_hand(moe: MoE, x_TD: Array) -> Array:
     return np.stack(y_TD)
 
 
-def matrices_by_expert(moe: MoE) -> list[list[Array]]:
+def matrices_by_expert(moe: MoE) -> list[tuple[Array, ...]]:
     """Gate, up and down of every expert."""
     weights = [named_leaves(moe)[f"experts.{name}"] for name in PROJECTIONS]
     assert all(len(projection.buckets) == 1 for projection in weights)
-    return [*map(list, zip(*(wide(projection.buckets[0])[projection.index_E] for projection in weights), strict=True))]
+    return [*zip(*(wide(projection.buckets[0])[projection.index_E] for projection in weights), strict=True)]
 
 
 def swiglu(x_D: Array, gate: Array, up: Array, down: Array) -> Array:
@@ -121,11 +121,11 @@ def sigmoid(x: Array) -> Array:
 
 
 def wide(leaf: Leaf) -> Array:
-    return np.asarray(quick_dense(leaf, jnp.dtype(jnp.float64)))
+    return np.asarray(float64(leaf))
 
 
-def as_float32(leaf: Leaf) -> jax.Array:
-    return quick_dense(leaf, jnp.dtype(jnp.float32))
+def float64(leaf: Leaf) -> jax.Array:
+    return quick_dense(leaf, jnp.dtype(jnp.float64))
 
 
 def as_dictionaries(routing: Routing) -> list[dict[int, float]]:
@@ -211,9 +211,9 @@ def test_experts_in_buckets_of_several_formats_are_their_dense_values() -> None:
     packed = {name: in_formats(named_leaves(moe)[name], formats[name].split()) for name in formats}
     mixed = with_leaves(moe, {name: gather_experts(leaves) for name, leaves in packed.items()})
     assert [len(named_leaves(mixed)[name].buckets) for name in formats] == [2, 3, 2]
-    dequantized = {name: gather_experts([*map(as_float32, leaves)]) for name, leaves in packed.items()}
+    dequantized = {name: gather_experts([*map(float64, leaves)]) for name, leaves in packed.items()}
     expected = forward_by_hand(with_leaves(moe, dequantized), np.asarray(x_BTD[0]))
-    np.testing.assert_allclose(forward(mixed, x_BTD)[0], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(forward(mixed, x_BTD)[0], expected, rtol=0, atol=1e-12)
     assert np.abs(forward(moe, x_BTD)[0] - expected).max() > 1e-3
 
 
@@ -264,7 +264,7 @@ def in_formats(weights: ExpertWeights, formats: list[str]) -> list[Leaf]:
 
 
 def in_format(leaf: Leaf, name: str) -> Leaf:
-    matrix = as_float32(leaf)
+    matrix = quick_dense(leaf, jnp.dtype(jnp.float32))
     if name == "bf16":
         return matrix.astype(jnp.bfloat16)
     if name.startswith("int"):

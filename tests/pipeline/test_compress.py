@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moejax import __version__
+from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.store import folder_bytes
+from moejax.errors import InputError
+from moejax.evaluate.divergence import evaluate
+from moejax.evaluate.text import read_text
+from moejax.formats import ExpertWeights, describe, format_name
+from moejax.model import named_leaves
+from moejax.pipeline.activated_experts import with_activated_experts
+from moejax.pipeline.compress import (
+    Prepared,
+    check,
+    copied_files,
+    plan_within,
+    provenance,
+    require_original,
+    split_calibration,
+)
+from moejax.pipeline.options import Settings
+from moejax.plan.plan import KEEP, from_json
+from moejax.progress import silent
+from moejax.transforms.compress import compress
+from small_job import Job
+
+
+@given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 10))
+def test_calibration_and_probe_are_disjoint_and_spread_over_the_text(given_: int, wanted: int, probed: int) -> None:
+    chunks = np.arange(given_)[:, None] + np.zeros(4, np.int32)
+    calibrated, held_out = split_calibration(chunks, wanted, probed)
+    numbers = [part[:, 0].tolist() for part in (calibrated, held_out)]
+    assert len(set(numbers[0]) | set(numbers[1])) == len(numbers[0]) + len(numbers[1])
+    assert all(own == sorted(own) and own for own in numbers)
+    if given_ >= wanted + probed:
+        assert [len(own) for own in numbers] == [wanted, probed]
+        assert {0, given_ - 1} <= set(numbers[0] + numbers[1])
+    else:
+        assert [len(own) for own in numbers] == [given_ - max(1, given_ // 8), max(1, given_ // 8)]
+
+
+def test_a_single_chunk_cannot_be_split() -> None:
+    with pytest.raises(InputError, match="has 1 chunk of 512 tokens; 2 are needed"):
+        split_calibration(np.zeros((1, 512), np.int32), 8, 8)
+
+
+def test_only_an_original_can_be_compressed(small: Path, job: Job) -> None:
+    assert require_original(open_checkpoint(small)).path == small
+    with pytest.raises(InputError, match="compressed already; compress takes an original"):
+        require_original(open_checkpoint(job.output))
+
+
+def test_what_goes_along_from_the_original(prepared: Prepared, job: Job) -> None:
+    copied = copied_files(prepared.checkpoint)
+    assert [file.name for file in copied] == ["tokenizer.json", "tokenizer_config.json"]
+    assert all((job.output / file.name).read_bytes() == file.read_bytes() for file in copied)
+    assert {path.name for path in job.output.iterdir()} == {"items", "manifest.json", *(file.name for file in copied)}
+
+
+def test_the_bytes_written_are_those_predicted_and_within_the_budget(prepared: Prepared, job: Job) -> None:
+    assert job.written == prepared.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
+
+
+def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepared, smallest_bytes: int) -> None:
+    """`check`, which sees shapes alone, names a budget that the measured plan meets."""
+    checkpoint = require_original(open_checkpoint(small))
+    with pytest.raises(InputError, match="cannot be met") as error:
+        check(checkpoint, 1000, Settings(), prepared.provenance)
+    named = int(str(error.value).rpartition("(")[2].split(" ")[0])
+    check(checkpoint, named, Settings(), prepared.provenance)
+    planned = plan_within(prepared, named, silent)
+    assert smallest_bytes <= prepared.size_of(planned.plan) <= named
+
+
+def test_the_manifest_holds_the_plan_and_where_it_came_from(
+    prepared: Prepared, job: Job, calibration_text: Path
+) -> None:
+    manifest = json.loads((job.output / "manifest.json").read_text())
+    assert from_json(manifest["plan"]) == job.planned.plan
+    made = manifest["provenance"]
+    text = read_text(calibration_text)
+    assert made == provenance(text, 2, Settings()) == prepared.provenance
+    assert made["calibration"] == {"source": "calibration.txt", "sha256": text.sha256, "chunks": 2}
+    assert (made["moejax"], made["criterion"]) == (__version__, "reap")
+
+
+def test_what_is_written_is_what_the_plan_says(prepared: Prepared, job: Job) -> None:
+    plan, original = job.planned.plan, named_leaves(prepared.model)
+    leaves = named_leaves(load_model(open_checkpoint(job.output)))
+    prefixes = ["layers.0.", "layers.1.", "layers.2.", "mtp.0.block."]
+    for prefix, block in zip(prefixes, plan.blocks, strict=True):
+        for name, target in block.formats.items():
+            whole = f"mtp.0.{name}" if name == "eh_proj" else prefix + name
+            assert format_name(leaves.pop(whole)) == target
+        for projection, formats in block.experts.items():
+            experts = leaves.pop(f"{prefix}mlp.experts.{projection}")
+            assert isinstance(experts, ExpertWeights)
+            kept = format_name(original["layers.1.mlp.experts.gate"].expert(0))
+            expected = [kept if target == KEEP else target for target in formats]
+            assert [format_name(experts.expert(e)) for e in range(experts.num_experts)] == expected
+        if block.keep is not None:
+            for name in ("router", "bias", "group_id"):
+                rows = original[f"{prefix}mlp.{name}"][np.asarray(block.keep)]
+                np.testing.assert_array_equal(leaves.pop(f"{prefix}mlp.{name}"), rows)
+            assert leaves.pop(f"{prefix}mlp.routing_scale") == pytest.approx(block.routing_scale, rel=1e-6)
+    assert format_name(leaves.pop("embed")) == plan.embed and format_name(leaves.pop("head")) == plan.head
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(leaf, original[name], err_msg=name)
+
+
+def test_mtp_blocks_are_compressed_like_the_others(job: Job) -> None:
+    block = job.planned.plan.blocks[3]
+    assert block.keep is not None and block.experts_per_token is not None
+    checkpoint = open_checkpoint(job.output)
+    mtp = load_model(checkpoint).mtp[0]
+    assert getattr(mtp.block.mlp, "num_experts", None) == len(block.keep) < 12
+    assert checkpoint.experts_per_token[3] == getattr(mtp.block.mlp, "experts_per_token", None)
+    assert checkpoint.experts_per_token[3] == block.experts_per_token
+    assert not describe(mtp.eh_proj.get_value()).startswith("bf16")
+
+
+def test_it_is_written_as_compress_makes_it(prepared: Prepared, job: Job) -> None:
+    made = named_leaves(compress(prepared.model, job.planned.plan, prepared.statistics))
+    for name, leaf in named_leaves(load_model(open_checkpoint(job.output))).items():
+        jax.tree.map(np.testing.assert_array_equal, leaf, made[name])
+
+
+def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_path: Path) -> None:
+    prepared.write(job.planned.plan, tmp_path / "again", job.budget)
+    files = [path.relative_to(job.output) for path in job.output.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted(
+        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
+    )
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (job.output / file).read_bytes()
+
+
+def test_a_plan_over_the_budget_is_not_written(prepared: Prepared, job: Job, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="over the budget"):
+        prepared.write(job.planned.plan, tmp_path / "out", job.written - 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_compressed_model_still_predicts_what_the_original_does(prepared: Prepared, job: Job) -> None:
+    evaluation = job.evaluation
+    assert evaluation.tokens == 255 and evaluation.base_ppl is not None
+    assert evaluation.kld_mean is not None and evaluation.kld_p999 is not None and evaluation.same_top1 is not None
+    assert evaluation.ln_ppl_ratio == pytest.approx(np.log(evaluation.ppl / evaluation.base_ppl), rel=1e-6)
+    # Random predictions are 2.4 nats from the original's (exp(-2.4) of 320 tokens would be left to guess from).
+    assert 0 < evaluation.kld_mean < evaluation.kld_p999 and evaluation.kld_mean < 0.5
+    assert evaluation.same_top1 > 10
+
+
+def test_the_divergence_seen_while_planning_is_that_of_what_was_written(prepared: Prepared, job: Job) -> None:
+    written = load_model(open_checkpoint(job.output))
+    evaluation = evaluate(written, np.asarray(prepared.probe.tokens_BT), prepared.model)
+    chosen = next(
+        choice
+        for choice in job.planned.activated
+        if with_activated_experts(job.planned.plan, choice) == job.planned.plan
+    )
+    assert evaluation.kld_mean == pytest.approx(chosen.divergence, rel=0.01)

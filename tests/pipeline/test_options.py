@@ -1,0 +1,117 @@
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.calibrate import calibrate
+from moejax.checkpoint.load import open_checkpoint
+from moejax.formats import ExpertWeights, IntFormat, payload_bytes
+from moejax.model import DeepseekV3, named_leaves
+from moejax.pipeline.compress import require_original
+from moejax.pipeline.options import Settings, moe_blocks, options, quantizable
+from moejax.plan.allocate import plan_of_choice
+from moejax.plan.costs import Costs
+from moejax.plan.plan import KEEP, PROJECTIONS
+from moejax.plan.solve import Choice, choice_bytes
+from moejax.transforms.compress import compress
+
+# A bit width that 128 inputs hold in groups of 64 too, and one format that nothing here fits.
+SETTINGS = Settings(
+    formats=(IntFormat(1, 64), IntFormat(2, 128), IntFormat(3, 64), IntFormat(8, 128), IntFormat(4, 256))
+)
+
+
+@pytest.fixture(scope="module")
+def model(small: Path) -> DeepseekV3:
+    """The small checkpoint's model in shapes alone."""
+    return require_original(open_checkpoint(small)).abstract_model()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny: Path) -> DeepseekV3:
+    return require_original(open_checkpoint(tiny)).abstract_model()
+
+
+def row(costs: Costs, name: str) -> dict[str, tuple[int, float]]:
+    """Bytes and cost of one weight by format."""
+    n, menu = costs.names.index(name), costs.tensors
+    return dict(zip(menu.formats, zip(menu.bytes_NF[n].tolist(), menu.cost_NF[n].tolist(), strict=True), strict=True))
+
+
+def test_bytes_of_every_format(model: DeepseekV3) -> None:
+    own = row(options(model, SETTINGS), "layers.1.self_attn.kv_a")
+    numbers = 160 * 128
+    assert own["int1g64"] == (numbers // 8 + numbers // 64 * 2, np.inf)
+    assert own["int2g128"] == (numbers // 4 + numbers // 128 * 2, 0)
+    assert own["int3g64"] == (numbers * 3 // 8 + numbers // 64 * 2, 0)
+    assert own["int8g128"] == (numbers + numbers // 128 * 2, 0)
+    assert own["int4g256"][1] == np.inf
+    assert own[KEEP] == (2 * numbers, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_of_a_choice_are_those_of_the_model_it_makes(model: DeepseekV3, seed: int) -> None:
+    costs = options(model, SETTINGS)
+    choice = random_choice(costs, np.random.RandomState(seed))
+    plan = plan_of_choice(costs, choice, model.config)
+    statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
+    compressed = named_leaves(jax.eval_shape(partial(compress, plan=plan), model, statistics=statistics))
+    experts = [bucket for leaf in compressed.values() if isinstance(leaf, ExpertWeights) for bucket in leaf.buckets]
+    assert choice_bytes(costs, choice) == payload_bytes([experts, [compressed[name] for name in quantizable(model)]])
+
+
+def random_choice(costs: Costs, random: np.random.RandomState) -> Choice:
+    """Any allowed format for every weight, any number of experts pruned."""
+
+    def any_allowed(cost_NF: np.ndarray) -> np.ndarray:
+        return np.argmax(np.where(np.isfinite(cost_NF), random.rand(*cost_NF.shape), -1), axis=1)
+
+    pruned = {block: random.randint(len(menu.order) + 1) for block, menu in costs.experts.items()}
+    expert = {
+        block: {projection: any_allowed(own.cost_NF) for projection, own in menu.menus.items()}
+        for block, menu in costs.experts.items()
+    }
+    return Choice(any_allowed(costs.tensors.cost_NF), pruned, expert)
+
+
+def test_what_may_be_rounded_is_every_matrix_but_the_routers(model: DeepseekV3) -> None:
+    names = set(quantizable(model))
+    others = set(named_leaves(model)) - names
+    assert {"embed", "head", "layers.0.mlp.gate", "layers.2.self_attn.v_b", "mtp.0.eh_proj"} <= names
+    assert all(".experts." in name or name.endswith(("norm", "router", "bias", "_id", "_scale")) for name in others)
+    assert options(model, SETTINGS).names == tuple(quantizable(model))
+
+
+def test_floors_of_bits(model: DeepseekV3) -> None:
+    costs = options(model, Settings(min_bits_outer=5, min_bits_block=3))
+    allowed = {name: [form for form, (_, cost) in row(costs, name).items() if cost == 0] for name in costs.names}
+    last = "layers.2.mlp.shared.up"
+    for name in ("embed", "head", last):
+        assert allowed[name] == ["int5g128", "int6g128", "int8g128", KEEP]
+    for name in ("layers.1.mlp.shared.up", "layers.0.mlp.down", "layers.2.self_attn.o", "mtp.0.block.mlp.shared.up"):
+        assert allowed[name] == ["int3g128", "int4g128", "int5g128", "int6g128", "int8g128", KEEP]
+    for menu in costs.experts.values():
+        assert all(np.all(own.cost_NF == 0) for own in menu.menus.values())
+
+
+def test_a_format_that_saves_nothing_is_not_allowed(tiny_model: DeepseekV3) -> None:
+    """FP8 blocks take a byte a number already, and 8 bits with scales take more."""
+    costs = options(tiny_model, Settings())
+    o, embed = row(costs, "layers.1.self_attn.o"), row(costs, "embed")
+    assert o[KEEP][0] < o["int8g128"][0] and o["int8g128"][1] == np.inf and o["int6g128"][1] == 0
+    assert embed["int8g128"][1] == 0
+    gate = costs.experts[1].menus["gate"]
+    assert np.all(np.isinf(gate.cost_NF[:, gate.formats.index("int8g128")]))
+
+
+def test_experts_that_can_go(model: DeepseekV3, tiny_model: DeepseekV3) -> None:
+    costs = options(model, SETTINGS)
+    assert list(costs.experts) == moe_blocks(model) == [1, 2, 3]
+    for menu in costs.experts.values():
+        # 12 experts in 3 groups, of which 2 are chosen, and 3 experts of those: a group keeps 2.
+        assert (menu.num_experts, len(menu.order), len(menu.pruning_cost)) == (12, 6, 7)
+        assert np.all(np.bincount(np.setdiff1d(np.arange(12), menu.order) // 4) == 2)
+        assert set(menu.menus) == set(PROJECTIONS)
+    assert {len(menu.order) for menu in options(tiny_model, SETTINGS).experts.values()} == {32 - 4 * 2}

@@ -1,0 +1,128 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moejax.errors import InputError
+from moejax.plan import KEEP, BlockPlan, Plan
+from moejax.plan.plan import PROJECTIONS, from_json, to_json
+
+NAMES = [KEEP, *(f"int{bits}g{size}" for bits in range(1, 9) for size in (32, 64, 128, 256))]
+WEIGHTS = ["self_attn.q_a", "self_attn.o", "mlp.gate", "mlp.shared.down", "eh_proj"]
+formats = st.sampled_from(NAMES)
+
+
+@st.composite
+def block_plans(draw: st.DrawFn) -> BlockPlan:
+    named = draw(st.dictionaries(st.sampled_from(WEIGHTS), formats))
+    if draw(st.booleans()):
+        return BlockPlan(named)
+    keep = tuple(sorted(draw(st.sets(st.integers(0, 255), max_size=40))))
+    experts = {name: tuple(draw(st.lists(formats, min_size=len(keep), max_size=len(keep)))) for name in PROJECTIONS}
+    return BlockPlan(named, keep, experts, draw(st.integers(1, 8)), draw(st.floats(0.1, 4)))
+
+
+plans = st.builds(Plan, formats, formats, st.lists(block_plans(), max_size=6).map(tuple))
+
+
+def raw_plan() -> dict[str, Any]:
+    """A dense block and one with experts."""
+    experts = {"gate": ("int2g64", KEEP, "int2g64"), "up": (KEEP,) * 3, "down": ("int3g32",) * 3}
+    return to_json(
+        Plan("int4g64", KEEP, (BlockPlan({"mlp.up": "int2g64"}), BlockPlan({}, (0, 2, 5), experts, 2, 1.25)))
+    )
+
+
+@given(plans)
+def test_a_plan_survives_json(plan: Plan) -> None:
+    assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
+
+
+def test_what_a_plan_looks_like() -> None:
+    assert raw_plan() == {
+        "formats": {"a": "int2g64", "b": "int3g32", "c": "int4g64", "d": "keep"},
+        "embed": "c",
+        "head": "d",
+        "blocks": [
+            {"formats": {"mlp.up": "a"}},
+            {
+                "formats": {},
+                "keep": [0, 2, 5],
+                "experts": {"gate": "ada", "up": "ddd", "down": "bbb"},
+                "experts_per_token": 2,
+                "routing_scale": 1.25,
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize("key", ["formats", "embed", "head", "blocks"])
+def test_a_missing_key_is_named(key: str) -> None:
+    raw = raw_plan()
+    del raw[key]
+    with pytest.raises(InputError, match=f"'{key}' is missing in the plan; its keys are blocks, embed, formats, head"):
+        from_json(raw)
+
+
+@pytest.mark.parametrize("key", ["formats", "keep", "experts", "experts_per_token", "routing_scale"])
+def test_a_missing_key_of_a_block_is_named(key: str) -> None:
+    raw = raw_plan()
+    del raw["blocks"][1][key]
+    # Without `keep` it is a dense block, which has no other keys than formats.
+    found = "'experts' is unknown in" if key == "keep" else f"'{key}' is missing in"
+    with pytest.raises(InputError, match=f"{found} block 1 of the plan; its keys are"):
+        from_json(raw)
+
+
+def test_an_unknown_key_is_named() -> None:
+    with pytest.raises(InputError, match="'comment' is unknown in the plan; its keys are blocks, embed, formats, head"):
+        from_json(raw_plan() | {"comment": "mine"})
+    for block in (0, 1):
+        raw = raw_plan()
+        raw["blocks"][block]["bits"] = 3
+        with pytest.raises(InputError, match=f"'bits' is unknown in block {block} of the plan; its keys are"):
+            from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"gate": "aaa", "up": "aaa"}, "'down' is missing in experts in block 1 of the plan"),
+        ({"gate": "aaa", "up": "aaa", "down": "aaa", "side": "aaa"}, "'side' is unknown in experts in block 1"),
+        ({"gate": "aaa", "up": "aa", "down": "aaa"}, "block 1 of the plan has 2 formats for up; one for each of 3"),
+        ({"gate": "aaa", "up": "aza", "down": "aaa"}, r"the plan cannot be read: KeyError\('z'\) in it; expected"),
+        ("aaa", "the plan cannot be read: AttributeError"),
+    ],
+)
+def test_experts_that_cannot_be_read(experts: Any, message: str) -> None:
+    raw = raw_plan()
+    raw["blocks"][1]["experts"] = experts
+    with pytest.raises(InputError, match=message):
+        from_json(raw)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"embed": "z"},
+        {"head": ["a"]},
+        {"formats": "abcd"},
+        {"blocks": None},
+        {"blocks": [7]},
+        {"blocks": [{"formats": None}]},
+        {"blocks": [{"formats": {"mlp.up": "z"}}]},
+    ],
+)
+def test_a_value_that_cannot_be_read(changed: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"the plan cannot be read: .* in it; expected what `plan.to_json` writes"):
+        from_json(raw_plan() | changed)
+
+
+@pytest.mark.parametrize(("key", "value"), [("keep", ["one"]), ("experts_per_token", None), ("routing_scale", "much")])
+def test_a_number_that_cannot_be_read(key: str, value: Any) -> None:
+    raw = raw_plan()
+    raw["blocks"][1][key] = value
+    with pytest.raises(InputError, match=r"the plan cannot be read: .* in it; expected what `plan.to_json` writes"):
+        from_json(raw)

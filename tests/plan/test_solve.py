@@ -1,0 +1,196 @@
+"""The budget solver against the exact optimum of small instances, found by dynamic programming over bytes."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from moejax.plan.costs import Costs, ExpertMenu, Menu
+from moejax.plan.plan import KEEP, PROJECTIONS
+from moejax.plan.solve import Choice, choice_bytes, choice_cost, menu_survivors, solve
+
+Array = NDArray[Any]
+# The least cost at which so many bytes can be taken.
+Frontier = dict[int, float]
+
+FORMATS = ("int1g32", "int2g32", "int4g32", KEEP)
+
+
+def random_menu(random: np.random.RandomState, rows: int, ordered: bool) -> Menu:
+    """KEEP costs nothing; other formats cost the less the more bytes they take, if `ordered`, or anything."""
+    bytes_NF = np.sort(random.randint(1, 30, (rows, len(FORMATS))), axis=1)
+    cost_NF = random.exponential(size=(rows, len(FORMATS)))
+    if ordered:
+        cost_NF = -np.sort(-cost_NF, axis=1)
+    cost_NF[:, :-1][random.rand(rows, len(FORMATS) - 1) < 0.15] = np.inf
+    cost_NF[:, -1] = 0
+    return Menu(FORMATS, bytes_NF, cost_NF)
+
+
+def random_costs(seed: int, ordered: bool = True) -> Costs:
+    """Up to four weights, and up to two blocks of three or four experts, of which two cannot go."""
+    random = np.random.RandomState(seed)
+    tensors = random_menu(random, random.randint(0, 5), ordered)
+    experts = {}
+    for block in range(3, 3 + random.randint(0 if len(tensors.cost_NF) else 1, 3)):
+        num_experts = random.randint(3, 5)
+        menus = {name: random_menu(random, num_experts, ordered) for name in PROJECTIONS}
+        order = random.permutation(num_experts)[: num_experts - 2]
+        pruning_cost = np.concatenate([[0.0], np.cumsum(2 * random.exponential(size=len(order)))])
+        experts[block] = ExpertMenu(menus, order, pruning_cost)
+    return Costs(tuple(f"layers.{n}.mlp.up" for n in range(len(tensors.cost_NF))), tensors, experts)
+
+
+def frontier(costs: Costs, pruning_weight: float = 1.0) -> Frontier:
+    """Every number of bytes that some choice takes, with the least cost among those choices."""
+    total = both({0: 0.0}, rows_frontier(costs.tensors, range(len(costs.names))))
+    for menu in costs.experts.values():
+        block: Frontier = {}
+        for pruned, cost in enumerate(menu.pruning_cost):
+            kept = [e for e in range(menu.num_experts) if e not in menu.order[:pruned]]
+            parts: Frontier = {0: pruning_weight * cost if pruned else 0.0}
+            for name in PROJECTIONS:
+                parts = both(parts, rows_frontier(menu.menus[name], kept))
+            block = {
+                size: min(block.get(size, np.inf), parts.get(size, np.inf)) for size in block.keys() | parts.keys()
+            }
+        total = both(total, block)
+    return {size: cost for size, cost in total.items() if np.isfinite(cost)}
+
+
+def rows_frontier(menu: Menu, rows: Iterable[int]) -> Frontier:
+    found: Frontier = {0: 0.0}
+    for n in rows:
+        options: Frontier = {}
+        for size, cost in zip(menu.bytes_NF[n].tolist(), menu.cost_NF[n].tolist(), strict=True):
+            options[size] = min(options.get(size, np.inf), cost)
+        found = both(found, options)
+    return found
+
+
+def both(first: Frontier, second: Frontier) -> Frontier:
+    """One choice of each, together."""
+    found: Frontier = {}
+    for size, cost in first.items():
+        for more, extra in second.items():
+            found[size + more] = min(found.get(size + more, np.inf), cost + extra)
+    return found
+
+
+def efficient(found: Frontier) -> list[tuple[int, float]]:
+    """The corners of the frontier's lower convex hull with falling cost: the answers at some price per byte."""
+    hull: list[tuple[int, float]] = []
+    for point in sorted(found.items()):
+        while len(hull) > 1 and slope(hull[-2], point) <= slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull[:1] + [now for before, now in pairwise(hull) if now[1] < before[1]]
+
+
+def slope(first: tuple[int, float], second: tuple[int, float]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
+def weighted_cost(costs: Costs, choice: Choice, pruning_weight: float) -> float:
+    """The cost with pruning at the price it was solved for, counted one weight at a time."""
+    total = sum(costs.tensors.cost_NF[n, f] for n, f in enumerate(choice.tensor_N))
+    for block, menu in costs.experts.items():
+        pruned = choice.pruned[block]
+        total += pruning_weight * menu.pruning_cost[pruned] if pruned else 0.0
+        for e in set(range(menu.num_experts)) - set(menu.order[:pruned].tolist()):
+            total += sum(menu.menus[name].cost_NF[e, choice.expert[block][name][e]] for name in PROJECTIONS)
+    return float(total)
+
+
+def total_bytes(costs: Costs, choice: Choice) -> int:
+    total = sum(costs.tensors.bytes_NF[n, f] for n, f in enumerate(choice.tensor_N))
+    for block, menu in costs.experts.items():
+        for e in set(range(menu.num_experts)) - set(menu.order[: choice.pruned[block]].tolist()):
+            total += sum(menu.menus[name].bytes_NF[e, choice.expert[block][name][e]] for name in PROJECTIONS)
+    return int(total)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    ordered=st.booleans(),
+    share=st.floats(0, 1),
+    pruning_weight=st.sampled_from([1.0, 0.5, 0.0, np.inf]),
+)
+@settings(max_examples=150)
+def test_the_cost_lies_between_the_optimum_and_the_last_efficient_choice_that_fits(
+    seed: int, ordered: bool, share: float, pruning_weight: float
+) -> None:
+    """At any price per byte the cheapest choice is a corner of the convex hull; the solver finds the last one under the
+    budget, and what it does with the rest of the budget can only lower the cost further."""
+    costs = random_costs(seed, ordered)
+    exact = frontier(costs, pruning_weight)
+    smallest, largest = min(exact), max(exact)
+    budget = round(smallest + share * (largest - smallest))
+    choice = solve(costs, budget, pruning_weight)
+    assert choice is not None
+    assert choice_bytes(costs, choice) == total_bytes(costs, choice) <= budget
+    assert choice_cost(costs, choice) == pytest.approx(weighted_cost(costs, choice, 1.0), abs=1e-12)
+    cost = weighted_cost(costs, choice, pruning_weight)
+    optimum = min(cost for size, cost in exact.items() if size <= budget)
+    bound = [cost for size, cost in efficient(exact) if size <= budget][-1]
+    assert optimum - 1e-9 <= cost <= bound + 1e-9
+    if np.isinf(pruning_weight):
+        assert not any(choice.pruned.values())
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_optimum_itself_where_the_budget_is_that_of_an_efficient_choice(seed: int) -> None:
+    costs = random_costs(seed)
+    for size, cost in efficient(frontier(costs)):
+        choice = solve(costs, size)
+        assert choice is not None
+        assert choice_cost(costs, choice) == pytest.approx(cost, abs=1e-9)
+
+
+@given(seed=st.integers(0, 10**6), pruning_weight=st.sampled_from([1.0, np.inf]))
+def test_nothing_fits_below_the_smallest_choice(seed: int, pruning_weight: float) -> None:
+    costs = random_costs(seed)
+    smallest = min(frontier(costs, pruning_weight))
+    assert solve(costs, smallest - 1, pruning_weight) is None
+    choice = solve(costs, smallest, pruning_weight)
+    assert choice is not None and choice_bytes(costs, choice) == smallest
+
+
+@given(seed=st.integers(0, 10**6))
+def test_everything_is_kept_where_the_budget_is_ample(seed: int) -> None:
+    costs = random_costs(seed)
+    choice = solve(costs, 10**9)
+    assert choice is not None
+    assert choice_cost(costs, choice) == 0
+    assert not any(choice.pruned.values())
+
+
+@given(seed=st.integers(0, 10**6))
+def test_a_larger_budget_costs_at_most_the_smaller_one_s_last_efficient_choice(seed: int) -> None:
+    costs = random_costs(seed)
+    exact = frontier(costs)
+    bound = np.inf
+    for budget in np.linspace(min(exact), max(exact), 12).astype(int).tolist():
+        choice = solve(costs, budget)
+        assert choice is not None
+        assert choice_cost(costs, choice) <= bound + 1e-9
+        bound = [cost for size, cost in efficient(exact) if size <= budget][-1]
+
+
+def test_survivors_are_those_behind_the_pruned_in_the_order() -> None:
+    menu = random_menu(np.random.RandomState(0), 5, ordered=True)
+    experts = ExpertMenu(dict.fromkeys(PROJECTIONS, menu), np.asarray([3, 0, 4]), np.asarray([0.0, 1, 2, 3]))
+    survivors = [menu_survivors(experts, n).tolist() for n in range(4)]
+    assert survivors == [[0, 1, 2, 3, 4], [0, 1, 2, 4], [1, 2, 4], [1, 2]]
+
+
+def test_what_is_left_of_the_budget_buys_the_best_upgrade_that_fits() -> None:
+    sizes, costs = np.asarray([[4, 8], [4, 7]]), np.asarray([[9.0, 0], [3.0, 0]])
+    choice = solve(Costs(("layers.0.mlp.up", "head"), Menu(("int1g32", KEEP), sizes, costs), {}), 11)
+    # The first weight gains more per byte, but has no room; the second one fits.
+    assert choice is not None and choice.tensor_N.tolist() == [0, 1]

@@ -1,0 +1,188 @@
+"""A plan carried out on a small model: what every weight becomes, and that nothing else happens."""
+
+import dataclasses
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from leaf_oracle import to_numpy
+from moejax.calibrate import Statistics
+from moejax.errors import InputError
+from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_int_format, payload_bytes
+from moejax.model import DeepseekV3, named_leaves
+from moejax.model.moe import MoE
+from moejax.plan import KEEP, BlockPlan, Plan
+from moejax.plan.plan import PROJECTIONS
+from moejax.transforms.compress import compress
+from moejax.transforms.quantize import quantize
+from small_models import CONFIG, small_model, small_statistics
+
+BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0.block"]
+EVERY_EXPERT = tuple(range(CONFIG.n_routed_experts))
+PLAN = Plan(
+    embed="int4g64",
+    head=KEEP,
+    blocks=(
+        BlockPlan({"self_attn.q_a": "int4g64", "self_attn.k_b": "int4g32", "mlp.up": KEEP}),
+        BlockPlan(
+            {"self_attn.q_a": "int2g64", "mlp.shared.gate": "int3g64"},
+            keep=(0, 1, 3, 4, 6, 8, 9, 11),
+            experts={
+                "gate": ("int2g64", KEEP, "int3g64", "int2g64", "int3g64", KEEP, "int2g64", "int3g64"),
+                "up": ("int3g64",) * 8,
+                "down": (KEEP, "int2g32", "int2g32", KEEP, KEEP, KEEP, "int2g32", "int2g32"),
+            },
+            experts_per_token=2,
+            routing_scale=1.25,
+        ),
+        BlockPlan(keep=EVERY_EXPERT, experts={name: (KEEP,) * 12 for name in PROJECTIONS}, experts_per_token=3),
+        BlockPlan(
+            {"eh_proj": "int4g64", "mlp.shared.up": "int3g64"},
+            keep=(2, 3, 4, 7, 10, 11),
+            experts={"gate": (KEEP,) * 6, "up": ("int2g64", "int3g64") * 3, "down": ("int2g32",) * 6},
+            experts_per_token=3,
+        ),
+    ),
+)
+
+
+def inputs(mtp: bool) -> tuple[DeepseekV3, Plan, Statistics]:
+    """Model, plan and statistics, with the MTP block or without."""
+    count = CONFIG.num_hidden_layers + mtp
+    plan = dataclasses.replace(PLAN, blocks=PLAN.blocks[:count])
+    statistics = dataclasses.replace(small_statistics(), blocks=small_statistics().blocks[:count])
+    return small_model(mtp), plan, statistics
+
+
+@cache
+def compressed(mtp: bool = True) -> DeepseekV3:
+    return compress(*inputs(mtp))
+
+
+def full_name(index: int, own: str) -> str:
+    """What the model calls a weight of a block, or the MTP block's eh_proj, which lies outside its decoder block."""
+    return "mtp.0.eh_proj" if own == "eh_proj" else f"{BLOCKS[index]}.{own}"
+
+
+def rounded(leaf: Leaf, moment: jax.Array, target: str) -> Leaf:
+    """What a weight becomes when it is quantized alone."""
+    if target == KEEP:
+        return leaf
+    return quantize(jnp.asarray(to_numpy(leaf), jnp.float32), moment, parse_int_format(target))
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    jax.tree.map(_assert_same_bits, found, expected)
+
+
+def _assert_same_bits(found: jax.Array, expected: jax.Array) -> None:
+    assert_same_shape(found, expected)
+    assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+
+def assert_same_shape(found: jax.Array, expected: jax.Array) -> None:
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_shapes_alone_give_the_result_s_shapes(mtp: bool) -> None:
+    model, plan, statistics = inputs(mtp)
+    abstract = jax.eval_shape(partial(compress, plan=plan), model, statistics=statistics)
+    jax.tree.map(assert_same_shape, abstract, compressed(mtp))
+    assert payload_bytes(abstract) == payload_bytes(compressed(mtp)) < payload_bytes(model)
+
+
+def test_every_block_has_the_plan_s_experts() -> None:
+    leaves = named_leaves(compressed())
+    assert describe(leaves["layers.1.mlp.experts.gate"]) == "fp8b32x64[2,96,64]+int2g64[3,96,64]+int3g64[3,96,64]"
+    assert describe(leaves["layers.2.mlp.experts.gate"]) == "fp8b32x64[12,96,64]"
+    assert describe(leaves["mtp.0.block.mlp.experts.up"]) == "int2g64[3,96,64]+int3g64[3,96,64]"
+    layers = [layer.mlp for layer in compressed().layers]
+    experts = [(mlp.num_experts, mlp.experts_per_token) for mlp in layers if isinstance(mlp, MoE)]
+    assert experts == [(8, 2), (12, 3)]
+    drafting = compressed().mtp[0].block.mlp
+    assert isinstance(drafting, MoE) and (drafting.num_experts, drafting.experts_per_token) == (6, 3)
+
+
+def test_every_weight_the_plan_names_is_that_weight_quantized_alone() -> None:
+    before, after, statistics = named_leaves(small_model()), named_leaves(compressed()), small_statistics()
+    assert_same_bits(after["embed"], rounded(before["embed"], jnp.ones(CONFIG.hidden_size), "int4g64"))
+    for index, (plan, sums) in enumerate(zip(PLAN.blocks, statistics.blocks, strict=True)):
+        for own, target in plan.formats.items():
+            name = full_name(index, own)
+            expected = rounded(before[name], sums.input2[own] / sums.tokens, target)
+            assert_same_bits(after[name], expected)
+            assert target == KEEP or format_name(after[name]) == target
+
+
+def test_every_other_weight_keeps_its_bytes() -> None:
+    before, after = named_leaves(small_model()), named_leaves(compressed())
+    assert before.keys() == after.keys()
+    named = {"embed"} | {full_name(i, own) for i, plan in enumerate(PLAN.blocks) for own in plan.formats}
+    for name in before.keys() - named:
+        is_per_expert = name.endswith(("mlp.router", "mlp.bias", "mlp.group_id"))
+        if is_per_expert:
+            plan = PLAN.blocks[next(i for i, prefix in enumerate(BLOCKS) if name.startswith(prefix))]
+            assert_same_bits(after[name], before[name][np.asarray(plan.keep)])
+        elif ".experts." not in name and not name.endswith("routing_scale"):
+            assert_same_bits(after[name], before[name])
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_every_expert_is_that_expert_quantized_alone(index: int, projection: str) -> None:
+    name, plan = f"{BLOCKS[index]}.mlp.experts.{projection}", PLAN.blocks[index]
+    before, after = named_leaves(small_model())[name], named_leaves(compressed())[name]
+    sums = small_statistics().blocks[index].experts
+    assert isinstance(before, ExpertWeights) and isinstance(after, ExpertWeights)
+    assert sums is not None and plan.keep is not None
+    moment_EI = sums.input_second_moment(projection)
+    assert after.num_experts == len(plan.keep)
+    for new, (old, target) in enumerate(zip(plan.keep, plan.experts[projection], strict=True)):
+        assert_same_bits(after.expert(new), rounded(before.expert(old), moment_EI[old], target))
+
+
+def test_the_routing_scale_is_the_plan_s() -> None:
+    after = named_leaves(compressed())
+    assert [float(after[f"{prefix}.mlp.routing_scale"]) for prefix in BLOCKS[1:]] == [1.25, 1.0, 1.0]
+
+
+def test_the_same_inputs_give_the_same_bytes_and_stay_as_they_are() -> None:
+    model, plan, statistics = inputs(mtp=True)
+    before = jax.tree.map(np.array, (named_leaves(model), statistics))
+    assert_same_bits(named_leaves(compress(model, plan, statistics)), named_leaves(compressed()))
+    assert_same_bits((named_leaves(model), statistics), before)
+
+
+def test_the_blocks_of_a_model_without_mtp_are_the_same() -> None:
+    whole, without = named_leaves(compressed()), named_leaves(compressed(mtp=False))
+    assert without.keys() == {name for name in whole if not name.startswith("mtp.")}
+    assert_same_bits(without, {name: whole[name] for name in without})
+
+
+def test_an_empty_plan_changes_nothing_but_what_it_names() -> None:
+    model, _, statistics = inputs(mtp=True)
+    after = named_leaves(compress(model, Plan(KEEP, "int4g64", (BlockPlan(),) * 4), statistics))
+    before = named_leaves(model)
+    head = rounded(before["head"], statistics.head_input2 / statistics.tokens, "int4g64")
+    assert_same_bits(after, before | {"head": head})
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        ({"self_attn.o": "int4g128"}, "int4g128 cannot hold rows of 224 inputs"),
+        ({"self_attn.o": "int9g32"}, "unknown format 'int9g32'"),
+        ({"mlp.dwon": "int4g32"}, "gives a format to 'mlp.dwon', which is no matrix of its block"),
+        ({"eh_proj": "int4g32"}, "gives a format to 'eh_proj', which is no matrix of its block"),
+    ],
+)
+def test_a_plan_that_does_not_suit_the_model_is_refused(formats: dict[str, str], message: str) -> None:
+    model, plan, statistics = inputs(mtp=False)
+    blocks = (BlockPlan(formats), *plan.blocks[1:])
+    with pytest.raises(InputError, match=message):
+        compress(model, dataclasses.replace(plan, blocks=blocks), statistics)
