@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
 from moejax.checkpoint.store import folder_bytes, require_free
@@ -37,7 +38,7 @@ def run_compress(
     text: Path | None,
     json: Path | None,
 ) -> None:
-    """The main job."""
+    """The main job. Everything that can be refused is, before the long part begins."""
     started = time.monotonic()
     require_free(output)
     figures.require_writable(json)
@@ -46,7 +47,7 @@ def run_compress(
     checkpoint = job.require_original(open_checkpoint(name))
     tokenizer, settings = load_tokenizer(checkpoint.path), Settings()
     source = read_text(calibration) if calibration else default_calibration_text(_CALIBRATION_BYTES)
-    evaluation = read_text(text) if text else default_evaluation_text(_EVALUATION_BYTES)
+    evaluation = _evaluation_text(text)
     if source.sha256 == evaluation.sha256:
         raise InputError(f"{text}: is the calibration text; a text that calibration does not see is needed")
     budget_bytes = parse_budget(budget, checkpoint.num_elements)
@@ -54,43 +55,42 @@ def run_compress(
     evaluated = _tokenize(evaluation, tokenizer)
     calibrated, probed = job.split_calibration(_tokenize(source, tokenizer), calibration_chunks, _PROBED_CHUNKS)
     made = job.provenance(source, len(calibrated), settings)
-    print(
-        f"budget {format_size(budget_bytes)} ({budget_bytes} bytes); {format_size(2 * checkpoint.num_elements)} in BF16"
-    )
+    bf16 = format_size(2 * checkpoint.num_elements)
+    print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
     print(f"calibrating on {source.source}; evaluating on {evaluation.source}")
     prepared = job.prepare(checkpoint, calibrated, probed, settings, made, progress_bar)
     result = job.compress_checkpoint(prepared, output, budget_bytes, evaluated, progress_bar)
+    _report_compressed(checkpoint, output, budget_bytes, result, evaluation, _cost_of_the_run(started), json)
+
+
+def _report_compressed(
+    checkpoint: HuggingFaceCheckpoint,
+    output: Path,
+    budget: int,
+    result: job.Result,
+    text: Text,
+    cost: dict[str, Any],
+    json: Path | None,
+) -> None:
     kinds = summarize(open_checkpoint(output).abstract_leaves())
-    bits = 8 * result.bytes / checkpoint.num_elements
-    ratio = 2 * checkpoint.num_elements / result.bytes
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
-    head = [
-        ("folder", f"{format_size(result.bytes)} ({result.bytes} bytes)"),
-        ("against BF16", f"{ratio:.2f}x smaller"),
-        ("bits per original weight", f"{bits:.3f}"),
+    size = figures.size_figures(result.bytes, checkpoint.num_elements)
+    rows = [
+        *figures.size_rows(size),
+        *figures.plan_rows(result.planned, checkpoint.config),
+        *figures.evaluation_rows(result.evaluation),
+        *figures.cost_rows(cost),
     ]
-    print_table(
-        str(output),
-        ("figure", "value"),
-        [
-            *head,
-            *figures.plan_rows(result.planned, checkpoint.config.n_routed_experts),
-            *figures.evaluation_rows(result.evaluation),
-        ],
-    )
-    figures.write_json(
-        json,
-        {
-            "bytes": result.bytes,
-            "budget_bytes": budget_bytes,
-            "ratio": ratio,
-            "bits_per_weight": bits,
-            **figures.evaluation_figures(result.evaluation, evaluation),
-            **figures.plan_figures(result.planned),
-            "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
-            **_cost_of_the_run(started),
-        },
-    )
+    print_table(str(output), ("figure", "value"), rows)
+    written = {
+        **size,
+        "budget_bytes": budget,
+        **figures.evaluation_figures(result.evaluation, text),
+        **figures.plan_figures(result.planned),
+        "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
+        **cost,
+    }
+    figures.write_json(json, written)
 
 
 def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype: str, json: Path | None) -> None:
@@ -99,7 +99,7 @@ def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype
     figures.require_writable(json)
     checkpoint = open_checkpoint(name)
     tokenizer = load_tokenizer(checkpoint.path)
-    source = read_text(text) if text else default_evaluation_text(_EVALUATION_BYTES)
+    source = _evaluation_text(text)
     evaluated = _tokenize(source, tokenizer)
     original = open_checkpoint(against) if against else None
     if original is not None and original.config.vocab_size != checkpoint.config.vocab_size:
@@ -159,6 +159,10 @@ def run_inspect(name: str | None, json: Path | None) -> None:
     print_table("checkpoint", ("fact", "value"), [(key, str(value)) for key, value in facts.items()])
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
     figures.write_json(json, {**facts, "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds}})
+
+
+def _evaluation_text(path: Path | None) -> Text:
+    return read_text(path) if path else default_evaluation_text(_EVALUATION_BYTES)
 
 
 def _tokenize(text: Text, tokenizer: Tokenizer) -> np.ndarray:

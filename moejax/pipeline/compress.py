@@ -35,14 +35,12 @@ _SCALE_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checkpoint with everything measured that no budget changes; `plan_within` and `write` take it from here."""
+class Origin:
+    """What is compressed: a checkpoint, its model and statistics, concrete or in shapes alone."""
 
     checkpoint: HuggingFaceCheckpoint
     model: DeepseekV3
     statistics: Statistics
-    probe: Probe
-    costs: Costs
     provenance: dict[str, Any]
 
     def size_of(self, plan: Plan) -> int:
@@ -57,6 +55,14 @@ class Prepared:
 
     def _description(self, plan: Plan) -> Description:
         return Description(self.checkpoint.raw_config, to_json(plan), self.provenance)
+
+
+@dataclass(frozen=True)
+class Prepared(Origin):
+    """With everything measured that no budget changes; `plan_within` takes it from here."""
+
+    probe: Probe
+    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,8 @@ def check(checkpoint: HuggingFaceCheckpoint, budget: int, settings: Settings, pr
     model = checkpoint.abstract_model()
     statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
     free = options(model, settings)
-    abstract = Prepared(checkpoint, model, statistics, None, free, provenance)  # type: ignore[arg-type]
-    check_budget(free, model, abstract.size_of, budget, folder_bytes(checkpoint.path))
+    origin = Origin(checkpoint, model, statistics, provenance)
+    check_budget(free, model, origin.size_of, budget, folder_bytes(checkpoint.path))
 
 
 def provenance(calibration: Text, chunks: int, settings: Settings) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def prepare(
     statistics = calibrate(model, calibration, progress=progress)
     tried_on = probe(model, probed)
     costs = measure_costs(options(model, settings), model, tried_on, statistics, settings, progress)
-    return Prepared(checkpoint, model, statistics, tried_on, costs, provenance)
+    return Prepared(checkpoint, model, statistics, provenance, tried_on, costs)
 
 
 def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:

@@ -8,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Step = TypeVar("Step")
+# Columns of a table that goes to a file or a pipe, where there is no terminal to fit.
+_FILE_WIDTH = 160
 
 
 def progress_bar(steps: Iterable[Step], description: str) -> Iterable[Step]:
@@ -32,4 +34,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="left" if n == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(table)

@@ -13,6 +13,7 @@ from moejax.checkpoint.summary import KindSummary
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation
 from moejax.evaluate.text import Text
+from moejax.model import Config
 from moejax.pipeline.compress import Planned
 from moejax.plan.size import format_size
 
@@ -57,20 +58,49 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
     return rows
 
 
-def plan_rows(planned: Planned, num_experts: int) -> Rows:
-    """What the plan does, and what was tried beside it."""
-    kept = [len(block.keep) for block in planned.plan.blocks if block.keep is not None]
-    rows = [("experts kept per layer", f"{' '.join(map(str, kept))} of {num_experts}")] if kept else []
-    rows += [
-        (f"tried: pruning at {100 * c.pruning_weight:.0f} % of its price", f"KL {c.divergence:.5f}")
-        if c.pruning_weight != float("inf")
-        else ("tried: no pruning", f"KL {c.divergence:.5f}")
-        for c in planned.candidates
+def size_figures(size: int, elements: int) -> dict[str, Any]:
+    """Bytes of a folder against the numbers of the original checkpoint."""
+    return {"bytes": size, "ratio": 2 * elements / size, "bits_per_weight": 8 * size / elements}
+
+
+def size_rows(figures: dict[str, Any]) -> Rows:
+    """The same as rows."""
+    return [
+        ("folder", f"{format_size(figures['bytes'])} ({figures['bytes']} bytes)"),
+        ("against BF16", f"{figures['ratio']:.2f}x smaller"),
+        ("bits per original weight", f"{figures['bits_per_weight']:.3f}"),
     ]
+
+
+def cost_rows(cost: dict[str, Any]) -> Rows:
+    """What the run itself took."""
+    return [
+        ("time", f"{cost['seconds']:.0f} s"),
+        ("peak memory", format_size(cost["peak_memory_bytes"])),
+    ]
+
+
+def plan_rows(planned: Planned, config: Config) -> Rows:
+    """What the plan does, and what was tried beside it."""
+    moe_blocks = [block for block in planned.plan.blocks if block.keep is not None]
+    rows: Rows = []
+    if moe_blocks:
+        kept = " ".join(str(len(block.keep or ())) for block in moe_blocks)
+        scales = " ".join(f"{block.routing_scale:.2f}" for block in moe_blocks)
+        rows = [
+            ("experts kept per layer", f"{kept} of {config.n_routed_experts}"),
+            ("experts per token", f"{moe_blocks[0].experts_per_token} of {config.num_experts_per_tok}"),
+            ("routing scale per layer", scales),
+        ]
+    rows += [(f"tried: {_pruning(c.pruning_weight)}", f"KL {c.divergence:.5f}") for c in planned.candidates]
     for choice in planned.activated:
         scaled = "fitted routing scale" if choice.is_scaled else "routing scale 1"
         rows.append((f"tried: {choice.experts_per_token} experts a token, {scaled}", f"KL {choice.divergence:.5f}"))
     return rows
+
+
+def _pruning(weight: float) -> str:
+    return "no pruning" if weight == float("inf") else f"pruning at {100 * weight:.0f} % of its price"
 
 
 def plan_figures(planned: Planned) -> dict[str, Any]:

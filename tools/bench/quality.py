@@ -3,10 +3,10 @@
 usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE --output FOLDER [--llama-cpp TABLE.json]
 
 At every budget three plans are carried out with the same rounding: *planned* by `compress`; *uniform*, no pruning, the
-largest width that fits everywhere and the rest spent raising whole layers from layer 0; *frequency*, pruning by frequency
-at r = 0.75, then uniform. With llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), the planned result is measured at
-the bytes of each of its rows too. Everything is calibrated on one text and measured on the other. One line of JSON per
-row goes to FOLDER/rows.jsonl as it comes; the table is printed at the end.
+largest width that fits everywhere and the rest spent raising whole layers from layer 0; *frequency*, pruning by
+frequency at r = 0.75, then uniform. With llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), the planned result is
+measured at the bytes of each of its rows too. Everything is calibrated on one text and measured on the other. One line
+of JSON per row goes to FOLDER/rows.jsonl as it comes; the table is printed at the end.
 """
 
 import argparse
@@ -73,7 +73,9 @@ def prepare(checkpoint: Any, options: argparse.Namespace) -> tuple[job.Prepared,
     """Everything measured on the calibration text, and the held-out chunks."""
     tokenizer = load_tokenizer(checkpoint.path)
     source, text = read_text(options.calibration), read_text(options.text)
-    calibration, held_out = (chunks(tokenizer.encode(t.content), bos_token_id=tokenizer.bos_token_id) for t in (source, text))
+    calibration, held_out = (
+        chunks(tokenizer.encode(t.content), bos_token_id=tokenizer.bos_token_id) for t in (source, text)
+    )
     calibrated, probed = job.split_calibration(calibration, options.calibration_chunks, 8)
     settings = Settings()
     made = job.provenance(source, len(calibrated), settings)
@@ -83,7 +85,10 @@ def prepare(checkpoint: Any, options: argparse.Namespace) -> tuple[job.Prepared,
 def plans(prepared: job.Prepared, options: argparse.Namespace) -> Iterator[tuple[str, str, int, Plan | None]]:
     """Method, budget as written, budget in bytes, and the plan, None where the method cannot meet the budget."""
     elements, config = prepared.checkpoint.num_elements, prepared.model.config
-    keep = {"uniform": all_experts(prepared.costs), "frequency": most_needed(frequency_orders(prepared), config.n_routed_experts, 0.75)}
+    keep = {
+        "uniform": all_experts(prepared.costs),
+        "frequency": most_needed(frequency_orders(prepared), config.n_routed_experts, 0.75),
+    }
     for label in options.budgets:
         budget = parse_budget(label, elements)
         yield "planned", label, budget, planned_or_none(prepared, budget)
@@ -114,7 +119,12 @@ def frequency_orders(prepared: job.Prepared) -> dict[int, np.ndarray]:
 
 
 def carry_out(
-    prepared: job.Prepared, plan: Plan, budget: int, held_out: np.ndarray, base: list[jax.Array], options: argparse.Namespace
+    prepared: job.Prepared,
+    plan: Plan,
+    budget: int,
+    held_out: np.ndarray,
+    base: list[jax.Array],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Write a plan's checkpoint, read it back and measure it."""
     started = time.monotonic()
