@@ -1,6 +1,7 @@
 """What every test shares: JAX on the CPU, reproducible hypothesis examples, the checkpoints that tests work on."""
 
 import os
+import re
 
 # Before the first import of JAX: with libtpu installed, it would look for a TPU first and log that there is none.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from command_line import refused, run
 from moejax.resources import tiny_checkpoint
 from small_checkpoint import words, write_small_checkpoint
 
@@ -46,3 +48,21 @@ def heldout_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("heldout") / "heldout.txt"
     file.write_text(words(seed=2, count=180))
     return file
+
+
+@pytest.fixture(scope="session")
+def text_options(calibration_text: Path, heldout_text: Path) -> list[object]:
+    """The options of `moejax compress` that name the texts."""
+    return ["--calibration", calibration_text, "--text", heldout_text]
+
+
+@pytest.fixture(scope="session")
+def compressed(small: Path, text_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint in the smallest budget that a refusal names; `figures.json` and `printed` lie beside it."""
+    folder = tmp_path_factory.mktemp("compressed")
+    message = refused(folder, "compress", small, "--budget", "100KB", "--output", folder / "out", *text_options)
+    smallest = re.search(r"a budget of 100.00 KB \(100000 bytes\) cannot be met; .* \((\d+) bytes\)$", message.strip())
+    assert smallest is not None, message
+    budget = ["--budget", f"{smallest[1]}B", "--json", folder / "figures.json"]
+    (folder / "printed").write_text(run("compress", small, "--output", folder / "out", *budget, *text_options))
+    return folder / "out"

@@ -10,7 +10,7 @@ _UNITS = {"b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
     for n, prefix in enumerate("kmgtpe")
 }
-_NUMBER = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = r"([0-9]{1,20}(?:\.[0-9]{1,20})?|\.[0-9]{1,20})"
 
 
 def parse_size(text: str) -> int:

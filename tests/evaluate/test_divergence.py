@@ -176,4 +176,4 @@ def test_the_tiny_checkpoint_has_hugging_face_s_perplexity(tiny: Path) -> None:
     assert tokens.shape == (5, 64)
     figures = evaluate(load_model(open_checkpoint(tiny)), tokens, batch=5)
     assert figures.tokens == 5 * 31
-    assert figures.ppl == pytest.approx(PERPLEXITY, rel=1e-3)
+    assert figures.ppl == pytest.approx(PERPLEXITY, rel=1e-4)

@@ -153,8 +153,8 @@ def test_the_compressed_model_still_predicts_what_the_original_does(prepared: Pr
     assert evaluation.tokens == 255 and evaluation.base_ppl is not None
     assert evaluation.kld_mean is not None and evaluation.kld_p999 is not None and evaluation.same_top1 is not None
     assert evaluation.ln_ppl_ratio == pytest.approx(np.log(evaluation.ppl / evaluation.base_ppl), rel=1e-6)
-    # Random predictions are 2.4 nats from the original's (exp(-2.4) of 320 tokens would be left to guess from).
-    assert 0 < evaluation.kld_mean < evaluation.kld_p999 and evaluation.kld_mean < 0.5
+    # By chance two models of 320 tokens would agree on 0.3 %.
+    assert 0 < evaluation.kld_mean < evaluation.kld_p999 and evaluation.kld_mean < 0.3
     assert evaluation.same_top1 > 10
 
 

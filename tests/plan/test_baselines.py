@@ -11,7 +11,7 @@ from moejax.plan.plan import PROJECTIONS
 from plan_menus import CONFIG, EXPERT_SIZES, EXPERTS, FORMATS, SIZES, block_and_name, made_up_costs, size_of
 
 COSTS = made_up_costs()
-KEPT: dict[str, Kept] = {"all": all_experts(COSTS), "some": {1: [0, 2], 2: [1, 3, 4, 5], 3: [0, 1, 2]}}
+KEPT: dict[str, Kept] = {"all": all_experts(COSTS), "some": {1: [0, 2, 3, 5], 2: [4], 3: [0, 1, 2]}}
 BLOCKS, LAST = CONFIG.num_blocks, len(FORMATS) - 1
 
 
@@ -58,6 +58,11 @@ def test_the_largest_width_that_fits_and_as_many_layers_raised_as_fit(kept: str,
         assert exact_size(kept, [*blocks, base]) > budget
 
 
+def test_raising_stops_at_the_first_layer_that_does_not_fit() -> None:
+    plan = uniform("some", exact_size("some", [1, 0, 1, 0, 0]))
+    assert plan is not None and levels(plan) == [1, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("kept", KEPT)
 def test_none_where_not_even_the_smallest_width_fits(kept: str) -> None:
     smallest = exact_size(kept, [0] * (BLOCKS + 1))
@@ -78,7 +83,7 @@ def test_a_weight_stays_as_it_is_where_a_format_saves_nothing() -> None:
 def test_the_survivors_are_those_given_and_k_is_the_original_s() -> None:
     plan = uniform("some", 10**6)
     assert plan is not None
-    assert [block.keep for block in plan.blocks] == [None, (0, 2), (1, 3, 4, 5), (0, 1, 2)]
+    assert [block.keep for block in plan.blocks] == [None, (0, 2, 3, 5), (4,), (0, 1, 2)]
     assert [block.experts_per_token for block in plan.blocks] == [None, *[CONFIG.num_experts_per_tok] * 3]
 
 

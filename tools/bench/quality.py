@@ -30,12 +30,11 @@ from moejax.pipeline.options import Settings
 from moejax.plan import Plan
 from moejax.plan.baselines import all_experts, most_needed, uniform_plan
 from moejax.plan.size import parse_budget
-from moejax.report.console import print_table, progress_bar
+from moejax.report.console import progress_bar
 from moejax.transforms.prune import expert_scores, min_per_group, pruning_order
 
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 BATCH = 8
-COLUMNS = ("method", "budget", "bytes", "ppl", "ln_ppl_ratio", "kld_mean", "kld_p999", "same_top1", "experts")
 
 
 def main() -> None:
@@ -54,7 +53,9 @@ def main() -> None:
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-    print_table("quality", COLUMNS, [[shown(row.get(column)) for column in COLUMNS] for row in rows])
+    print_baselines(rows, options.budgets)
+    if options.llama_cpp:
+        print_peer(rows, llama_cpp_rows(options))
 
 
 def arguments() -> argparse.Namespace:
@@ -94,7 +95,7 @@ def plans(prepared: job.Prepared, options: argparse.Namespace) -> Iterator[tuple
         yield "planned", label, budget, planned_or_none(prepared, budget)
         for method, kept in keep.items():
             yield method, label, budget, uniform_plan(prepared.costs, config, kept, prepared.size_of, budget)
-    for row in json.loads(options.llama_cpp.read_text())[1:] if options.llama_cpp else []:
+    for row in llama_cpp_rows(options) if options.llama_cpp else []:
         yield "planned", row["type"], row["bytes"], planned_or_none(prepared, row["bytes"])
 
 
@@ -149,10 +150,39 @@ def batches(held_out: np.ndarray) -> Iterator[jax.Array]:
     return (jax.numpy.asarray(held_out[i : i + BATCH]) for i in range(0, len(held_out), BATCH))
 
 
-def shown(value: object) -> str:
-    if value is None:
-        return "cannot be met"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The peer's rows without the original's."""
+    rows: list[dict[str, Any]] = json.loads(options.llama_cpp.read_text())
+    return [row for row in rows if "kld_mean" in row]
+
+
+def print_baselines(rows: list[dict[str, Any]], budgets: list[str]) -> None:
+    """One line of Markdown per budget and method."""
+    print("| budget | method | bytes | experts kept | perplexity | KL mean | KL 99.9 % | equal top-1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row["budget"] not in budgets:
+            continue
+        if row["bytes"] is None:
+            print(f"| {row['budget']} | {row['method']} | cannot be met | | | | | |")
+            continue
+        print(
+            f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {row['experts']} | {row['ppl']:.3f} "
+            f"| {row['kld_mean']:.4f} | {row['kld_p999']:.3f} | {row['same_top1']:.1f} % |"
+        )
+
+
+def print_peer(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
+    """One line of Markdown per row of llama.cpp's table, beside the planned result at its bytes."""
+    planned = {row["budget"]: row for row in rows if row["method"] == "planned" and row["bytes"] is not None}
+    print("\n| llama.cpp's type | its bytes | its KL | moejax's bytes | moejax's KL | ratio | its top-1 | our top-1 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for own in peer:
+        ours = planned[own["type"]]
+        print(
+            f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} | {ours['kld_mean']:.4f} "
+            f"| {ours['kld_mean'] / own['kld_mean']:.2f} | {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
+        )
 
 
 if __name__ == "__main__":

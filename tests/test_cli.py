@@ -1,0 +1,160 @@
+"""What commands do with what they can use; `test_bad_input` has the rest."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from command_line import Ran, moejax, run
+from moejax import commands
+from moejax.checkpoint.store import folder_bytes
+from small_checkpoint import words
+
+# The keys of `--json` that do not change (those of a divergence are there with `--against`).
+FIGURES = {"bytes", "text", "tokens", "ppl", "seconds", "peak_memory_bytes"}
+DIVERGENCE = {"base_ppl", "ln_ppl_ratio", "kld_mean", "kld_p999", "same_top1"}
+
+
+def test_the_smallest_budget_that_a_refusal_names_is_met(compressed: Path) -> None:
+    figures = json.loads((compressed.parent / "figures.json").read_text())
+    assert figures["bytes"] == figures["budget_bytes"] == folder_bytes(compressed)
+    assert {path.name for path in compressed.parent.iterdir()} == {"out", "figures.json", "printed"}
+
+
+def test_figures(small: Path, heldout_text: Path, compressed: Path) -> None:
+    figures = json.loads((compressed.parent / "figures.json").read_text())
+    assert figures.keys() >= FIGURES | DIVERGENCE | {"bits_per_weight"}
+    assert figures["text"]["source"] == heldout_text.name and figures["tokens"] == 255
+    assert figures["experts_kept"] == [6, 6, 6]
+    assert figures["ratio"] * figures["bits_per_weight"] == pytest.approx(16)
+    assert figures["ratio"] == pytest.approx(folder_bytes(small) / folder_bytes(compressed), rel=0.03)
+    assert figures["bits_by_kind"]["embedding"] == 4 + 16 / 128
+    assert 0 < figures["kld_mean"] < figures["kld_p999"]
+
+
+def test_the_table_shows_the_figures(compressed: Path) -> None:
+    figures = json.loads((compressed.parent / "figures.json").read_text())
+    printed = (compressed.parent / "printed").read_text()
+    assert f"({figures['bytes']} bytes)" in printed and f"{figures['ratio']:.2f}x smaller" in printed
+    assert f"{figures['ppl']:.4f}" in printed and f"{figures['kld_mean']:.5f}" in printed
+    assert f"{figures['same_top1']:.2f} %" in printed
+    for kind, bits in figures["bits_by_kind"].items():
+        assert re.search(rf"{kind} .* {bits:.3f} ", printed), kind
+
+
+def test_an_original(small: Path, tmp_path: Path) -> None:
+    printed = run("inspect", small, "--json", tmp_path / "figures.json")
+    facts = json.loads((tmp_path / "figures.json").read_text())
+    assert (facts["model_type"], facts["bytes"]) == ("deepseek_v3", folder_bytes(small))
+    assert (facts["layers"], facts["mtp_blocks"], facts["vocabulary"]) == (3, 1, 320)
+    assert (facts["experts_per_layer"], facts["experts_per_token"]) == ([12, 12, 12], [3])
+    assert set(facts["bits_by_kind"].values()) - {facts["bits_by_kind"]["router"], facts["bits_by_kind"]["mtp"]}
+    assert facts["bits_by_kind"]["attention"] == facts["bits_by_kind"]["embedding"] == 16
+    assert str(small) in printed and f"({folder_bytes(small)} bytes)" in printed
+
+
+def test_a_compressed_checkpoint(compressed: Path, calibration_text: Path, tmp_path: Path) -> None:
+    printed = run("inspect", compressed, "--json", tmp_path / "figures.json")
+    facts = json.loads((tmp_path / "figures.json").read_text())
+    assert (facts["experts_per_layer"], facts["bytes"]) == ([6, 6, 6], folder_bytes(compressed))
+    assert facts["made_by"]["calibration"]["source"] == calibration_text.name
+    figures = json.loads((compressed.parent / "figures.json").read_text())
+    assert facts["bits_by_kind"] == figures["bits_by_kind"]
+    assert calibration_text.name in printed
+
+
+def test_the_tiny_checkpoint_by_default(tiny: Path) -> None:
+    printed = run("inspect")
+    assert str(tiny) in printed and "routed experts" in printed
+
+
+def evaluated(folder: Path, *arguments: object) -> dict[str, Any]:
+    run("evaluate", *arguments, "--json", folder / "figures.json")
+    figures: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    return figures
+
+
+def test_against_the_original_it_repeats_the_figures_of_compress(
+    small: Path, compressed: Path, heldout_text: Path, tmp_path: Path
+) -> None:
+    figures = evaluated(tmp_path, compressed, "--against", small, "--text", heldout_text)
+    assert figures.keys() == FIGURES | DIVERGENCE
+    before = json.loads((compressed.parent / "figures.json").read_text())
+    for name in DIVERGENCE | {"ppl", "tokens", "text", "bytes"}:
+        assert figures[name] == (before[name] if name in ("text", "bytes") else pytest.approx(before[name], rel=1e-5))
+
+
+def test_an_original_alone_and_against_itself(small: Path, heldout_text: Path, tmp_path: Path) -> None:
+    alone = evaluated(tmp_path, small, "--text", heldout_text)
+    assert alone.keys() == FIGURES and alone["bytes"] == folder_bytes(small)
+    itself = evaluated(tmp_path, small, "--against", small, "--text", heldout_text)
+    assert itself["ppl"] == alone["ppl"] == itself["base_ppl"]
+    assert (itself["kld_mean"], itself["ln_ppl_ratio"], itself["same_top1"]) == (0, pytest.approx(0, abs=1e-6), 100)
+
+
+def test_the_trained_checkpoint_predicts_python(tmp_path: Path) -> None:
+    (tmp_path / "source.py").write_text(Path(__file__).read_text()[:3000])
+    figures = evaluated(tmp_path, "--text", tmp_path / "source.py")
+    # Of 4096 tokens; by chance it would be 4096.
+    assert figures["ppl"] < 100 and figures["tokens"] >= 255
+
+
+def test_greedy_and_sampled_tokens_are_reproducible() -> None:
+    arguments = ["generate", "--prompt", "import numpy", "--tokens", 12]
+    greedy = run(*arguments)
+    assert greedy.startswith("import numpy") and len(greedy) > len("import numpy\n")
+    sampled = [run(*arguments, "--temperature", 1.5, "--seed", seed) for seed in (3, 3, 4)]
+    assert sampled[0] == sampled[1]
+    assert len({greedy, *sampled}) == 3
+    assert run(*arguments, "--temperature", 0, "--seed", 7) == greedy
+
+
+def test_a_compressed_checkpoint_generates(compressed: Path) -> None:
+    prompt = words(seed=5, count=6)
+    printed = run("generate", compressed, "--prompt", prompt, "--tokens", 8)
+    assert printed.startswith(prompt) and len(printed) > len(prompt) + 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress"],
+        ["compress", "--budget", "6x"],
+        ["squeeze"],
+        ["generate", "--prompt", "a", "--tokens", "many"],
+        ["evaluate", "--dtype", "int8"],
+        ["inspect", "--unknown"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(arguments: list[str]) -> None:
+    ran = moejax(*arguments)
+    assert ran.code == 2 and "Traceback" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (MemoryError(), "MemoryError"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_failures_of_the_machine(monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str) -> None:
+    monkeypatch.setattr(commands, "run_inspect", mock.Mock(side_effect=error))
+    assert moejax("inspect") == Ran(1, "", f"moejax: {message}\n")
+
+
+def test_a_process_of_its_own_in_another_folder(compressed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "moejax", "inspect"]
+    printed = subprocess.run([*command, compressed], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert printed.stdout.startswith(f"{compressed}: deepseek_v3") and not printed.stderr
+    failed = subprocess.run([*command, "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    assert failed.stderr.startswith("moejax: nowhere: is neither a folder")
+    assert not list(tmp_path.iterdir())
