@@ -21,6 +21,7 @@ from moejax.errors import InputError
 from moejax.formats import abstract_experts, abstract_leaf, describe
 from moejax.model import Config, DeepseekV3, Layout, config_from_hf, named_leaves
 from moejax.model.leaves import Weight
+from moejax.progress import Progress, silent
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -57,12 +58,19 @@ def native_bytes(abstract_model: DeepseekV3, description: Description, copied: S
     return arrays + len(manifest) + sum(file.stat().st_size for file in copied)
 
 
-def write_native(model: DeepseekV3, output: Path, description: Description, copied: Sequence[Path], budget: int) -> int:
+def write_native(
+    model: DeepseekV3,
+    output: Path,
+    description: Description,
+    copied: Sequence[Path],
+    budget: int,
+    progress: Progress = silent,
+) -> int:
     """Write the checkpoint and return its bytes. Raises InputError, leaving nothing, if they exceed `budget`."""
     items = _items(model)
     with store.atomic_folder(output) as folder:
         checksums: dict[str, str] = {}
-        for item, leaves in items.items():
+        for item, leaves in progress(list(items.items()), "writing"):
             arrays = {name: np.asarray(array) for name, array in _arrays_of(leaves).items()}
             checksums |= {f"{item}/{name}": store.checksum(array) for name, array in arrays.items()}
             store.write_item(folder, item, arrays)

@@ -27,7 +27,7 @@ from moejax.pipeline.search import Candidate, check_budget, search, smallest_can
 from moejax.plan import Plan
 from moejax.plan.costs import Costs
 from moejax.plan.plan import to_json
-from moejax.progress import Progress
+from moejax.progress import Progress, silent
 from moejax.transforms.compress import compress
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
@@ -48,10 +48,11 @@ class Origin:
         abstract = jax.eval_shape(partial(compress, plan=plan), self.model, statistics=self.statistics)
         return native_bytes(abstract, self._description(plan), copied_files(self.checkpoint))
 
-    def write(self, plan: Plan, output: Path, budget: int) -> int:
+    def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
         """Carry a plan out and write the checkpoint; returns its bytes, never more than `budget`."""
-        compressed = compress(self.model, plan, self.statistics)
-        return write_native(compressed, output, self._description(plan), copied_files(self.checkpoint), budget)
+        compressed = compress(self.model, plan, self.statistics, progress=progress)
+        copied = copied_files(self.checkpoint)
+        return write_native(compressed, output, self._description(plan), copied, budget, progress)
 
     def _description(self, plan: Plan) -> Description:
         return Description(self.checkpoint.raw_config, to_json(plan), self.provenance)
@@ -172,6 +173,6 @@ def compress_checkpoint(
     """Plan, write, read back, evaluate."""
     started = time.monotonic()
     planned = plan_within(prepared, budget, progress)
-    written = prepared.write(planned.plan, output, budget)
+    written = prepared.write(planned.plan, output, budget, progress)
     figures = evaluate_written(output, prepared.model, evaluation, progress)
     return Result(planned, written, figures, time.monotonic() - started)

@@ -13,12 +13,13 @@ from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
 from moejax.plan import KEEP, BlockPlan, Plan
+from moejax.progress import Progress, silent
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import prune
 from moejax.transforms.quantize import quantize
 
 
-def compress(model: DeepseekV3, plan: Plan, statistics: Statistics) -> DeepseekV3:
+def compress(model: DeepseekV3, plan: Plan, statistics: Statistics, *, progress: Progress = silent) -> DeepseekV3:
     """The model as `plan` wants it; pure, so `jax.eval_shape` of it is the compressed model's shape and bytes.
 
     Raises InputError if the plan names a weight that its block does not have, or a format that does not fit it.
@@ -29,7 +30,8 @@ def compress(model: DeepseekV3, plan: Plan, statistics: Statistics) -> DeepseekV
     blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
     names = [f"layers.{i}" for i in range(len(model.layers))] + [f"mtp.{m}.block" for m in range(len(model.mtp))]
     experts_per_token = []
-    for name, block, block_plan, sums in zip(names, blocks, plan.blocks, statistics.blocks, strict=True):
+    steps = list(zip(names, blocks, plan.blocks, statistics.blocks, strict=True))
+    for name, block, block_plan, sums in progress(steps, "compressing"):
         compressed = compress_block(block, block_plan, sums)
         leaves |= {f"{name}.{own}": leaf for own, leaf in named_leaves(compressed).items()}
         experts_per_token.append(_experts_per_token(compressed))

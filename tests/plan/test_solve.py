@@ -121,7 +121,7 @@ def total_bytes(costs: Costs, choice: Choice) -> int:
     share=st.floats(0, 1),
     pruning_weight=st.sampled_from([1.0, 0.5, 0.0, np.inf]),
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_the_cost_lies_between_the_optimum_and_the_last_efficient_choice_that_fits(
     seed: int, ordered: bool, share: float, pruning_weight: float
 ) -> None:
