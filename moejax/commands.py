@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
@@ -110,10 +111,9 @@ def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype
     base = load_model(original) if original is not None else None
     evaluation = divergence.evaluate(load_model(checkpoint), evaluated, base, dtype=dtype, progress=progress_bar)
     print_table(f"{checkpoint.path} on {source.source}", ("figure", "value"), figures.evaluation_rows(evaluation))
-    size = folder_bytes(checkpoint.path)
-    figures.write_json(
-        json, {"bytes": size, **figures.evaluation_figures(evaluation, source), **_cost_of_the_run(started)}
-    )
+    size = figures.size_figures(folder_bytes(checkpoint.path), num_elements(checkpoint.config))
+    written = {**size, **figures.evaluation_figures(evaluation, source), **_cost_of_the_run(started)}
+    figures.write_json(json, written)
 
 
 def run_generate(name: str | None, prompt: str, tokens: int, temperature: float, seed: int, dtype: str) -> None:

@@ -1,5 +1,6 @@
 """The names of a Hugging Face `deepseek_v3` checkpoint's tensors, and which of the model's leaves each one holds."""
 
+import math
 from collections.abc import Iterator
 
 from moejax.model.config import Config
@@ -69,3 +70,8 @@ def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(config.num_hidden_layers, config.num_blocks):
         shape = (config.vocab_size, config.hidden_size)
         yield from ((f"model.layers.{layer}.{copy}", shape) for copy in MTP_COPIES)
+
+
+def num_elements(config: Config) -> int:
+    """The numbers in an original checkpoint, FP8 scales apart, MTP blocks included."""
+    return sum(math.prod(shape) for _, shape in expected_tensors(config))

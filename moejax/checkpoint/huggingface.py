@@ -3,7 +3,6 @@
 An unknown, missing or misshapen tensor is an error that names it.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
-from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, TOP, expected_tensors, hf_name
+from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, TOP, expected_tensors, hf_name, num_elements
 from moejax.checkpoint.safetensors_folder import SafetensorsFolder, TensorInfo, open_folder, read_config_json
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
@@ -42,8 +41,7 @@ class HuggingFaceCheckpoint:
     @property
     def num_elements(self) -> int:
         """Every element of the checkpoint except FP8 scales, MTP blocks included."""
-        tensors = self.folder.tensors
-        return sum(math.prod(info.shape) for name, info in tensors.items() if not name.endswith(SCALE))
+        return num_elements(self.config)
 
     def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
