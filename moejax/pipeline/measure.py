@@ -69,8 +69,11 @@ class _Measurement:
         weight = dense(leaf, jnp.float32)
         moment, output_weight = self._moments(name, weight)
         error_F = np.sum(self._errors(weight, moment, output_weight), axis=tuple(range(1, weight.ndim - 1)))
-        rounded = lambda to: dense(quantize(weight, moment, to), jnp.float32)  # noqa: E731
-        return self._scaled(name, error_F, _PROBE_BITS, lambda to: self._divergence(name, rounded(to)))
+
+        def divergence(to: IntFormat) -> float:
+            return self._divergence(name, dense(quantize(weight, moment, to), jnp.float32))
+
+        return self._scaled(name, error_F, _PROBE_BITS, divergence)
 
     def experts(self, index: int, projection: str) -> np.ndarray:
         """Costs of one projection of every expert of a block, (E, F), KEEP last."""
