@@ -88,7 +88,7 @@ def _report_compressed(
         "budget_bytes": budget,
         **figures.evaluation_figures(result.evaluation, text),
         **figures.plan_figures(result.planned),
-        "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
+        **figures.kind_figures(kinds),
         **cost,
     }
     figures.write_json(json, written)
@@ -158,7 +158,7 @@ def run_inspect(name: str | None, json: Path | None) -> None:
         facts["made_by"] = checkpoint.provenance
     print_table("checkpoint", ("fact", "value"), [(key, str(value)) for key, value in facts.items()])
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
-    figures.write_json(json, {**facts, "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds}})
+    figures.write_json(json, {**facts, **figures.kind_figures(kinds)})
 
 
 def _evaluation_text(path: Path | None) -> Text:

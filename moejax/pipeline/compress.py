@@ -1,6 +1,5 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +81,6 @@ class Result:
     planned: Planned
     bytes: int
     evaluation: Evaluation
-    seconds: float
 
 
 def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
@@ -171,8 +169,7 @@ def compress_checkpoint(
     prepared: Prepared, output: Path, budget: int, evaluation: np.ndarray, progress: Progress
 ) -> Result:
     """Plan, write, read back, evaluate."""
-    started = time.monotonic()
     planned = plan_within(prepared, budget, progress)
     written = prepared.write(planned.plan, output, budget, progress)
     figures = evaluate_written(output, prepared.model, evaluation, progress)
-    return Result(planned, written, figures, time.monotonic() - started)
+    return Result(planned, written, figures)

@@ -89,7 +89,7 @@ def fit_to_budget(
 
     The solver knows the arrays' bytes only; what describes them depends on the plan, so the difference is fed back.
     """
-    target, best = budget, None
+    target = budget
     for _ in range(_MAX_CORRECTIONS):
         choice = solve(costs, target, pruning_weight)
         if choice is None:
@@ -97,10 +97,9 @@ def fit_to_budget(
         plan = plan_of_choice(costs, choice, model.config)
         size = size_of(plan)
         if size <= budget:
-            best = plan, choice_cost(costs, choice)
-            break
+            return plan, choice_cost(costs, choice)
         target = min(target - 1, choice_bytes(costs, choice) - (size - budget))
-    return best
+    return None
 
 
 def _try_out(

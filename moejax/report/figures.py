@@ -124,6 +124,15 @@ def plan_figures(planned: Planned) -> dict[str, Any]:
     }
 
 
+def kind_figures(kinds: Sequence[KindSummary]) -> dict[str, Any]:
+    """Numbers, bytes and bits per number by kind of weight."""
+    return {
+        "numbers_by_kind": {kind.kind: kind.elements for kind in kinds},
+        "bytes_by_kind": {kind.kind: kind.bytes for kind in kinds},
+        "bits_by_kind": {kind.kind: kind.bits_per_weight for kind in kinds},
+    }
+
+
 def kind_rows(kinds: Sequence[KindSummary]) -> list[tuple[str, ...]]:
     """Kind, numbers, bytes, bits per number; and their total."""
     total = KindSummary("total", sum(kind.elements for kind in kinds), sum(kind.bytes for kind in kinds))

@@ -178,7 +178,10 @@ def print_peer(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
     print("\n| llama.cpp's type | its bytes | its KL | moejax's bytes | moejax's KL | ratio | its top-1 | our top-1 |")
     print("|---|---|---|---|---|---|---|---|")
     for own in peer:
-        ours = planned[own["type"]]
+        ours = planned.get(own["type"])
+        if ours is None:
+            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | |")
+            continue
         print(
             f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} | {ours['kld_mean']:.4f} "
             f"| {ours['kld_mean'] / own['kld_mean']:.2f} | {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
