@@ -20,7 +20,7 @@ from moejax.evaluate.generate import generate
 from moejax.evaluate.text import Text, chunks, default_calibration_text, default_evaluation_text, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.options import Settings
-from moejax.plan.size import format_size, parse_budget
+from moejax.planning.size import format_size, parse_budget
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 

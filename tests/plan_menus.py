@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from model_cases import BASE
 from moejax.model import config_from_hf
-from moejax.plan import KEEP, Plan
-from moejax.plan.costs import Costs, ExpertMenu, Menu
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning import KEEP, Plan
+from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.plan import PROJECTIONS
 
 FORMATS = ("int2g32", "int4g32", "int8g32", KEEP)
 CONFIG = config_from_hf(BASE | {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 1})

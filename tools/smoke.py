@@ -13,8 +13,8 @@ from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, default_evaluation_text
 from moejax.model import DeepseekV3
-from moejax.plan import BlockPlan, Plan
-from moejax.plan.plan import PROJECTIONS, to_json
+from moejax.planning import BlockPlan, Plan
+from moejax.planning.plan import PROJECTIONS, to_json
 from moejax.resources import config_path, tiny_checkpoint
 from moejax.transforms.compress import compress
 

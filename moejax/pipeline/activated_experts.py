@@ -12,7 +12,7 @@ from moejax.model.rope import Rotation
 from moejax.pipeline.probe import Probe
 from moejax.pipeline.search import divergence_of, masked_blocks
 from moejax.pipeline.working_copy import with_leaves
-from moejax.plan import Plan
+from moejax.planning import Plan
 from moejax.progress import Progress
 from moejax.transforms.experts_per_token import fit_routing_scale, paper_rule
 

@@ -23,9 +23,9 @@ from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.options import Settings, options
 from moejax.pipeline.probe import Probe, probe
 from moejax.pipeline.search import Candidate, check_budget, search, smallest_candidate
-from moejax.plan import Plan
-from moejax.plan.costs import Costs
-from moejax.plan.plan import to_json
+from moejax.planning import Plan
+from moejax.planning.costs import Costs
+from moejax.planning.plan import to_json
 from moejax.progress import Progress, silent
 from moejax.transforms.compress import compress
 

@@ -22,7 +22,7 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.options import Settings, block_name, moe_blocks, quantizable
 from moejax.pipeline.probe import Probe
 from moejax.pipeline.working_copy import one_bucket, with_leaves
-from moejax.plan.costs import Costs, ExpertMenu
+from moejax.planning.costs import Costs, ExpertMenu
 from moejax.progress import Progress
 from moejax.transforms.prune import expert_scores, masked_bias, min_per_group, pruning_order
 from moejax.transforms.quantize import quantization_errors, quantize

@@ -10,8 +10,8 @@ import numpy as np
 
 from moejax.formats import ExpertWeights, IntFormat, Leaf, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
-from moejax.plan.costs import Costs, ExpertMenu, Menu
-from moejax.plan.plan import KEEP, PROJECTIONS
+from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.transforms.prune import min_per_group, pruning_order
 
 

@@ -17,11 +17,11 @@ from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
 from moejax.pipeline.probe import Probe
 from moejax.pipeline.working_copy import in_original_slots
-from moejax.plan import Plan
-from moejax.plan.allocate import plan_of_choice, smallest_choice
-from moejax.plan.costs import Costs
-from moejax.plan.size import format_size
-from moejax.plan.solve import choice_bytes, choice_cost, solve
+from moejax.planning import Plan
+from moejax.planning.allocate import plan_of_choice, smallest_choice
+from moejax.planning.costs import Costs
+from moejax.planning.size import format_size
+from moejax.planning.solve import choice_bytes, choice_cost, solve
 from moejax.progress import Progress
 from moejax.transforms.compress import compress
 

@@ -15,7 +15,7 @@ from moejax.evaluate.divergence import Evaluation
 from moejax.evaluate.text import Text
 from moejax.model import Config
 from moejax.pipeline.compress import Planned
-from moejax.plan.size import format_size
+from moejax.planning.size import format_size
 
 Rows = list[tuple[str, str]]
 

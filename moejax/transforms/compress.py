@@ -12,7 +12,7 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
-from moejax.plan import KEEP, BlockPlan, Plan
+from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.progress import Progress, silent
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import prune

@@ -19,7 +19,7 @@ from moejax.pipeline.compress import (
     split_calibration,
 )
 from moejax.pipeline.options import Settings
-from moejax.plan.allocate import plan_of_choice, smallest_choice
+from moejax.planning.allocate import plan_of_choice, smallest_choice
 from moejax.progress import silent
 from small_job import Job
 

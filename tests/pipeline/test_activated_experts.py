@@ -3,7 +3,7 @@ import pytest
 from moejax.pipeline.activated_experts import ActivatedExperts, with_activated_experts
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.search import divergence_of, masked_blocks
-from moejax.plan import BlockPlan, Plan
+from moejax.planning import BlockPlan, Plan
 from moejax.transforms.compress import compress
 from moejax.transforms.experts_per_token import paper_rule
 from small_job import Job

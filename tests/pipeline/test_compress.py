@@ -26,7 +26,7 @@ from moejax.pipeline.compress import (
     split_calibration,
 )
 from moejax.pipeline.options import Settings
-from moejax.plan.plan import KEEP, from_json
+from moejax.planning.plan import KEEP, from_json
 from moejax.progress import silent
 from moejax.transforms.compress import compress
 from small_job import Job

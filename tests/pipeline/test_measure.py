@@ -8,8 +8,8 @@ from moejax.model import named_leaves
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.options import Settings, options
 from moejax.pipeline.working_copy import one_bucket, with_leaves
-from moejax.plan.costs import Costs, Menu
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning.costs import Costs, Menu
+from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import expert_scores, masked_bias
 from moejax.transforms.quantize import quantize
 

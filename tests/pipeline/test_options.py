@@ -11,10 +11,10 @@ from moejax.formats import ExpertWeights, IntFormat, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.compress import require_original
 from moejax.pipeline.options import Settings, moe_blocks, options, quantizable
-from moejax.plan.allocate import plan_of_choice
-from moejax.plan.costs import Costs
-from moejax.plan.plan import KEEP, PROJECTIONS
-from moejax.plan.solve import Choice, choice_bytes
+from moejax.planning.allocate import plan_of_choice
+from moejax.planning.costs import Costs
+from moejax.planning.plan import KEEP, PROJECTIONS
+from moejax.planning.solve import Choice, choice_bytes
 from moejax.transforms.compress import compress
 
 # A bit width that 128 inputs hold in groups of 64 too, and one format that nothing here fits.

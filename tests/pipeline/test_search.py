@@ -6,7 +6,7 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.search import check_budget, divergence_of, fit_to_budget, masked_blocks, smallest_candidate
-from moejax.plan import Plan
+from moejax.planning import Plan
 from moejax.transforms.compress import compress
 from small_job import Job
 

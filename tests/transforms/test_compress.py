@@ -15,8 +15,8 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_int_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
-from moejax.plan import KEEP, BlockPlan, Plan
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning import KEEP, BlockPlan, Plan
+from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.compress import compress
 from moejax.transforms.quantize import quantize
 from small_models import CONFIG, small_model, small_statistics

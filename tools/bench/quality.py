@@ -27,9 +27,9 @@ from moejax.evaluate.divergence import evaluate, log_probabilities
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.options import Settings
-from moejax.plan import Plan
-from moejax.plan.baselines import all_experts, most_needed, uniform_plan
-from moejax.plan.size import parse_budget
+from moejax.planning import Plan
+from moejax.planning.baselines import all_experts, most_needed, uniform_plan
+from moejax.planning.size import parse_budget
 from moejax.report.console import progress_bar
 from moejax.transforms.prune import expert_scores, min_per_group, pruning_order
 

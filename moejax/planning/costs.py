@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning.plan import PROJECTIONS
 
 
 @dataclass(frozen=True)

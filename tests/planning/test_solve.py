@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moejax.plan.costs import Costs, ExpertMenu, Menu
-from moejax.plan.plan import KEEP, PROJECTIONS
-from moejax.plan.solve import Choice, choice_bytes, choice_cost, menu_survivors, solve
+from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.plan import KEEP, PROJECTIONS
+from moejax.planning.solve import Choice, choice_bytes, choice_cost, menu_survivors, solve
 
 Array = NDArray[Any]
 # The least cost at which so many bytes can be taken.

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.errors import InputError
-from moejax.plan.size import format_size, parse_budget, parse_size
+from moejax.planning.size import format_size, parse_budget, parse_size
 
 
 @pytest.mark.parametrize(

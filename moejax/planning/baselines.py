@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from moejax.model import Config
-from moejax.plan.costs import Costs, Menu
-from moejax.plan.plan import KEEP, PROJECTIONS, BlockPlan, Plan
+from moejax.planning.costs import Costs, Menu
+from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
 
 SizeOf = Callable[[Plan], int]
 Kept = Mapping[int, Sequence[int]]

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.plan import KEEP, Plan
-from moejax.plan.baselines import Kept, all_experts, most_needed, uniform_plan
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning import KEEP, Plan
+from moejax.planning.baselines import Kept, all_experts, most_needed, uniform_plan
+from moejax.planning.plan import PROJECTIONS
 from plan_menus import CONFIG, EXPERT_SIZES, EXPERTS, FORMATS, SIZES, block_and_name, made_up_costs, size_of
 
 COSTS = made_up_costs()

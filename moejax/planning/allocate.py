@@ -3,9 +3,9 @@
 import numpy as np
 
 from moejax.model import Config
-from moejax.plan.costs import Costs, Menu
-from moejax.plan.plan import KEEP, PROJECTIONS, BlockPlan, Plan
-from moejax.plan.solve import Choice, menu_survivors
+from moejax.planning.costs import Costs, Menu
+from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
+from moejax.planning.solve import Choice, menu_survivors
 
 
 def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.errors import InputError
-from moejax.plan import KEEP, BlockPlan, Plan
-from moejax.plan.plan import PROJECTIONS, from_json, to_json
+from moejax.planning import KEEP, BlockPlan, Plan
+from moejax.planning.plan import PROJECTIONS, from_json, to_json
 
 NAMES = [KEEP, *(f"int{bits}g{size}" for bits in range(1, 9) for size in (32, 64, 128, 256))]
 WEIGHTS = ["self_attn.q_a", "self_attn.o", "mlp.gate", "mlp.shared.down", "eh_proj"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.plan.costs import Costs, ExpertMenu, Menu
-from moejax.plan.plan import PROJECTIONS
+from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.plan import PROJECTIONS
 
 _BISECTIONS = 60
 

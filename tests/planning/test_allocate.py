@@ -1,9 +1,9 @@
 import numpy as np
 
-from moejax.plan import KEEP
-from moejax.plan.allocate import plan_of_choice, smallest_choice
-from moejax.plan.plan import PROJECTIONS
-from moejax.plan.solve import Choice, choice_bytes, solve
+from moejax.planning import KEEP
+from moejax.planning.allocate import plan_of_choice, smallest_choice
+from moejax.planning.plan import PROJECTIONS
+from moejax.planning.solve import Choice, choice_bytes, solve
 from plan_menus import CONFIG, EXPERTS, FORMATS, SIZES, block_and_name, made_up_costs, size_of
 
 
