@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import Fp8Blocks, GroupedInt, Leaf, abstract_leaf, dense
+from moejax.formats import Fp8Blocks, GroupedInt, GroupedTernary, Leaf, abstract_leaf, dense
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -47,15 +47,29 @@ def planar_codes(words: IntArray, bits: int) -> IntArray:
     return codes
 
 
+def ternary_codes(words: IntArray, inputs: int) -> IntArray:
+    """Field f of word j holds code f*W + j: the digit f % 5, highest first, of v < 243, where byte f // 5, lowest
+    first, is ceil(256 v / 243)."""
+    field, word = np.divmod(np.arange(inputs), words.shape[-1])
+    fractions = (words[..., word] >> (field // 5 * 8)) % 256
+    return fractions * 243 // 256 // 3 ** (4 - field % 5) % 3
+
+
 def to_numpy(leaf: Leaf) -> FloatArray:
     """The dense weight, (..., O, I)."""
     if isinstance(leaf, GroupedInt):
-        levels = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits) - (2**leaf.bits - 1) / 2
-        scale = np.asarray(leaf.scale, np.float64)
-        inputs = levels.shape[-1]
-        return levels * scale[..., np.arange(inputs) // (inputs // scale.shape[-1])]
+        steps = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits) - (2**leaf.bits - 1) / 2
+        return steps * _each(leaf.scale, steps.shape[-1] // leaf.scale.shape[-1])
+    if isinstance(leaf, GroupedTernary):
+        inputs = leaf.scale.shape[-1] * leaf.group_size
+        return (ternary_codes(np.asarray(leaf.words, np.int64), inputs) - 1) * _each(leaf.scale, leaf.group_size)
     if isinstance(leaf, Fp8Blocks):
         values, scale = np.asarray(leaf.values, np.float64), np.asarray(leaf.scale_inv, np.float64)
         outputs, inputs = values.shape[-2:]
         return values * scale[..., np.arange(outputs) // leaf.block[0], :][..., np.arange(inputs) // leaf.block[1]]
     return np.asarray(leaf, np.float64)
+
+
+def _each(scale: jax.Array, group_size: int) -> FloatArray:
+    """The scale of every input, (..., O, I)."""
+    return np.repeat(np.asarray(scale, np.float64), group_size, axis=-1)

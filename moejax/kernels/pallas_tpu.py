@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moejax.formats import GroupedInt, Leaf, planar
-from moejax.formats.grouped_int import centre
+from moejax.formats.grouped import centre
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
 from moejax.kernels.xla import expert_matmul, matmul_transposed, take
@@ -132,7 +132,7 @@ def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int) -> N
             fields = jax.lax.shift_right_logical(words, jnp.full_like(words, field * width))
             codes = (codes << width) | (fields & ((1 << width) - 1))
             plane_start += plane_words
-        levels = codes.astype(jnp.int32).astype(jnp.float32) - centre(bits)
+        levels = codes.astype(jnp.int32).astype(jnp.float32) - centre(2**bits)
         scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
         w_IO[pl.ds(first, run), :] = (levels * scale).astype(w_IO.dtype)
 

@@ -6,7 +6,7 @@ import pytest
 from leaf_oracle import random_leaf, to_numpy
 from moejax.formats import dense, format_name, matrix, payload_bytes, reshape_outputs, rows, take_rows
 
-SPECS = ["f32[3,24,64]", "bf16[3,24,64]", "fp8b16x16[3,24,64]", "int3g32[3,24,64]"]
+SPECS = ["f32[3,24,64]", "bf16[3,24,64]", "fp8b16x16[3,24,64]", "int3g32[3,24,64]", "ternaryg32[3,24,64]"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -30,7 +30,7 @@ def test_plain_arrays(dtype: jax.typing.DTypeLike) -> None:
 
 
 def test_format_names() -> None:
-    assert [format_name(random_leaf(spec)) for spec in SPECS] == ["f32", "bf16", "fp8b16x16", "int3g32"]
+    assert [format_name(random_leaf(spec)) for spec in SPECS] == ["f32", "bf16", "fp8b16x16", "int3g32", "ternaryg32"]
 
 
 def test_payload_bytes() -> None:

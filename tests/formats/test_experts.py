@@ -8,7 +8,7 @@ import pytest
 from leaf_oracle import random_leaf
 from moejax.formats import ExpertWeights, Leaf, format_name, gather_experts, payload_bytes, select_experts
 
-FORMATS = ["int3g32", "bf16", "fp8b32x32", "int3g32", "int2g64", "bf16", "int3g32"]
+FORMATS = ["int3g32", "bf16", "ternaryg32", "fp8b32x32", "int3g32", "int2g64", "bf16", "ternaryg32"]
 EXPERTS = [random_leaf(f"{name}[40,64]", seed) for seed, name in enumerate(FORMATS)]
 
 
@@ -33,10 +33,16 @@ def assert_holds(weights: ExpertWeights, experts: Sequence[Leaf]) -> None:
 def test_gather_keeps_every_expert() -> None:
     weights = gather_experts(EXPERTS)
     assert_holds(weights, EXPERTS)
-    assert [format_name(bucket) for bucket in weights.buckets] == ["bf16", "fp8b32x32", "int2g64", "int3g32"]
+    assert [format_name(bucket) for bucket in weights.buckets] == [
+        "bf16",
+        "fp8b32x32",
+        "int2g64",
+        "int3g32",
+        "ternaryg32",
+    ]
 
 
-@pytest.mark.parametrize("keep", [[0, 1, 2, 3, 4, 5, 6], [6, 0, 3], [5, 2, 4, 1], [4]])
+@pytest.mark.parametrize("keep", [[0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 3], [5, 2, 4, 1], [4], [7, 5, 2]])
 def test_select_keeps_every_expert(keep: list[int]) -> None:
     assert_holds(select_experts(gather_experts(EXPERTS), keep), [EXPERTS[e] for e in keep])
 

@@ -6,11 +6,29 @@ from hypothesis import strategies as st
 
 from leaf_oracle import random_leaf, shapes_and_dtypes
 from moejax.errors import InputError
-from moejax.formats import IntFormat, abstract_experts, abstract_leaf, describe, gather_experts, parse_int_format
+from moejax.formats import (
+    GroupFormat,
+    IntFormat,
+    TernaryFormat,
+    abstract_experts,
+    abstract_leaf,
+    describe,
+    gather_experts,
+)
 
-SPECS = ["bf16[256,128]", "f32[7]", "f32[]", "i32[2,3]", "f64[5]", "fp8b128x128[3,576,7168]", "int7g32[2,8,64]"]
+SPECS = [
+    "bf16[256,128]",
+    "f32[7]",
+    "f32[]",
+    "i32[2,3]",
+    "f64[5]",
+    "fp8b128x128[3,576,7168]",
+    "int7g32[2,8,64]",
+    "ternaryg64[256,128]",
+]
 
-int_formats = st.builds(IntFormat, st.integers(1, 8), st.sampled_from([32, 64, 128, 256]))
+group_sizes = st.sampled_from([32, 64, 128, 256])
+group_formats = st.builds(IntFormat, st.integers(1, 8), group_sizes) | st.builds(TernaryFormat, group_sizes)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -18,14 +36,13 @@ def test_round_trip(spec: str) -> None:
     assert describe(abstract_leaf(spec)) == spec
 
 
-@given(int_formats, st.integers(1, 4), st.integers(1, 4))
-def test_round_trip_of_integers(int_format: IntFormat, outputs: int, groups: int) -> None:
-    assert parse_int_format(int_format.name) == int_format
-    spec = f"{int_format.name}[{outputs},{groups * int_format.group_size}]"
+@given(group_formats, st.integers(1, 4), st.integers(1, 4))
+def test_round_trip_of_groups(group_format: GroupFormat, outputs: int, groups: int) -> None:
+    spec = f"{group_format.name}[{outputs},{groups * group_format.group_size}]"
     assert describe(abstract_leaf(spec)) == spec
 
 
-@pytest.mark.parametrize("spec", ["bf16[6,64]", "fp8b32x32[48,40]", "int5g32[3,6,64]"])
+@pytest.mark.parametrize("spec", ["bf16[6,64]", "fp8b32x32[48,40]", "int5g32[3,6,64]", "ternaryg32[3,6,64]"])
 def test_concrete_leaves_are_what_their_description_says(spec: str) -> None:
     leaf = random_leaf(spec)
     assert describe(leaf) == spec
@@ -54,19 +71,6 @@ def test_scales_of_partial_fp8_blocks() -> None:
     assert (scale_inv.shape, scale_inv.dtype) == ((5, 56), jnp.float32)
 
 
-@pytest.mark.parametrize(
-    ("int_format", "inputs", "fits"),
-    [
-        (IntFormat(3, 32), 64, True),
-        (IntFormat(3, 64), 96, False),
-        (IntFormat(4, 128), 128, True),
-        (IntFormat(4, 128), 64, False),
-    ],
-)
-def test_fits(int_format: IntFormat, inputs: int, fits: bool) -> None:
-    assert int_format.fits(inputs) == fits
-
-
 NO_LEAVES = ["bf16", "bf16[2", "bf16[2,]", "bf16[-1]", "[2,3]", "", "bf16[2]x", "int4g64[128]", "fp8b128x128[]"]
 
 
@@ -76,12 +80,15 @@ def test_refuses_what_describes_no_leaf(spec: str) -> None:
         abstract_leaf(spec)
 
 
-@pytest.mark.parametrize("name", ["int9g64", "int0g64", "int4g48", "int4", "uint4g64", "q4_k", "fp8b0x128"])
+@pytest.mark.parametrize(
+    "name", ["int9g64", "int0g64", "int4g48", "int4", "uint4g64", "ternaryg48", "q4_k", "fp8b0x128"]
+)
 def test_refuses_unknown_formats(name: str) -> None:
     with pytest.raises(InputError, match=f"unknown format '{name}'"):
         abstract_leaf(f"{name}[8,128]")
 
 
 def test_refuses_rows_that_do_not_fit() -> None:
-    with pytest.raises(InputError, match=r"int3g64 cannot hold rows of 96 inputs.*multiple of 64 and of 32"):
-        abstract_leaf("int3g64[8,96]")
+    for name in ("int3g64", "ternaryg64"):
+        with pytest.raises(InputError, match=f"{name} cannot hold rows of 96 inputs.*multiple of 64"):
+            abstract_leaf(f"{name}[8,96]")

@@ -26,13 +26,15 @@ MATRICES = [
     "int3g64[40,256]",  # too short for the Pallas kernel
     "int2g64[24,2048]",  # words fill whole lanes
     "int7g128[24,4096]",
+    "ternaryg128[40,512]",
+    "ternaryg32[24,160]",  # no padding
     "fp8b128x128[200,136]",
     "fp8b32x32[64,96]",
     "f32[40,96]",
     "bf16[40,96]",
 ]
-BATCHES = ["int4g32[3,40,128]", "fp8b32x32[3,40,96]", "f32[3,40,96]", "bf16[3,40,96]"]
-FEW = ["int3g32[40,512]", "fp8b128x128[200,136]", "bf16[40,96]", "int4g32[3,40,128]"]
+BATCHES = ["int4g32[3,40,128]", "ternaryg64[3,40,128]", "fp8b32x32[3,40,96]", "f32[3,40,96]", "bf16[3,40,96]"]
+FEW = ["int3g32[40,512]", "ternaryg128[40,512]", "fp8b128x128[200,136]", "bf16[40,96]", "int4g32[3,40,128]"]
 
 
 def implementations(operation: str) -> list[str]:
@@ -144,7 +146,7 @@ class TestMatmulTransposed:
 class TestExpertMatmul:
     """y[r, o] = sum_i w[e(r), o, i] * x[r, i], rows sorted by expert."""
 
-    FORMATS = ("int3g32", "int8g128", "fp8b128x128", "int3g32", "bf16", "int1g64")
+    FORMATS = ("int3g32", "int2g128", "fp8b128x128", "int3g32", "bf16", "ternaryg64")
 
     def check(self, rows_E: list[int], dtype: str, backend: str, shape: str = "[40,512]") -> None:
         """Experts without rows get weights that are not a number: nothing of them may reach the result."""
@@ -189,11 +191,11 @@ class TestTake:
     def test_every_format(self, spec: str, backend: str) -> None:
         self.check(spec, "float32", backend)
 
-    @pytest.mark.parametrize("spec", FEW[:3])
+    @pytest.mark.parametrize("spec", FEW[:4])
     def test_bfloat16(self, spec: str, backend: str) -> None:
         self.check(spec, "bfloat16", backend)
 
-    @pytest.mark.parametrize("spec", FEW[:3])
+    @pytest.mark.parametrize("spec", FEW[:4])
     def test_float64(self, spec: str, backend: str, x64: None) -> None:
         self.check(spec, "float64", backend)
 

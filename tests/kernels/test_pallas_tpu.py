@@ -31,7 +31,9 @@ def test_takes_multiples_of(bits: int, multiple: int) -> None:
     assert not has_kernel(f"int{bits}g32[16,{multiple + multiple // 2}]")
 
 
-@pytest.mark.parametrize("spec", ["int4g32[2,16,128]", "int4g32[16,32768]", "fp8b128x128[16,128]", "bf16[16,128]"])
+@pytest.mark.parametrize(
+    "spec", ["int4g32[2,16,128]", "int4g32[16,32768]", "fp8b128x128[16,128]", "bf16[16,128]", "ternaryg64[16,640]"]
+)
 def test_leaves_others_to_xla(spec: str) -> None:
     assert not has_kernel(spec)
 

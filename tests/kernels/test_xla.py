@@ -9,7 +9,7 @@ from leaf_oracle import random_leaf
 from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, gather_experts
 from moejax.kernels import xla
 
-FORMATS = ["int4g64", "int3g32", "fp8b128x128", "bf16"]
+FORMATS = ["int4g64", "int3g32", "ternaryg128", "fp8b128x128", "bf16"]
 FIVE_TILES = 5 * xla.TILE_BYTES
 
 
@@ -42,7 +42,8 @@ def test_unpacks_a_batch_in_tiles(name: str) -> None:
 @pytest.mark.parametrize("formats", [*([name] for name in FORMATS), FORMATS])
 def test_unpacks_experts_in_tiles(formats: list[str]) -> None:
     spec = "+".join(f"{name}[{16 // len(formats)},2048,7168]" for name in formats)
-    args = abstract(8, 7168), abstract_experts(spec), abstract(16, dtype=jnp.int32)
+    w = abstract_experts(spec)
+    args = abstract(8, 7168), w, abstract(w.num_experts, dtype=jnp.int32)
     assert temporary_bytes(xla.expert_matmul, *args) < FIVE_TILES
 
 

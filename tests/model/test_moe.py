@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model_cases import BASE
-from moejax.formats import ExpertWeights, Fp8Blocks, Leaf, dense, gather_experts, select_experts
-from moejax.formats.grouped_int import encode
+from moejax.formats import ExpertWeights, Fp8Blocks, IntFormat, Leaf, dense, gather_experts, select_experts
+from moejax.formats.group_format import encode
 from moejax.model import Config, DeepseekV3, config_from_hf
 from moejax.model.leaves import named_leaves
 from moejax.model.moe import ExpertRun, MoE, Routing
@@ -270,7 +270,7 @@ def in_format(leaf: Leaf, name: str) -> Leaf:
     if name.startswith("int"):
         bits, groups = int(name[3:]), matrix.shape[1] // 32
         scale = jnp.max(jnp.abs(matrix.reshape(-1, groups, 32)), axis=-1) / 2 ** (bits - 1)
-        return quick_encode(matrix, scale, bits)
+        return quick_encode(matrix, scale, IntFormat(bits, 32))
     blocks = -(-matrix.shape[0] // 48), -(-matrix.shape[1] // 48)
     scale = jnp.asarray(np.random.RandomState(0).rand(*blocks) + 0.5, jnp.float32)
     return Fp8Blocks(matrix.astype(jnp.float8_e4m3fn), scale, (48, 48))

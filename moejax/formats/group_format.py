@@ -1,0 +1,149 @@
+"""The formats that weights are rounded to, as values: even levels in groups along the input axis, one scale a group."""
+
+import abc
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from moejax.errors import InputError
+from moejax.formats import planar, trits
+from moejax.formats.abstract import abstract_array
+from moejax.formats.grouped import SCALE_DTYPE, GroupedCodes, group, round_to_codes, ungroup
+from moejax.formats.grouped_int import GroupedInt
+from moejax.formats.grouped_ternary import GroupedTernary
+
+
+class _Packing(abc.ABC):
+    """How a format packs rows, and which rows it holds."""
+
+    group_size: int
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The format in one word, as plans and manifests write it."""
+
+    @property
+    @abc.abstractmethod
+    def inputs_multiple(self) -> int:
+        """The number that a row's length must be a multiple of."""
+
+    @abc.abstractmethod
+    def words_per_row(self, inputs: int) -> int:
+        """How many words hold a row of that many inputs."""
+
+    @abc.abstractmethod
+    def pack(self, codes: jax.Array) -> jax.Array:
+        """Codes (..., O, I) in [0, levels) to words uint32 (..., O, W)."""
+
+    @abc.abstractmethod
+    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedCodes:
+        """The weight that these arrays are."""
+
+    def fits(self, inputs: int) -> bool:
+        """Whether the format holds rows of that many inputs."""
+        return inputs % self.inputs_multiple == 0
+
+    def require_fit(self, inputs: int) -> None:
+        """Raise InputError where `fits` is false."""
+        if not self.fits(inputs):
+            raise InputError(
+                f"format {self.name} cannot hold rows of {inputs} inputs: they must be a multiple of "
+                f"{self.inputs_multiple}"
+            )
+
+    def abstract(self, shape: Sequence[int]) -> GroupedCodes:
+        """The packed leaf of a weight (..., O, I), shapes only."""
+        *outer, inputs = shape
+        self.require_fit(inputs)
+        words = abstract_array((*outer, self.words_per_row(inputs)), jnp.uint32)
+        return self.leaf(words, abstract_array((*outer, inputs // self.group_size), SCALE_DTYPE))
+
+
+@dataclass(frozen=True)
+class IntFormat(_Packing):
+    """Integers of `bits` bits with one scale for every `group_size` inputs; its name is `int<bits>g<group_size>`."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}g{self.group_size}"
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    @property
+    def inputs_multiple(self) -> int:
+        return math.lcm(self.group_size, planar.inputs_multiple(self.bits))
+
+    def words_per_row(self, inputs: int) -> int:
+        return inputs * self.bits // planar.WORD_BITS
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return planar.pack(codes, self.bits)
+
+    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedInt:
+        return GroupedInt(words, scale, self.bits)
+
+
+@dataclass(frozen=True)
+class TernaryFormat(_Packing):
+    """Weights -s, 0 and s with one scale s for every `group_size` inputs; its name is `ternaryg<group_size>`."""
+
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        return f"ternaryg{self.group_size}"
+
+    @property
+    def levels(self) -> int:
+        return 3
+
+    @property
+    def bits(self) -> float:
+        """What a code is worth, log2 3 = 1.58; it takes 1.6."""
+        return math.log2(3)
+
+    @property
+    def inputs_multiple(self) -> int:
+        return self.group_size
+
+    def words_per_row(self, inputs: int) -> int:
+        return trits.words_per_row(inputs)
+
+    def pack(self, codes: jax.Array) -> jax.Array:
+        return trits.pack(codes)
+
+    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedTernary:
+        return GroupedTernary(words, scale, self.group_size)
+
+
+GroupFormat = IntFormat | TernaryFormat
+
+
+def parse_group_format(name: str) -> GroupFormat:
+    """`int3g64` to IntFormat(3, 64), `ternaryg128` to TernaryFormat(128)."""
+    match = re.fullmatch(r"(?:int([1-8])|ternary)g(32|64|128|256)", name)
+    if not match:
+        raise InputError(
+            f"unknown format {name!r}: a format is int<1 to 8>g<32, 64, 128 or 256>, such as int3g64, or "
+            f"ternaryg<32, 64, 128 or 256>, such as ternaryg128"
+        )
+    group_size = int(match[2])
+    return IntFormat(int(match[1]), group_size) if match[1] else TernaryFormat(group_size)
+
+
+def encode(weight: jax.Array, scale: jax.Array, to: GroupFormat) -> GroupedCodes:
+    """Round every weight (..., O, I) to the nearest level of its group's scale (..., O, I/group_size), and pack."""
+    scale = scale.astype(SCALE_DTYPE)
+    weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    codes = round_to_codes(group(weight, to.group_size), scale[..., None].astype(weight.dtype), to.levels)
+    return to.leaf(to.pack(ungroup(codes).astype(jnp.uint32)), scale)
