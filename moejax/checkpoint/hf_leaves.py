@@ -29,7 +29,7 @@ class HuggingFaceLeaves:
     def __call__(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`."""
         if name.endswith(DERIVED):
-            return self._derived(name)
+            return derived_leaf(name, self.config)
         tensor = hf_name(name, self.config)
         assert tensor is not None
         if "{}" in tensor:
@@ -37,12 +37,6 @@ class HuggingFaceLeaves:
         if tensor.endswith("kv_b_proj.weight"):
             return self._split_kv_b(tensor, is_key=name.endswith("k_b"))
         return self._leaf(tensor)
-
-    def _derived(self, name: str) -> jax.Array:
-        if name.endswith("routing_scale"):
-            return jnp.ones((), jnp.float32)
-        experts, groups = self.config.n_routed_experts, self.config.n_group
-        return jnp.arange(experts, dtype=jnp.int32) // (experts // groups)
 
     def _leaf(self, tensor: str) -> Leaf:
         values = jnp.asarray(self.read(tensor))
@@ -65,7 +59,19 @@ class HuggingFaceLeaves:
         part = per_head[:, first : first + width]
         if values.dtype != jnp.float8_e4m3fn:
             return part
-        block_rows, block_inputs = self.block()
-        step = math.gcd(block_rows, c.qk_nope_head_dim, c.v_head_dim)
-        rows = np.arange(values.shape[0]).reshape(per_head.shape[:2])[:, first : first + width : step]
-        return Fp8Blocks(part, jnp.asarray(self.read(tensor + SCALE))[rows // block_rows], (step, block_inputs))
+        block = kv_b_block(self.block(), c)
+        rows = np.arange(values.shape[0]).reshape(per_head.shape[:2])[:, first : first + width : block[0]]
+        return Fp8Blocks(part, jnp.asarray(self.read(tensor + SCALE))[rows // self.block()[0]], block)
+
+
+def derived_leaf(name: str, config: Config) -> jax.Array:
+    """A leaf that no tensor holds: experts in equal contiguous groups (E,), a routing scale of one ()."""
+    if name.endswith("routing_scale"):
+        return jnp.ones((), jnp.float32)
+    experts, groups = config.n_routed_experts, config.n_group
+    return jnp.arange(experts, dtype=jnp.int32) // (experts // groups)
+
+
+def kv_b_block(block: tuple[int, int], config: Config) -> tuple[int, int]:
+    """The FP8 blocks of k_b and v_b, where kv_b_proj's are `block`: the most rows that no border lies within."""
+    return math.gcd(block[0], config.qk_nope_head_dim, config.v_head_dim), block[1]

@@ -13,15 +13,20 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from moejax.checkpoint.hf_config import DENSE_DTYPES, fp8_block
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, TOP, expected_tensors, hf_name, num_elements
-from moejax.checkpoint.safetensors_folder import SafetensorsFolder, TensorInfo, open_folder, read_config_json
+from moejax.checkpoint.safetensors_folder import (
+    CONFIG_FILE,
+    SafetensorsFolder,
+    TensorInfo,
+    open_folder,
+    read_config_json,
+)
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
 from moejax.model.config import Config, config_from_hf
 from moejax.model.leaves import Layout, Weight, named_leaves
-
-_DENSE_DTYPES = tuple(np.dtype(dtype) for dtype in (ml_dtypes.bfloat16, np.float16, np.float32))
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class HuggingFaceCheckpoint:
         return named_leaves(self.abstract_model()).items()
 
     def _leaves(self, read: Any) -> HuggingFaceLeaves:
-        return HuggingFaceLeaves(self.config, read, partial(_fp8_block, self.raw_config, self.path))
+        return HuggingFaceLeaves(self.config, read, partial(fp8_block, self.raw_config, str(self.path / CONFIG_FILE)))
 
     def _finite(self, tensor: str) -> np.ndarray:
         values = self.folder.read(tensor)
@@ -72,7 +77,7 @@ def open_huggingface(path: Path) -> HuggingFaceCheckpoint:
     Other tensors are not read. Raises InputError naming the tensor, the file or the config's field that is wrong.
     """
     raw_config = read_config_json(path)
-    config = config_from_hf(raw_config, str(path / "config.json"))
+    config = config_from_hf(raw_config, str(path / CONFIG_FILE))
     folder = open_folder(path)
     _check_tensors(folder, config, raw_config, path)
     _check_experts(folder, config)
@@ -91,7 +96,7 @@ def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[s
             raise InputError(f"{info.file}: the tensor {name} has shape {info.shape}; the config asks for {shape}")
         _check_dtype(name, info)
         if info.dtype == ml_dtypes.float8_e4m3fn:
-            block = _fp8_block(raw_config, path)
+            block = fp8_block(raw_config, str(path / CONFIG_FILE))
             expected[name + SCALE] = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     for name, info in folder.tensors.items():
         if name not in expected:
@@ -106,9 +111,9 @@ def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[s
 
 def _check_dtype(name: str, info: TensorInfo) -> None:
     is_linear = len(info.shape) == 2 and not name.endswith("mlp.gate.weight")
-    if info.dtype in _DENSE_DTYPES or (is_linear and info.dtype == ml_dtypes.float8_e4m3fn):
+    if info.dtype.name in DENSE_DTYPES or (is_linear and info.dtype == ml_dtypes.float8_e4m3fn):
         return
-    accepted = ", ".join(map(str, _DENSE_DTYPES)) + (" and float8_e4m3fn" if is_linear else "")
+    accepted = ", ".join(DENSE_DTYPES) + (" and float8_e4m3fn" if is_linear else "")
     raise InputError(f"{info.file}: the tensor {name} has dtype {info.dtype}; accepted are {accepted}")
 
 
@@ -134,17 +139,6 @@ def _check_mtp_copies(checkpoint: HuggingFaceCheckpoint) -> None:
             if not np.array_equal(_bits(folder.read(name)), _bits(folder.read(TOP[original]))):
                 file = folder.tensors[name].file
                 raise InputError(f"{file}: the tensor {name} differs from {TOP[original]}, which an MTP block shares")
-
-
-def _fp8_block(raw_config: dict[str, Any], path: Path) -> tuple[int, int]:
-    quantization = raw_config.get("quantization_config")
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise InputError(
-            f"{path / 'config.json'}: quantization_config.weight_block_size is {block!r}; "
-            "FP8 weights need two positive integers, such as [128, 128]"
-        )
-    return block[0], block[1]
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
