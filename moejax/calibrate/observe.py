@@ -52,12 +52,12 @@ def _mtp_observer(mtp: MtpBlock, model: DeepseekV3, by: Rotation) -> Observer:
 def _observe_all(
     observe: Observer, states: Sequence[jax.Array], batches: Sequence[jax.Array]
 ) -> tuple[list[jax.Array], BlockStatistics]:
-    """One block over all batches: its outputs, and its statistics summed."""
+    """One block over all batches: its outputs, and its statistics merged."""
     outputs, total = [], None
     for x_BTD, tokens_BT in zip(states, batches, strict=True):
         y_BTD, statistics = observe(x_BTD, tokens_BT)
         outputs.append(y_BTD)
-        total = statistics if total is None else jax.tree.map(jnp.add, total, statistics)
+        total = statistics if total is None else total.merged(statistics)
     assert total is not None
     return outputs, total
 

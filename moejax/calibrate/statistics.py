@@ -1,7 +1,8 @@
-"""What calibration remembers: sums over tokens, from which every score and weight of error is made."""
+"""What calibration remembers: sums (and a peak) over tokens, from which scores and weights of errors are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ class ExpertStatistics:
     x2_ED: g^2 * x^2, the input of gate and up. hidden2_EF: g^2 * (silu(a)*u)^2, the input of down.
     gate_slope2_EF: g^2 * (silu'(a)*u)^2 and up_slope2_EF: g^2 * silu(a)^2, what an error of a or u becomes in down's
     input, squared.
+    peak_E is no sum but the largest |f_d| of any token and output d, 0 if no token chose the expert.
     """
 
     count_E: jax.Array
@@ -33,6 +35,11 @@ class ExpertStatistics:
     hidden2_EF: jax.Array
     gate_slope2_EF: jax.Array
     up_slope2_EF: jax.Array
+    peak_E: jax.Array
+
+    def merged(self, other: Self) -> Self:
+        """The statistics of both batches' tokens."""
+        return replace(jax.tree.map(jnp.add, self, other), peak_E=jnp.maximum(self.peak_E, other.peak_E))
 
     def input_second_moment(self, projection: str) -> jax.Array:
         """E[x^2] of the projection's input over the tokens that chose each expert, weighted by g^2, (E, I)."""
@@ -60,6 +67,14 @@ class BlockStatistics:
     input2: dict[str, jax.Array]
     experts: ExpertStatistics | None
 
+    def merged(self, other: Self) -> Self:
+        """The statistics of both batches' tokens; both are of the same block."""
+        experts = None
+        if self.experts is not None and other.experts is not None:
+            experts = self.experts.merged(other.experts)
+        input2 = jax.tree.map(jnp.add, self.input2, other.input2)
+        return replace(self, tokens=self.tokens + other.tokens, input2=input2, experts=experts)
+
     def input_second_moment(self, name: str) -> jax.Array:
         """E[x^2] of the input of the weight `name`, (I,)."""
         return self.input2[name] / self.tokens
@@ -77,7 +92,7 @@ class Statistics:
 
 
 def expert_statistics(run: ExpertRun, num_experts: int) -> ExpertStatistics:
-    """The sums of one batch."""
+    """The statistics of one batch."""
     float32 = partial(jnp.asarray, dtype=jnp.float32)
     chosen_ER = float32(run.expert_R == jnp.arange(num_experts)[:, None])
     g_R, norm_R = float32(run.weight_R), jnp.linalg.norm(float32(run.y_RD), axis=-1)
@@ -85,6 +100,7 @@ def expert_statistics(run: ExpertRun, num_experts: int) -> ExpertStatistics:
     gate_RF, up_RF = float32(run.gate_RF), float32(run.up_RF)
     sigmoid_RF = jax.nn.sigmoid(gate_RF)
     slope_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+    peak_R = jnp.max(jnp.abs(float32(run.y_RD)), axis=-1)
     return ExpertStatistics(
         count_E=jnp.sum(chosen_ER, axis=1),
         weight_E=chosen_ER @ g_R,
@@ -95,6 +111,7 @@ def expert_statistics(run: ExpertRun, num_experts: int) -> ExpertStatistics:
         hidden2_EF=weighted_ER @ float32(run.hidden_RF) ** 2,
         gate_slope2_EF=weighted_ER @ (slope_RF * up_RF) ** 2,
         up_slope2_EF=weighted_ER @ (sigmoid_RF * gate_RF) ** 2,
+        peak_E=jnp.zeros(num_experts, jnp.float32).at[run.expert_R].max(peak_R),
     )
 
 

@@ -1,18 +1,19 @@
 """Expert pruning: which experts a layer can spare, and the layer without them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate.statistics import ExpertStatistics
+from moejax.errors import InputError
 from moejax.formats import select_experts
 from moejax.model.config import Config
 from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
 
-CRITERIA = ("frequency", "paper", "reap")
+CRITERIA = ("frequency", "paper", "gate_mass", "reap", "msan")
 
 
 def expert_scores(statistics: ExpertStatistics, criterion: str, alpha: float = 0.5) -> np.ndarray:
@@ -21,18 +22,42 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, alpha: float = 0
     With count n_e, gate weights g and outputs f over the tokens that chose expert e:
     frequency f_e = n_e / sum n;
     paper (arXiv:2509.25689) alpha*f_e + (1-alpha)*s_e, s_e = sum g / n_e, both scaled to [0, 1] within the layer;
-    reap (arXiv:2510.13999) sum g*|f| / n_e.
+    gate_mass sum g, by which that paper's reference code prunes;
+    reap (arXiv:2510.13999) sum g*|f| / n_e;
+    msan (arXiv:2606.15716) sum |f|^2 / n_e.
+    Raises InputError for any other criterion.
     """
-    count_E = np.asarray(statistics.count_E, np.float64)
+    if criterion not in CRITERIA:
+        raise InputError(f"unknown pruning criterion {criterion!r}; accepted are {', '.join(CRITERIA)}")
+    sums = (statistics.count_E, statistics.weight_E, statistics.weighted_norm_E, statistics.norm2_E)
+    count_E, weight_E, weighted_norm_E, norm2_E = (np.asarray(own, np.float64) for own in sums)
     chosen_E = np.maximum(count_E, 1.0)
+    by_output = {"reap": weighted_norm_E / chosen_E, "msan": norm2_E / chosen_E}
+    return (gate_scores(count_E, weight_E, alpha) | by_output)[criterion]
+
+
+def gate_scores(count_E: np.ndarray, weight_E: np.ndarray, alpha: float = 0.5) -> dict[str, np.ndarray]:
+    """The criteria of `expert_scores` that gate weights alone decide, by name."""
     frequency_E = count_E / max(count_E.sum(), 1.0)
-    if criterion == "frequency":
-        return frequency_E
-    if criterion == "paper":
-        return alpha * _unit(frequency_E) + (1 - alpha) * _unit(np.asarray(statistics.weight_E) / chosen_E)
-    if criterion == "reap":
-        return np.asarray(statistics.weighted_norm_E, np.float64) / chosen_E
-    raise ValueError(f"unknown pruning criterion {criterion!r}; accepted are {', '.join(CRITERIA)}")
+    mean_weight_E = weight_E / np.maximum(count_E, 1.0)
+    return {
+        "frequency": frequency_E,
+        "paper": alpha * _unit(frequency_E) + (1 - alpha) * _unit(mean_weight_E),
+        "gate_mass": weight_E,
+    }
+
+
+def super_experts(peaks: Mapping[int, np.ndarray], num_layers: int) -> dict[int, np.ndarray]:
+    """Where the super experts (arXiv:2507.23279) are, which pruning should spare: by block, true or false, (E,).
+
+    `peaks` are the experts' largest outputs a (`ExpertStatistics.peak_E`) by block; blocks from `num_layers` on are MTP
+    blocks. With A the peaks of all experts of decoder layers, expert e of layer l is super if
+
+        a_le > P99.5(A)  and  a_le > max(A) / 10  and  l < 3/4 * num_layers
+    """
+    of_layers = np.concatenate([[], *(peak_E for block, peak_E in peaks.items() if block < num_layers)])
+    least = max(np.percentile(of_layers, 99.5), np.max(of_layers) / 10) if len(of_layers) else np.inf
+    return {block: (peak_E > least) & (4 * block < 3 * num_layers) for block, peak_E in peaks.items()}
 
 
 def min_per_group(config: Config, experts_per_token: int) -> int:
@@ -41,21 +66,35 @@ def min_per_group(config: Config, experts_per_token: int) -> int:
     return needed if config.n_group == 1 else max(2, needed)
 
 
-def pruning_order(scores_E: np.ndarray, group_E: np.ndarray, keep_per_group: int) -> np.ndarray:
+def pruning_order(
+    scores_E: np.ndarray,
+    group_E: np.ndarray,
+    keep_per_group: int,
+    protected_E: np.ndarray | None = None,
+    equal_groups: bool = False,
+) -> np.ndarray:
     """Experts in the order in which they go, least needed first; no group falls below `keep_per_group`.
 
-    Its length is the number that can be pruned; pruning n experts is pruning the first n of it.
+    Its length is the number that can be pruned; pruning n experts is pruning the first n of it. Experts where
+    protected_E (E,) is true never go, and count as survivors of their group.
+
+    With `equal_groups` they go in rounds, in each the least needed expert of every group, until a group has none left
+    to give: of G groups, pruning a multiple of G experts takes the same number from each, and only such numbers may be
+    pruned for a runtime whose groups are equal.
     """
-    left = np.bincount(group_E)
-    order = []
-    for expert in np.argsort(scores_E, kind="stable"):
-        if left[group_E[expert]] > keep_per_group:
-            left[group_E[expert]] -= 1
-            order.append(expert)
-    return np.asarray(order, int)
+    ascending = np.argsort(scores_E, kind="stable")
+    unprotected = ascending if protected_E is None else ascending[~protected_E[ascending]]
+    going = []
+    for group in np.unique(group_E):
+        spare = max(np.count_nonzero(group_E == group) - keep_per_group, 0)
+        going.append(unprotected[group_E[unprotected] == group][:spare])
+    if equal_groups:
+        rounds = min(map(len, going))
+        return np.stack([own[:rounds] for own in going], axis=1).reshape(-1)
+    return unprotected[np.isin(unprotected, np.concatenate(going))]
 
 
-def masked_bias(bias_E: jax.Array, pruned_E: np.ndarray) -> jax.Array:
+def masked_bias(bias_E: jax.Array, pruned_E: jax.Array | np.ndarray) -> jax.Array:
     """A router bias under which the experts where pruned_E (E,) is true are never chosen.
 
     A layer with it computes what `prune` without them does: their choice is -inf before the top-K, so tokens route to
@@ -72,7 +111,7 @@ def prune(moe: MoE, keep: Sequence[int]) -> MoE:
     kept = np.asarray(keep, np.int32)
     leaves = named_leaves(moe)
     for name in ("router", "bias", "group_id"):
-        leaves[name] = leaves[name][kept]
+        leaves[name] = jnp.take(leaves[name], kept, axis=0)
     for name in ("gate", "up", "down"):
         leaves[f"experts.{name}"] = select_experts(leaves[f"experts.{name}"], keep)
     return MoE(moe.config, leaves.__getitem__, moe.experts_per_token)

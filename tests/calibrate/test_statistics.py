@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from leaf_oracle import to_numpy
 from moejax.calibrate import BlockStatistics, ExpertStatistics, calibrate
-from moejax.calibrate.statistics import PRIOR_TOKENS
+from moejax.calibrate.statistics import PRIOR_TOKENS, expert_statistics
 from moejax.formats import ExpertWeights
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
-from moejax.model.moe import MoE, Routing
+from moejax.model.moe import ExpertRun, MoE, Routing
 from moejax.model.rope import Rotation
 from quick_jit import quick_jit
 from small_models import CHUNKS, CONFIG, first_layers, small_model, small_statistics
@@ -136,7 +136,7 @@ def test_a_dense_block_has_no_expert_sums() -> None:
 
 
 def expert_sums(seen_by: Seen) -> dict[str, Array]:
-    """Every sum of ExpertStatistics, one token and expert at a time."""
+    """Everything in ExpertStatistics, one token and expert at a time."""
     assert seen_by.routing is not None
     experts, F = matrices_by_expert(seen_by.block), CONFIG.moe_intermediate_size
     shapes = {name: (E, {"D": D, "F": F}[name[-1]]) if name.endswith(("ED", "EF")) else (E,) for name in FIELDS}
@@ -148,7 +148,8 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
         for e, g in zip(chosen_K, weights_K.astype(np.float64), strict=True):
             gate, up, down = experts[e]
             a_F, u_F = gate @ x_D, up @ x_D
-            norm = np.linalg.norm(down @ (silu(a_F) * u_F))
+            f_D = down @ (silu(a_F) * u_F)
+            norm = np.linalg.norm(f_D)
             slope_F = (silu(a_F + 1e-5) - silu(a_F - 1e-5)) / 2e-5
             sums["count_E"][e] += 1
             sums["weight_E"][e] += g
@@ -159,6 +160,7 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
             sums["hidden2_EF"][e] += (g * silu(a_F) * u_F) ** 2
             sums["gate_slope2_EF"][e] += (g * slope_F * u_F) ** 2
             sums["up_slope2_EF"][e] += (g * silu(a_F)) ** 2
+            sums["peak_E"][e] = max(sums["peak_E"][e], np.abs(f_D).max())
     return sums
 
 
@@ -175,6 +177,26 @@ def silu(x: Array) -> Array:
 def test_batches_do_not_change_the_sums_and_the_last_may_be_smaller() -> None:
     one_by_one, two_and_one = (calibrate(first_layers(1), CHUNKS[:3], batch) for batch in (1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one_by_one, two_and_one)
+
+
+def random_run(experts: list[int], seed: int) -> ExpertRun:
+    """Rows for these experts, D = 4 and F = 3."""
+    random, rows = np.random.RandomState(seed), len(experts)
+    inside = (jnp.asarray(random.randn(rows, size), jnp.float32) for size in (4, 3, 3, 3, 4))
+    return ExpertRun(jnp.asarray(experts), jnp.asarray(random.rand(rows), jnp.float32), *inside)
+
+
+def test_statistics_of_two_batches_merge_into_those_of_both() -> None:
+    """Expert 3 is chosen in the first batch only, expert 4 in the second, expert 5 in neither."""
+    runs = random_run([0, 0, 1, 2, 3, 3, 3], 0), random_run([0, 1, 1, 2, 4], 1)
+    both = expert_statistics(jax.tree.map(lambda *parts: jnp.concatenate(parts), *runs), 6)
+    first, second = (expert_statistics(run, 6) for run in runs)
+    for merged in (first.merged(second), second.merged(first)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merged, both)
+    for e in range(5):
+        peak = max(np.abs(run.y_RD[run.expert_R == e]).max(initial=0) for run in runs)
+        assert both.peak_E[e] == peak > 0
+    assert both.peak_E[5] == 0
 
 
 def test_progress_is_told_of_every_layer() -> None:

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moejax.calibrate import ExpertStatistics
+from moejax.errors import InputError
 from moejax.formats import ExpertWeights, describe
 from moejax.model import named_leaves
 from moejax.model.config import Config
 from moejax.model.moe import MoE, Routing
-from moejax.transforms.prune import CRITERIA, expert_scores, masked_bias, min_per_group, prune, pruning_order
+from moejax.transforms.prune import (
+    CRITERIA,
+    expert_scores,
+    masked_bias,
+    min_per_group,
+    prune,
+    pruning_order,
+    super_experts,
+)
 from quick_jit import quick_jit
 from small_models import CONFIG, small_model
 
@@ -54,19 +63,23 @@ def statistics_of(count_E: Array, random: np.random.RandomState) -> ExpertStatis
     sums["count_E"] = count_E
     sums["weight_E"] = count_E * random.uniform(0.1, 0.9, len(count_E))
     sums["weighted_norm_E"] = count_E * random.uniform(0.1, 9, len(count_E))
+    sums["norm2_E"] = count_E * random.uniform(0.1, 9, len(count_E))
     return ExpertStatistics(**{name: jnp.asarray(own, jnp.float32) for name, own in sums.items()})
 
 
 def scores_by_hand(statistics: ExpertStatistics, criterion: str, alpha: float) -> list[float]:
-    count_E, weight_E, weighted_norm_E = (
+    count_E, weight_E, weighted_norm_E, norm2_E = (
         np.asarray(own, np.float64).tolist()
-        for own in (statistics.count_E, statistics.weight_E, statistics.weighted_norm_E)
+        for own in (statistics.count_E, statistics.weight_E, statistics.weighted_norm_E, statistics.norm2_E)
     )
     frequency = [n / sum(count_E) for n in count_E]
     if criterion == "frequency":
         return frequency
-    if criterion == "reap":
-        return [total / n if n else 0.0 for total, n in zip(weighted_norm_E, count_E, strict=True)]
+    if criterion == "gate_mass":
+        return weight_E
+    if criterion in ("reap", "msan"):
+        sums = weighted_norm_E if criterion == "reap" else norm2_E
+        return [total / n if n else 0.0 for total, n in zip(sums, count_E, strict=True)]
     mean_weight = [total / n if n else 0.0 for total, n in zip(weight_E, count_E, strict=True)]
     unit = [[(own - min(part)) / (max(part) - min(part)) for own in part] for part in (frequency, mean_weight)]
     return [alpha * f + (1 - alpha) * s for f, s in zip(*unit, strict=True)]
@@ -105,7 +118,8 @@ def test_experts_that_are_all_alike_score_alike(criterion: str, count: float) ->
 
 
 def test_an_unknown_criterion_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown pruning criterion 'l2'; accepted are frequency, paper, reap"):
+    message = "unknown pruning criterion 'l2'; accepted are frequency, paper, gate_mass, reap, msan"
+    with pytest.raises(InputError, match=message):
         expert_scores(statistics_of(np.ones(4), np.random.RandomState(0)), "l2")
 
 
@@ -118,28 +132,115 @@ def test_the_least_that_a_group_keeps(n_group: int, topk_group: int, experts_per
     assert min_per_group(config, experts_per_token) == expected
 
 
-@given(
-    score_E=st.lists(st.floats(0, 1), min_size=2, max_size=24),
-    groups=st.integers(1, 4),
-    keep_per_group=st.integers(1, 4),
-    seed=seeds,
-)
-def test_pruning_stops_at_the_least_of_every_group(
-    score_E: list[float], groups: int, keep_per_group: int, seed: int
-) -> None:
-    group_E = np.random.RandomState(seed).randint(groups, size=len(score_E))
-    order = pruning_order(np.asarray(score_E), group_E, keep_per_group)
-    before = np.bincount(group_E, minlength=groups)
-    assert len(set(order.tolist())) == len(order) == np.sum(np.maximum(before - keep_per_group, 0))
-    for pruned in range(len(order) + 1):
-        left = before - np.bincount(group_E[order[:pruned]], minlength=groups)
-        assert np.all(left >= np.minimum(before, keep_per_group))
-    # The least needed go first, over all groups and within each: nobody who stays is needed less than one who goes.
-    gone = [score_E[e] for e in order]
-    assert gone == sorted(gone)
-    for group in range(groups):
-        stay = [score_E[e] for e in np.setdiff1d(np.flatnonzero(group_E == group), order)]
-        assert not stay or all(score_E[e] <= min(stay) for e in order if group_E[e] == group)
+def test_super_experts_are_far_above_the_others_and_not_in_the_last_quarter() -> None:
+    """400 experts in 4 decoder layers: the 99.5th percentile of their peaks is just above the third highest."""
+    peaks = {block: np.random.RandomState(block).uniform(1, 2, 100).astype(np.float32) for block in range(4)}
+    peaks[4] = np.full(100, 9000, np.float32)  # an MTP block
+
+    def found() -> list[tuple[int, int]]:
+        return [(block, e) for block, own_E in super_experts(peaks, 4).items() for e in np.flatnonzero(own_E).tolist()]
+
+    peaks[0][7], peaks[2][3], peaks[3][5] = 500, 300, 1000
+    assert found() == [(0, 7)]
+    peaks[3][5] = 1.5
+    assert found() == [(0, 7), (2, 3)]
+    # More than a tenth of the highest peak, and less.
+    peaks[2][3] = 51
+    assert found() == [(0, 7), (2, 3)]
+    peaks[2][3] = 49
+    assert found() == [(0, 7)]
+
+
+@given(st.lists(st.integers(0, 4), min_size=8, max_size=8), st.integers(1, 8), seeds)
+def test_super_experts_are_their_equation(scales: list[int], num_layers: int, seed: int) -> None:
+    random = np.random.RandomState(seed)
+    peaks = {block: 10.0**scale * random.rand(60) for block, scale in enumerate(scales)}
+    of_layers = np.sort(np.concatenate([peaks[block] for block in range(num_layers)]))
+    place = 0.995 * (len(of_layers) - 1)
+    low, high = of_layers[int(place)], of_layers[int(place) + 1]
+    percentile = low + (place - int(place)) * (high - low)
+    for block, found_E in super_experts(peaks, num_layers).items():
+        assert found_E.shape == (60,) and found_E.dtype == bool
+        for found, peak in zip(found_E, peaks[block], strict=True):
+            assert found == (peak > percentile and peak > of_layers[-1] / 10 and block / num_layers < 0.75)
+
+
+@pytest.mark.parametrize("num_layers", [0, 4])
+def test_without_peaks_nobody_is_super(num_layers: int) -> None:
+    """Neither experts that no token chose, nor those of an MTP block behind dense layers."""
+    found = super_experts({num_layers: np.ones(8)} | {block: np.zeros(8) for block in range(num_layers)}, num_layers)
+    assert len(found) == num_layers + 1 and not any(own_E.any() for own_E in found.values())
+
+
+class Layer(NamedTuple):
+    """What an order is made of."""
+
+    score_E: Array
+    group_E: Array
+    keep_per_group: int
+    protected_E: NDArray[np.bool_] | None
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """Up to four ragged groups in no order, with equal scores among their experts."""
+    experts = draw(st.integers(2, 24))
+    random = np.random.RandomState(draw(seeds))
+    score_E = np.asarray(draw(st.lists(st.integers(0, 9), min_size=experts, max_size=experts)), np.float64)
+    protected_E = draw(st.none() | st.just(random.rand(experts) < 0.3))
+    group_E = random.randint(draw(st.integers(1, 4)), size=experts)
+    return Layer(score_E, group_E, draw(st.integers(1, 4)), protected_E)
+
+
+def prunable(layer: Layer) -> Array:
+    """How many experts each group can lose, 0 for a number that is no group's."""
+    size_G = np.bincount(layer.group_E)
+    unprotected_G = np.bincount(layer.group_E, weights=None if layer.protected_E is None else ~layer.protected_E)
+    return np.minimum(np.maximum(size_G - layer.keep_per_group, 0), unprotected_G).astype(int)
+
+
+def assert_least_needed_first_within_groups(layer: Layer, order: Array) -> None:
+    assert len(set(order.tolist())) == len(order)
+    stay = np.setdiff1d(np.arange(len(layer.score_E)), order)
+    if layer.protected_E is not None:
+        assert not np.any(layer.protected_E[order])
+        stay = stay[~layer.protected_E[stay]]
+    for group in np.unique(layer.group_E):
+        gone = layer.score_E[order[layer.group_E[order] == group]]
+        assert np.all(np.diff(gone) >= 0)
+        assert np.all(layer.score_E[stay[layer.group_E[stay] == group]] >= max(gone, default=0))
+
+
+@given(layers())
+def test_pruning_stops_at_the_least_of_every_group(layer: Layer) -> None:
+    order = pruning_order(*layer)
+    assert_least_needed_first_within_groups(layer, order)
+    np.testing.assert_array_equal(np.bincount(layer.group_E[order], minlength=len(prunable(layer))), prunable(layer))
+    # Over all groups too, the least needed go first; of equals the first.
+    assert [*zip(layer.score_E[order], order, strict=True)] == sorted(zip(layer.score_E[order], order, strict=True))
+
+
+@given(layers())
+def test_equal_groups_lose_one_expert_each_per_round(layer: Layer) -> None:
+    order = pruning_order(*layer, equal_groups=True)
+    assert_least_needed_first_within_groups(layer, order)
+    groups = np.unique(layer.group_E)
+    assert len(order) == len(groups) * min(prunable(layer)[groups])
+    for start in range(0, len(order), len(groups)):
+        np.testing.assert_array_equal(np.sort(layer.group_E[order[start : start + len(groups)]]), groups)
+    one_group = pruning_order(layer.score_E, 0 * layer.group_E, layer.keep_per_group, layer.protected_E)
+    same = pruning_order(layer.score_E, 0 * layer.group_E, layer.keep_per_group, layer.protected_E, equal_groups=True)
+    np.testing.assert_array_equal(same, one_group)
+
+
+def test_protected_experts_count_as_survivors() -> None:
+    score_E, group_E = np.asarray([0.0, 1, 2, 3, 4, 5, 6, 7]), np.asarray([0, 0, 0, 0, 1, 1, 1, 1])
+    protected_E = np.asarray([True, True, False, False, False, False, False, True])
+    assert pruning_order(score_E, group_E, 2, protected_E).tolist() == [2, 3, 4, 5]
+    assert pruning_order(score_E, group_E, 2, protected_E, equal_groups=True).tolist() == [2, 4, 3, 5]
+    assert pruning_order(score_E, group_E, 1, protected_E).tolist() == [2, 3, 4, 5, 6]
+    assert pruning_order(score_E, group_E, 1, protected_E, equal_groups=True).tolist() == [2, 4, 3, 5]
+    assert pruning_order(score_E, group_E, 2, np.full(8, True)).tolist() == []
 
 
 @pytest.mark.parametrize("count", [6, 8])
