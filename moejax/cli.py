@@ -17,6 +17,9 @@ CheckpointArg = Annotated[
 ]
 JsonArg = Annotated[Path | None, arg(help="write every printed figure to this file")]
 TextArg = Annotated[Path | None, arg(help="UTF-8 text to evaluate on; without it, the test files that numpy ships")]
+BudgetArg = Annotated[str | None, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")]
+RecipeArg = Annotated[str, arg(help="a recipe that comes with moejax (default, equal_groups) or a TOML file")]
+PlanArg = Annotated[Path | None, arg(help="carry out this plan, written by `moejax plan`, instead of measuring one")]
 DtypeArg = Annotated[Literal["float32", "bfloat16"], arg(help="what is computed in")]
 
 
@@ -24,8 +27,10 @@ DtypeArg = Annotated[Literal["float32", "bfloat16"], arg(help="what is computed 
 def compress(
     checkpoint: CheckpointArg = None,
     *,
-    budget: Annotated[str, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")],
+    budget: BudgetArg = None,
     output: Annotated[Path, arg(help="the folder to write; it must not exist")],
+    recipe: RecipeArg = "default",
+    plan: PlanArg = None,
     calibration: Annotated[
         Path | None, arg(help="UTF-8 text to calibrate on; without it, the Python sources of installed packages")
     ] = None,
@@ -34,9 +39,9 @@ def compress(
     json: JsonArg = None,
 ) -> None:
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
-    from moejax.commands import run_compress
+    from moejax.commands.compress import run_compress
 
-    run_compress(checkpoint, budget, output, calibration, calibration_chunks, text, json)
+    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, json)
 
 
 @app.command
@@ -49,7 +54,7 @@ def evaluate(
     json: JsonArg = None,
 ) -> None:
     """Perplexity of a checkpoint, and how far its predictions are from another's."""
-    from moejax.commands import run_evaluate
+    from moejax.commands.evaluate import run_evaluate
 
     run_evaluate(checkpoint, against, text, dtype, json)
 
@@ -65,15 +70,36 @@ def generate(
     dtype: DtypeArg = "float32",
 ) -> None:
     """Continue a prompt."""
-    from moejax.commands import run_generate
+    from moejax.commands.generate import run_generate
 
     run_generate(checkpoint, prompt, tokens, temperature, seed, dtype)
 
 
 @app.command
+def plan(
+    config: Annotated[Positional[str], arg(help="deepseek_v3, kimi_k2, moonlight_16b_a3b, or a config.json")],
+    *,
+    budget: Annotated[str, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")],
+    expert_scores: Annotated[
+        Path | None, arg(help="routing statistics (JSON); without it, those that come with moejax for this model")
+    ] = None,
+    memory: Annotated[str | None, arg(help="the device's memory: 128GB, 96GiB")] = None,
+    context: Annotated[int, arg(help="tokens in the latent cache of every sequence")] = 4096,
+    batch: Annotated[int, arg(help="sequences decoded at once")] = 1,
+    recipe: RecipeArg = "default",
+    output: Annotated[Path | None, arg(help="write the plan to this TOML file, for `moejax compress --plan`")] = None,
+    json: JsonArg = None,
+) -> None:
+    """What would fit, and what would it cost: a plan for a model from its config alone, exact in bytes."""
+    from moejax.commands.plan import run_plan
+
+    run_plan(config, budget, expert_scores, memory, context, batch, recipe, output, json)
+
+
+@app.command
 def inspect(checkpoint: CheckpointArg = None, *, json: JsonArg = None) -> None:
     """What a checkpoint holds: its config, its bytes and bits by kind of weight, how it was made."""
-    from moejax.commands import run_inspect
+    from moejax.commands.inspect import run_inspect
 
     run_inspect(checkpoint, json)
 

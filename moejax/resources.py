@@ -14,7 +14,8 @@ def tiny_checkpoint() -> Path:
 
 
 def config_path(kind: str, name: str) -> Path:
-    """The file `name` among the configurations of one kind ("models", "recipes"); its extension may be left out.
+    """The file `name` among the configurations of one kind (a folder: "models", "recipes", "expert_scores",
+    "sensitivity"); its extension may be left out.
 
     Raises:
       InputError: there is no such configuration; the message lists those there are.

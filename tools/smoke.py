@@ -47,7 +47,7 @@ def compressed_divergence(model: DeepseekV3, tokens: np.ndarray) -> float:
     plan = Plan("keep", "keep", (BlockPlan(), BLOCK, *[BlockPlan()] * (model.config.num_blocks - 2)))
     compressed = compress(model, plan, calibrate(model, tokens))
     description = Description(open_checkpoint().raw_config, to_json(plan), {})
-    size = native_bytes(compressed, description, [])
+    size = native_bytes(compressed, description, []).total
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
         assert write_native(compressed, output, description, [], budget=size) == size

@@ -26,6 +26,9 @@ from moejax.progress import Progress, silent
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+# What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
+# decided what to calibrate on.
+PROVENANCE_BYTES = 2048
 _OUTER = "outer"
 _NO_CHECKSUM = "0" * 8
 # Pruning shortens the first axis of these weights, and nothing else.
@@ -50,12 +53,29 @@ def item_of(name: str) -> tuple[str, str]:
     return f"{'layer' if kind == 'layers' else kind}_{index}", rest
 
 
-def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> int:
+@dataclass(frozen=True)
+class NativeBytes:
+    """The bytes of a folder by what they are: arrays, orbax's and zarr's descriptions of them, the manifest, and the
+    files copied from the original."""
+
+    arrays: int
+    descriptions: int
+    manifest: int
+    copied: int
+
+    @property
+    def total(self) -> int:
+        return self.arrays + self.descriptions + self.manifest + self.copied
+
+
+def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
     """The exact bytes of the folder that `write_native` will write, from shapes alone."""
-    items = _items(abstract_model)
-    manifest = _manifest(abstract_model, description, dict.fromkeys(_all_arrays(items), _NO_CHECKSUM))
-    arrays = sum(store.item_bytes(_arrays_of(leaves)) for leaves in items.values())
-    return arrays + len(manifest) + sum(file.stat().st_size for file in copied)
+    items = {item: _arrays_of(leaves) for item, leaves in _items(abstract_model).items()}
+    names = [f"{item}/{array}" for item, arrays in items.items() for array in arrays]
+    manifest = _manifest(abstract_model, description, dict.fromkeys(names, _NO_CHECKSUM))
+    arrays = sum(store.payload_bytes(own) for own in items.values())
+    in_items = sum(store.item_bytes(own) for own in items.values())
+    return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
 
 
 def write_native(
@@ -205,7 +225,10 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
         "plan": description.plan,
         "provenance": description.provenance,
     }
-    return json.dumps(manifest, separators=(",", ":")).encode()
+    padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
+    if padding < 0:
+        raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")
+    return json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding
 
 
 def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
@@ -226,10 +249,6 @@ def _arrays(name: str, leaf: Weight) -> dict[str, jax.Array]:
 
 def _arrays_of(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:
     return {array: value for name, leaf in leaves.items() for array, value in _arrays(name, leaf).items()}
-
-
-def _all_arrays(items: Mapping[str, Mapping[str, Weight]]) -> list[str]:
-    return [f"{item}/{array}" for item, leaves in items.items() for array in _arrays_of(leaves)]
 
 
 def _abstract(within: str, spec: str) -> Weight:

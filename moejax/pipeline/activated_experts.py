@@ -1,16 +1,17 @@
 """How many experts a token goes to after pruning, and with what routing scale: tried out, the best kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
 
-from moejax.model import DeepseekV3
+from moejax.errors import InputError
+from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import Block
-from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
-from moejax.model.rope import Rotation
 from moejax.pipeline.probe import Probe
-from moejax.pipeline.search import divergence_of, masked_blocks
+from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.trial import divergence_of, masked_blocks
 from moejax.pipeline.working_copy import with_leaves
 from moejax.planning import Plan
 from moejax.progress import Progress
@@ -19,9 +20,9 @@ from moejax.transforms.experts_per_token import fit_routing_scale, paper_rule
 
 @dataclass(frozen=True)
 class ActivatedExperts:
-    """A choice of K' and of a routing scale per layer (1 in dense layers), and its true KL on the probe's text."""
+    """K' and a routing scale per layer (the model's K and 1 in dense layers), and their true KL on the probe's text."""
 
-    experts_per_token: int
+    experts_per_token: tuple[int, ...]
     routing_scales: tuple[float, ...]
     divergence: float
 
@@ -30,33 +31,50 @@ class ActivatedExperts:
         return any(scale != 1.0 for scale in self.routing_scales)
 
 
+def candidates(recipe: Recipe, config: Config, kept: Sequence[int]) -> list[tuple[int, ...]]:
+    """The K' that a recipe lets be tried, one per layer with its number of experts kept (any in dense layers).
+
+    Raises InputError if it asks for more than the model's K.
+    """
+    full, asked = config.num_experts_per_tok, recipe.experts_per_token
+    paper = tuple(paper_rule(full, count / config.n_routed_experts) for count in kept)
+    if asked == "paper":
+        return [paper]
+    if asked == "measured":
+        return sorted({(full,) * len(kept), (max(1, full - 1),) * len(kept), paper})
+    if asked > full:
+        raise InputError(f"the recipe asks for {asked} experts per token; the model has {full}, and fewer can be taken")
+    return [(asked,) * len(kept)]
+
+
 def try_activated_experts(
-    probe: Probe, compressed: DeepseekV3, plan: Plan, progress: Progress
+    probe: Probe, compressed: DeepseekV3, plan: Plan, recipe: Recipe, progress: Progress
 ) -> list[ActivatedExperts]:
-    """The original K, one less, and the paper's rule, each without and with the least-squares routing scale; the best
-    first."""
+    """The recipe's K', each without and with the least-squares routing scale; the best first."""
     blocks = masked_blocks(probe, compressed, plan)
-    config = compressed.config
-    kept = [len(own.keep) for own in plan.blocks if own.keep is not None]
-    if not kept:
-        return []
-    full = config.num_experts_per_tok
-    share = sum(kept) / (len(kept) * config.n_routed_experts)
+    experts = compressed.config.n_routed_experts
+    kept = [experts if own.keep is None else len(own.keep) for own, _ in zip(plan.blocks, blocks, strict=False)]
     tried = []
-    for fewer in progress(sorted({full, max(1, full - 1), paper_rule(full, share)}), "trying experts per token"):
-        fitted = tuple(_fitted_scale(probe, i, block, fewer) for i, block in enumerate(blocks))
-        for scales in ((1.0,) * len(blocks), fitted):
-            adjusted = [_adjusted(block, fewer, scale) for block, scale in zip(blocks, scales, strict=True)]
-            tried.append(ActivatedExperts(fewer, scales, divergence_of(probe, compressed, adjusted)))
+    for per_layer in progress(candidates(recipe, compressed.config, kept), "trying experts per token"):
+        fitted = tuple(_fitted_scale(probe, i, *own) for i, own in enumerate(zip(blocks, per_layer, strict=True)))
+        for scales in dict.fromkeys([(1.0,) * len(blocks), fitted]):
+            adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
+            tried.append(ActivatedExperts(per_layer, scales, divergence_of(probe, compressed, adjusted)))
     return sorted(tried, key=lambda choice: choice.divergence)
 
 
 def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:
-    """The plan with that K' and those routing scales; MTP blocks take the last layer's."""
-    scales = [*choice.routing_scales, *[choice.routing_scales[-1]] * (len(plan.blocks) - len(choice.routing_scales))]
+    """The plan with those K' and routing scales; MTP blocks take the last layer's."""
+    last = len(choice.routing_scales) - 1
     blocks = tuple(
-        block if block.keep is None else replace(block, experts_per_token=choice.experts_per_token, routing_scale=scale)
-        for block, scale in zip(plan.blocks, scales, strict=True)
+        block
+        if block.keep is None
+        else replace(
+            block,
+            experts_per_token=choice.experts_per_token[min(i, last)],
+            routing_scale=choice.routing_scales[min(i, last)],
+        )
+        for i, block in enumerate(plan.blocks)
     )
     return replace(plan, blocks=blocks)
 
@@ -72,13 +90,5 @@ def _fitted_scale(probe: Probe, index: int, block: Block, experts_per_token: int
     if not isinstance(original.mlp, MoE):
         return 1.0
     fewer = _adjusted(block, experts_per_token, 1.0).mlp
-    scale = fit_routing_scale(original.mlp, fewer, _mlp_input(original, probe.inputs[index], probe.rotation))
+    scale = fit_routing_scale(original.mlp, fewer, probe.experts_input(index))
     return round(float(scale), 4)
-
-
-@jax.jit
-def _mlp_input(block: Block, x_BTD: jax.Array, by: Rotation) -> jax.Array:
-    """What a block's experts and router take in, (B*T, D)."""
-    taps: Taps = {}
-    block(x_BTD, by, taps=taps)
-    return taps["mlp.router"]

@@ -1,32 +1,41 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moejax import __version__
-from moejax.calibrate import Statistics, calibrate
+from moejax.calibrate import calibrate
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.native import COPIED_FILES, Description, native_bytes, write_native
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.text import Text
 from moejax.model import DeepseekV3
-from moejax.pipeline.activated_experts import ActivatedExperts, try_activated_experts, with_activated_experts
+from moejax.pipeline.activated_experts import (
+    ActivatedExperts,
+    candidates,
+    try_activated_experts,
+    with_activated_experts,
+)
+from moejax.pipeline.joint_probes import measure_curves
 from moejax.pipeline.measure import measure_costs
-from moejax.pipeline.options import Settings, options
-from moejax.pipeline.probe import Probe, probe
-from moejax.pipeline.search import Candidate, check_budget, search, smallest_candidate
+from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
+from moejax.pipeline.options import options
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files
+from moejax.pipeline.probe import probe
+from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.search import Candidate, search, try_out
+from moejax.pipeline.trial import Trial
 from moejax.planning import Plan
 from moejax.planning.costs import Costs
-from moejax.planning.plan import to_json
-from moejax.progress import Progress, silent
+from moejax.planning.fit import Problem, check_budget, losses_of_plan
+from moejax.planning.predict import LossCurves
+from moejax.progress import Progress
 from moejax.transforms.compress import compress
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
@@ -34,53 +43,55 @@ _SCALE_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What is compressed: a checkpoint, its model and statistics, concrete or in shapes alone."""
+class Prepared:
+    """Everything measured that no budget changes; `plan_within` takes it from here.
+
+    costs: of every format that fits. problem: of those that the recipe allows. pruning: by block, with its probes.
+    """
 
     checkpoint: HuggingFaceCheckpoint
-    model: DeepseekV3
-    statistics: Statistics
-    provenance: dict[str, Any]
-
-    def size_of(self, plan: Plan) -> int:
-        """The exact bytes of the folder that `write` makes of a plan."""
-        abstract = jax.eval_shape(partial(compress, plan=plan), self.model, statistics=self.statistics)
-        return native_bytes(abstract, self._description(plan), copied_files(self.checkpoint))
-
-    def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
-        """Carry a plan out and write the checkpoint; returns its bytes, never more than `budget`."""
-        compressed = compress(self.model, plan, self.statistics, progress=progress)
-        copied = copied_files(self.checkpoint)
-        return write_native(compressed, output, self._description(plan), copied, budget, progress)
-
-    def _description(self, plan: Plan) -> Description:
-        return Description(self.checkpoint.raw_config, to_json(plan), self.provenance)
-
-
-@dataclass(frozen=True)
-class Prepared(Origin):
-    """With everything measured that no budget changes; `plan_within` takes it from here."""
-
-    probe: Probe
+    origin: Origin
+    recipe: Recipe
+    trial: Trial
     costs: Costs
+    pruning: Mapping[int, LayerPruning]
+    problem: Problem
+
+    @property
+    def model(self) -> DeepseekV3:
+        return self.origin.model
+
+    def predicted(self, plan: Plan) -> float | None:
+        """The KL predicted of any plan, allowed or not, its K' and routing scales left out; None where the costs do
+        not cover it."""
+        losses = losses_of_plan(self.costs, plan)
+        return None if losses is None else self.problem.predicted(losses)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan chosen for a budget, and what else was tried; candidates best first."""
+    """The plan chosen for a budget, its predicted KL, and what was tried; candidates best first."""
 
     plan: Plan
+    predicted: float
     candidates: tuple[Candidate, ...]
     activated: tuple[ActivatedExperts, ...]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the main job did."""
+    """What the main job did; how it was planned, unless the plan was given."""
 
-    planned: Planned
+    plan: Plan
     bytes: int
     evaluation: Evaluation
+    planned: Planned | None = None
+    pruning: Mapping[int, LayerPruning] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> float | None:
+        """The KL divergence that was predicted before anything was carried out."""
+        return self.planned.predicted if self.planned else None
 
 
 def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
@@ -90,26 +101,32 @@ def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
     return checkpoint
 
 
-def copied_files(checkpoint: HuggingFaceCheckpoint) -> list[Path]:
-    """The files that go from the original into every compressed checkpoint."""
-    return [file for name in COPIED_FILES if (file := checkpoint.path / name).is_file()]
+def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
+    """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
+    shapes alone decide."""
+    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    config = origin.model.config
+    candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
+    problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of)
+    check_budget(problem.smallest().bytes, budget, folder_bytes(checkpoint.path))
 
 
-def check(checkpoint: HuggingFaceCheckpoint, budget: int, settings: Settings, provenance: dict[str, Any]) -> None:
-    """Raise InputError if the budget cannot be met or is none, before any work: shapes alone decide."""
-    model = checkpoint.abstract_model()
-    statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
-    free = options(model, settings)
-    origin = Origin(checkpoint, model, statistics, provenance)
-    check_budget(free, model, origin.size_of, budget, folder_bytes(checkpoint.path))
+def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int | None) -> int:
+    """The exact bytes of a given plan's folder, or the budget if there is one. Raises InputError if the plan does not
+    suit the model, or is over the budget."""
+    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    size = origin.size_of(plan)
+    if budget is not None and size > budget:
+        raise InputError(f"the plan takes {size} bytes; the budget is {budget}, a plan that fits it is needed")
+    return size if budget is None else budget
 
 
-def provenance(calibration: Text, chunks: int, settings: Settings) -> dict[str, Any]:
+def provenance(calibration: Text, chunks: int, recipe: Recipe) -> dict[str, Any]:
     """What a manifest says about how the checkpoint was made."""
     return {
         "moejax": __version__,
         "calibration": {"source": calibration.source, "sha256": calibration.sha256, "chunks": chunks},
-        "criterion": settings.criterion,
+        "criterion": recipe.criterion,
     }
 
 
@@ -131,33 +148,37 @@ def prepare(
     checkpoint: HuggingFaceCheckpoint,
     calibration: np.ndarray,
     probed: np.ndarray,
-    settings: Settings,
+    recipe: Recipe,
     provenance: dict[str, Any],
     progress: Progress,
 ) -> Prepared:
     """Load, calibrate and measure."""
     model = load_model(checkpoint)
     statistics = calibrate(model, calibration, progress=progress)
-    tried_on = probe(model, probed)
-    costs = measure_costs(options(model, settings), model, tried_on, statistics, settings, progress)
-    return Prepared(checkpoint, model, statistics, provenance, tried_on, costs)
+    origin = Origin(model, statistics, checkpoint.raw_config, copied_files(checkpoint.path), provenance)
+    trial = Trial(model, probe(model, probed), statistics)
+    allowed = options(model, recipe)
+    pruning = measure_pruning(trial, recipe, progress)
+    costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
+    curves = measure_curves(costs, trial, [own.bits for own in recipe.formats], progress)
+    problem = Problem(costs.within(allowed), curves, model.config, origin.size_of)
+    return Prepared(checkpoint, origin, recipe, trial, costs, pruning, problem)
 
 
 def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     """The best plan within the budget: formats and survivors first, then how many experts a token goes to."""
+    problem, trial = prepared.problem, prepared.trial
     reserved = budget - _SCALE_DIGITS * prepared.model.config.num_blocks
-    candidates = search(
-        prepared.costs, prepared.model, prepared.probe, prepared.statistics, prepared.size_of, reserved, progress
-    )
-    if not candidates:
+    tried = search(problem, trial, reserved, progress)
+    if not tried:
         # Between the smallest plan's bytes and those of any the solver aims at lie the reserve and a few digits.
-        candidates = [smallest_candidate(prepared.costs, prepared.model, prepared.probe, prepared.statistics)]
-    plan = candidates[0].plan
-    compressed = compress(prepared.model, plan, prepared.statistics)
-    activated = try_activated_experts(prepared.probe, compressed, plan, progress)
+        tried = [try_out(0.0, problem.smallest(), problem, trial)]
+    plan = tried[0].plan
+    compressed = compress(prepared.model, plan, trial.statistics)
+    activated = try_activated_experts(trial.probe, compressed, plan, prepared.recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
-    plan = next((own for own in adjusted if prepared.size_of(own) <= budget), plan)
-    return Planned(plan, tuple(candidates), tuple(activated))
+    plan = next((own for own in adjusted if prepared.origin.size_of(own) <= budget), plan)
+    return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated))
 
 
 def evaluate_written(output: Path, original: DeepseekV3, chunks: np.ndarray, progress: Progress) -> Evaluation:
@@ -170,6 +191,24 @@ def compress_checkpoint(
 ) -> Result:
     """Plan, write, read back, evaluate."""
     planned = plan_within(prepared, budget, progress)
-    written = prepared.write(planned.plan, output, budget, progress)
+    written = prepared.origin.write(planned.plan, output, budget, progress)
     figures = evaluate_written(output, prepared.model, evaluation, progress)
-    return Result(planned, written, figures)
+    return Result(planned.plan, written, figures, planned, prepared.pruning)
+
+
+def carry_out(
+    checkpoint: HuggingFaceCheckpoint,
+    plan: Plan,
+    calibration: np.ndarray,
+    provenance: dict[str, Any],
+    output: Path,
+    budget: int,
+    evaluation: np.ndarray,
+    progress: Progress,
+) -> Result:
+    """A given plan: calibrate, write, read back, evaluate."""
+    model = load_model(checkpoint)
+    statistics = calibrate(model, calibration, progress=progress)
+    origin = Origin(model, statistics, checkpoint.raw_config, copied_files(checkpoint.path), provenance)
+    written = origin.write(plan, output, budget, progress)
+    return Result(plan, written, evaluate_written(output, model, evaluation, progress))

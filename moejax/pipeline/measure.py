@@ -1,12 +1,11 @@
-"""Measured costs: what every format costs every weight, and what pruning costs every layer, as KL divergence.
+"""Measured costs: what every format costs every weight, as KL divergence.
 
 The error of a weight's outputs is computed for every format from calibration's second moments. One probe per weight
 (per projection for a layer's experts together) then measures the true KL divergence at one format, and sets the scale:
 
     cost(format) = KL(probed format) * error(format) / error(probed format)
 
-Pruning is probed directly, by masking experts so that tokens re-route. MTP blocks, which the model's predictions do not
-depend on, take the scales and the pruning costs of the last layer.
+MTP blocks, which the model's predictions do not depend on, take the scales of the last layer.
 """
 
 from collections.abc import Callable
@@ -17,38 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import BlockStatistics, Statistics
-from moejax.formats import ExpertWeights, IntFormat, Leaf, dense
+from moejax.formats import ExpertWeights, GroupFormat, Leaf, dense
 from moejax.model import DeepseekV3, named_leaves
-from moejax.pipeline.options import Settings, block_name, moe_blocks, quantizable
+from moejax.pipeline.options import block_name, moe_blocks, quantizable
 from moejax.pipeline.probe import Probe
+from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import one_bucket, with_leaves
 from moejax.planning.costs import Costs, ExpertMenu
 from moejax.progress import Progress
-from moejax.transforms.prune import expert_scores, masked_bias, min_per_group, pruning_order
 from moejax.transforms.quantize import quantization_errors, quantize
 
 # The widths at which probes measure, near those that budgets lead to.
 _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
-# Pruning is probed at so many counts per layer, spread evenly, and interpolated between them.
-_PRUNING_PROBES = 6
 
 
-def measure_costs(
-    free: Costs, model: DeepseekV3, probe: Probe, statistics: Statistics, settings: Settings, progress: Progress
-) -> Costs:
-    """The options `free` with their costs."""
-    measured = _Measurement(model, probe, statistics, settings, named_leaves(model), {})
-    weights = list(zip(quantizable(model), free.tensors.cost_NF, strict=True))
-    cost_NF = np.stack([cost_F + measured.tensor(name) for name, cost_F in progress(weights, "measuring weights")])
+def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress) -> Costs:
+    """Costs of every format that fits, allowed or not; `menus` has their bytes, and the costs of pruning."""
+    model = trial.model
+    measured = _Measurement(model, trial.probe, trial.statistics, recipe, named_leaves(model), {})
+    cost_NF = np.stack([measured.tensor(name) for name in progress(list(quantizable(model)), "measuring weights")])
     experts: dict[int, ExpertMenu] = {}
     for i in progress(moe_blocks(model), "measuring experts"):
-        menus = {
-            name: replace(menu, cost_NF=menu.cost_NF + measured.experts(i, name))
-            for name, menu in free.experts[i].menus.items()
-        }
-        order = measured.pruning_order(i)
-        experts[i] = ExpertMenu(menus, order, measured.pruning_cost(i, order, experts))
-    return Costs(free.names, replace(free.tensors, cost_NF=cost_NF), experts)
+        own = {name: replace(menu, cost_NF=measured.experts(i, name)) for name, menu in menus.experts[i].menus.items()}
+        experts[i] = replace(menus.experts[i], menus=own)
+    return replace(menus, tensors=replace(menus.tensors, cost_NF=cost_NF), experts=experts)
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class _Measurement:
     model: DeepseekV3
     probe: Probe
     statistics: Statistics
-    settings: Settings
+    recipe: Recipe
     leaves: dict[str, Leaf | ExpertWeights]
     scales: dict[str, float]
 
@@ -70,7 +62,7 @@ class _Measurement:
         moment, output_weight = self._moments(name, weight)
         error_F = np.sum(self._errors(weight, moment, output_weight), axis=tuple(range(1, weight.ndim - 1)))
 
-        def divergence(to: IntFormat) -> float:
+        def divergence(to: GroupFormat) -> float:
             return self._divergence(name, dense(quantize(weight, moment, to), jnp.float32))
 
         return self._scaled(name, error_F, _PROBE_BITS, divergence)
@@ -86,35 +78,13 @@ class _Measurement:
         each = [dense(weights.expert(e), jnp.float32) for e in range(weights.num_experts)]
         error_EF = np.stack([self._errors(w, moment_EI[e], output_EO[e]) for e, w in enumerate(each)])
 
-        def divergence(to: IntFormat) -> float:
+        def divergence(to: GroupFormat) -> float:
             rounded = jnp.stack([dense(quantize(w, moment_EI[e], to), jnp.float32) for e, w in enumerate(each)])
             return self._divergence(name, one_bucket(rounded))
 
         total_F = self._scaled(name, error_EF.sum(axis=0), _EXPERT_PROBE_BITS, divergence)
         share_EF = error_EF / np.maximum(error_EF.sum(axis=0), 1e-300)
         return np.concatenate([share_EF * total_F[:-1], np.zeros((len(each), 1))], axis=1)
-
-    def pruning_order(self, index: int) -> np.ndarray:
-        """Which expert goes first, second, ..."""
-        config, sums = self.model.config, self.statistics.blocks[index].experts
-        assert sums is not None
-        group_E = np.asarray(self.leaves[f"{block_name(self.model, index)}.mlp.group_id"])
-        at_least = min_per_group(config, config.num_experts_per_tok)
-        return pruning_order(expert_scores(sums, self.settings.criterion), group_E, at_least)
-
-    def pruning_cost(self, index: int, order: np.ndarray, measured: dict[int, ExpertMenu]) -> np.ndarray:
-        """KL divergence with the first n of `order` masked, n = 0 .. len(order), never falling."""
-        if index >= len(self.probe.blocks):
-            return measured[len(self.probe.blocks) - 1].pruning_cost
-        block = self.probe.blocks[index]
-        bias_E = named_leaves(block)["mlp.bias"]
-        counts = np.unique(np.linspace(0, len(order), _PRUNING_PROBES + 1).round().astype(int))
-        divergences = [0.0]
-        for count in counts[1:]:
-            pruned_E = np.isin(np.arange(len(bias_E)), order[:count])
-            masked = with_leaves(block, {"mlp.bias": masked_bias(bias_E, pruned_E)})
-            divergences.append(self.probe.divergence_of_block(index, masked))
-        return np.interp(np.arange(len(order) + 1), counts, np.maximum.accumulate(divergences))
 
     def _moments(self, name: str, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Second moment of a weight's input (I,), and what a unit error at each output counts (..., O)."""
@@ -133,13 +103,13 @@ class _Measurement:
 
     def _errors(self, weight: jax.Array, moment: jax.Array, output_weight: jax.Array) -> np.ndarray:
         """Error of a weight (..., O, I) at every candidate format, (F, ...); infinite where a format does not fit."""
-        formats = self.settings.formats
+        formats = self.recipe.formats
         error_F = np.full((len(formats), *weight.shape[:-2]), np.inf)
         for group_size in {candidate.group_size for candidate in formats}:
             chosen = [f for f, own in enumerate(formats) if own.group_size == group_size and own.fits(weight.shape[-1])]
             if chosen:
-                bits = jnp.asarray([formats[f].bits for f in chosen], jnp.float32)
-                error_F[chosen] = quantization_errors(weight, moment, output_weight, bits, group_size)
+                levels = jnp.asarray([formats[f].levels for f in chosen], jnp.float32)
+                error_F[chosen] = quantization_errors(weight, moment, output_weight, levels, group_size)
         return error_F
 
     def _down_norm2(self, index: int) -> jax.Array:
@@ -150,7 +120,7 @@ class _Measurement:
         return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
     def _scaled(
-        self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[IntFormat], float]
+        self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]
     ) -> np.ndarray:
         """error_F as KL divergence, and 0 for KEEP."""
         usable = [f for f in range(len(error_F)) if np.isfinite(error_F[f])]
@@ -159,9 +129,9 @@ class _Measurement:
         if name.startswith("mtp."):
             scale = self._last_layers_scale(name)
         else:
-            probed = min(usable, key=lambda f: abs(self.settings.formats[f].bits - bits))
+            probed = min(usable, key=lambda f: abs(self.recipe.formats[f].bits - bits))
             # Rounding makes a tiny divergence negative.
-            measured = max(divergence(self.settings.formats[probed]), 0.0)
+            measured = max(divergence(self.recipe.formats[probed]), 0.0)
             scale = measured / max(float(error_F[probed]), 1e-300)
         self.scales[name] = scale
         return np.append(error_F * scale, 0.0)

@@ -3,42 +3,33 @@
 Shapes alone decide it, so it is known before any weight is read; `measure` adds what each option costs.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import replace
 
 import jax
 import numpy as np
 
-from moejax.formats import ExpertWeights, IntFormat, Leaf, payload_bytes
-from moejax.model import DeepseekV3, named_leaves
+from moejax.errors import InputError
+from moejax.formats import ExpertWeights, Leaf, payload_bytes
+from moejax.model import Config, DeepseekV3, named_leaves
+from moejax.model.leaves import Weight
+from moejax.pipeline.recipe import Recipe
 from moejax.planning.costs import Costs, ExpertMenu, Menu
-from moejax.planning.plan import KEEP, PROJECTIONS
+from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group, pruning_order
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The candidate formats, the pruning criterion, and the bits that weights other than routed experts keep at least:
-    `min_bits_outer` for embedding, head and the last layer's shared expert, `min_bits_block` for the rest."""
-
-    formats: tuple[IntFormat, ...] = tuple(IntFormat(bits, 128) for bits in (1, 2, 3, 4, 5, 6, 8))
-    criterion: str = "reap"
-    min_bits_outer: int = 4
-    min_bits_block: int = 2
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The formats' names, KEEP last."""
-        return (*(candidate.name for candidate in self.formats), KEEP)
-
-
-def options(model: DeepseekV3, settings: Settings) -> Costs:
+def options(model: DeepseekV3, recipe: Recipe) -> Costs:
     """All options of a model, concrete or abstract, with no cost yet: 0 if allowed, infinite if not."""
-    names, rows = [], []
-    for name, leaf in quantizable(model).items():
-        names.append(name)
-        rows.append(_options_of(leaf, _min_bits(name, model, settings), settings))
-    experts = {i: _expert_options(model, i, settings) for i in moe_blocks(model)}
-    return Costs(tuple(names), _menu(rows, settings), experts)
+    leaves, weights = named_leaves(model), quantizable(model)
+    rows = [_options_of(leaf, _min_bits(name, model, recipe), recipe) for name, leaf in weights.items()]
+    order = order_of_pruning(np.zeros(model.config.n_routed_experts), model.config, recipe)
+    counts = allowed_counts(order, model.config, recipe)
+    experts = {
+        i: ExpertMenu(_expert_menus(leaves, f"{block_name(model, i)}.mlp.experts", recipe), order, counts)
+        for i in moe_blocks(model)
+    }
+    return Costs(tuple(weights), _menu(rows, recipe), experts, model.config.num_hidden_layers)
 
 
 def quantizable(model: DeepseekV3) -> dict[str, Leaf]:
@@ -62,25 +53,59 @@ def block_name(model: DeepseekV3, index: int) -> str:
     return f"layers.{index}" if index < layers else f"mtp.{index - layers}.block"
 
 
-def _expert_options(model: DeepseekV3, index: int, settings: Settings) -> ExpertMenu:
-    leaves = named_leaves(model)
+def order_of_pruning(
+    scores_E: np.ndarray, config: Config, recipe: Recipe, protected_E: np.ndarray | None = None
+) -> np.ndarray:
+    """Which expert of a layer goes first, second, ...: as far as routing and the recipe let them."""
+    group_E = np.arange(config.n_routed_experts) // (config.n_routed_experts // config.n_group)
+    at_least = min_per_group(config, config.num_experts_per_tok)
+    return pruning_order(scores_E, group_E, at_least, protected_E, recipe.groups == "equal")
+
+
+def allowed_counts(order: np.ndarray, config: Config, recipe: Recipe) -> np.ndarray:
+    """0 where the first n = 0 .. len(order) of an order may be pruned, infinity where the recipe forbids that number.
+
+    Raises InputError if the recipe keeps a share of experts that no allowed number leaves.
+    """
+    pruned = np.arange(len(order) + 1)
+    allowed = pruned % config.n_group == 0 if recipe.groups == "equal" else np.full(len(pruned), True)
+    if recipe.share_kept is not None:
+        kept = math.ceil(recipe.share_kept * config.n_routed_experts)
+        if recipe.groups == "equal":
+            kept = math.ceil(kept / config.n_group) * config.n_group
+        allowed &= pruned == config.n_routed_experts - kept
+        if not allowed.any():
+            raise InputError(
+                f"share_kept {recipe.share_kept} keeps {kept} of {config.n_routed_experts} experts; routing needs at "
+                f"least {config.n_routed_experts - len(order)} of them"
+            )
+    return np.where(allowed, 0.0, np.inf)
+
+
+def limited_counts(costs: Costs, config: Config, recipe: Recipe) -> Costs:
+    """The same costs, infinite for numbers of pruned experts that the recipe forbids. Raises as `allowed_counts`."""
+    experts = {
+        block: replace(menu, pruning_cost=menu.pruning_cost + allowed_counts(menu.order, config, recipe))
+        for block, menu in costs.experts.items()
+    }
+    return replace(costs, experts=experts)
+
+
+def _expert_menus(leaves: dict[str, Weight], experts: str, recipe: Recipe) -> dict[str, Menu]:
     menus = {}
     for projection in PROJECTIONS:
-        weights = leaves[f"{block_name(model, index)}.mlp.experts.{projection}"]
+        weights = leaves[f"{experts}.{projection}"]
         assert isinstance(weights, ExpertWeights)
-        one = jax.eval_shape(lambda w: w.expert(0), weights)
-        menus[projection] = _menu([_options_of(one, 1, settings)] * weights.num_experts, settings)
-    config = model.config
-    group_E = np.arange(config.n_routed_experts) // (config.n_routed_experts // config.n_group)
-    order = pruning_order(np.zeros(len(group_E)), group_E, min_per_group(config, config.num_experts_per_tok))
-    return ExpertMenu(menus, order, np.zeros(len(order) + 1))
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), weights.buckets[0])
+        menus[projection] = _menu([_options_of(one, 1, recipe)] * weights.num_experts, recipe)
+    return menus
 
 
-def _options_of(leaf: Leaf, min_bits: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+def _options_of(leaf: Leaf, min_bits: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and costs (F,) of one weight."""
     as_it_is = payload_bytes(leaf)
     sizes, costs = [], []
-    for candidate in settings.formats:
+    for candidate in recipe.formats:
         fits = candidate.fits(leaf.shape[-1])
         size = payload_bytes(candidate.abstract(leaf.shape)) if fits else as_it_is
         allowed = fits and candidate.bits >= min_bits and size < as_it_is
@@ -89,11 +114,11 @@ def _options_of(leaf: Leaf, min_bits: int, settings: Settings) -> tuple[np.ndarr
     return np.asarray([*sizes, as_it_is]), np.asarray([*costs, 0.0])
 
 
-def _menu(rows: list[tuple[np.ndarray, np.ndarray]], settings: Settings) -> Menu:
-    return Menu(settings.names, np.stack([size for size, _ in rows]), np.stack([cost for _, cost in rows]))
+def _menu(rows: list[tuple[np.ndarray, np.ndarray]], recipe: Recipe) -> Menu:
+    return Menu(recipe.names, np.stack([size for size, _ in rows]), np.stack([cost for _, cost in rows]))
 
 
-def _min_bits(name: str, model: DeepseekV3, settings: Settings) -> int:
+def _min_bits(name: str, model: DeepseekV3, recipe: Recipe) -> int:
     last = f"layers.{model.config.num_hidden_layers - 1}.mlp.shared"
     outer = name in ("embed", "head") or name.startswith(last)
-    return settings.min_bits_outer if outer else settings.min_bits_block
+    return recipe.min_bits_outer if outer else recipe.min_bits_block

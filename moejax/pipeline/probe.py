@@ -11,6 +11,7 @@ from moejax.evaluate.divergence import compare, head_log_probabilities
 from moejax.formats import dense
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
+from moejax.model.leaves import Taps
 from moejax.model.rope import Rotation
 from moejax.model.steps import embed, run_block, run_blocks
 from moejax.pipeline.working_copy import dense_block
@@ -33,6 +34,10 @@ class Probe:
         """Mean KL(original | model with block `index` replaced), nats."""
         x_BTD = run_block(changed, self.inputs[index], self.rotation)
         return self.divergence_of_output(run_blocks(self.blocks[index + 1 :], x_BTD, self.rotation))
+
+    def experts_input(self, index: int) -> jax.Array:
+        """What the experts and the router of block `index` take in, (B*T, D)."""
+        return _experts_input(self.blocks[index], self.inputs[index], self.rotation)
 
     def divergence_of_model(self, blocks: Sequence[Block], embedding: jax.Array, head: jax.Array) -> float:
         """Mean KL with everything replaced."""
@@ -64,3 +69,10 @@ def probe(model: DeepseekV3, chunks: np.ndarray) -> Probe:
     head = dense(model.head.get_value(), jnp.float32)
     base = head_log_probabilities(model.normed(x_BTD), head)
     return Probe(model, tokens_BT, by, tuple(blocks), tuple(inputs), x_BTD, head, base)
+
+
+@jax.jit
+def _experts_input(block: Block, x_BTD: jax.Array, by: Rotation) -> jax.Array:
+    taps: Taps = {}
+    block(x_BTD, by, taps=taps)
+    return taps["mlp.router"]

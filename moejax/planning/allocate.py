@@ -1,4 +1,4 @@
-"""From the solver's choice to a plan."""
+"""From the solver's choice to a plan, and back."""
 
 import numpy as np
 
@@ -12,23 +12,58 @@ def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:
     """The plan that carries a choice out, K and routing scale as in the original."""
     name_of = costs.tensors.formats
     chosen = {name: name_of[f] for name, f in zip(costs.names, choice.tensor_N, strict=True)}
+    formats: list[dict[str, str]] = [{} for _ in range(config.num_blocks)]
+    for name, target in chosen.items():
+        if name not in ("embed", "head") and target != KEEP:
+            block, own = block_and_name(name, costs.num_layers)
+            formats[block][own] = target
     blocks = []
-    for i in range(config.num_blocks):
-        prefix = f"layers.{i}." if i < config.num_hidden_layers else f"mtp.{i - config.num_hidden_layers}."
-        own = {name.removeprefix(prefix): target for name, target in chosen.items() if name.startswith(prefix)}
-        formats = {name.removeprefix("block."): target for name, target in own.items() if target != KEEP}
+    for i, own_formats in enumerate(formats):
         if i not in costs.experts:
-            blocks.append(BlockPlan(formats))
+            blocks.append(BlockPlan(own_formats))
             continue
         kept = menu_survivors(costs.experts[i], choice.pruned[i])
         experts = {name: tuple(name_of[f] for f in choice.expert[i][name][kept]) for name in PROJECTIONS}
-        blocks.append(BlockPlan(formats, tuple(kept.tolist()), experts, config.num_experts_per_tok))
+        blocks.append(BlockPlan(own_formats, tuple(kept.tolist()), experts, config.num_experts_per_tok))
     return Plan(chosen.get("embed", KEEP), chosen.get("head", KEEP), tuple(blocks))
+
+
+def choice_of_plan(costs: Costs, plan: Plan) -> Choice | None:
+    """The choice that a plan carries out, K' and routing scales left out; None if it is none of the solver's: formats
+    that are no candidates, or experts pruned in another order than the menus'."""
+    index_of = {name: f for f, name in enumerate(costs.tensors.formats)}
+    outer = {"embed": plan.embed, "head": plan.head}
+    targets = []
+    for name in costs.names:
+        block, own = block_and_name(name, costs.num_layers) if name not in outer else (0, name)
+        targets.append(outer[name] if name in outer else plan.blocks[block].formats.get(own, KEEP))
+    pruned: dict[int, int] = {}
+    expert: dict[int, dict[str, np.ndarray]] = {}
+    for i, menu in costs.experts.items():
+        keep = plan.blocks[i].keep or ()
+        pruned[i] = menu.num_experts - len(keep)
+        if pruned[i] > len(menu.order) or tuple(menu_survivors(menu, pruned[i])) != keep:
+            return None
+        expert[i] = {}
+        for name, own_formats in plan.blocks[i].experts.items():
+            if not set(own_formats) <= index_of.keys():
+                return None
+            expert[i][name] = np.zeros(menu.num_experts, int)
+            expert[i][name][list(keep)] = [index_of[target] for target in own_formats]
+    if not set(targets) <= index_of.keys():
+        return None
+    return Choice(np.asarray([index_of[target] for target in targets], int), pruned, expert)
+
+
+def block_and_name(name: str, num_layers: int) -> tuple[int, str]:
+    """`mtp.0.block.self_attn.o` of a model of 61 layers to (61, "self_attn.o")."""
+    kind, index, own = name.split(".", 2)
+    return int(index) + (num_layers if kind == "mtp" else 0), own.removeprefix("block.")
 
 
 def smallest_choice(costs: Costs) -> Choice:
     """Every weight in its smallest allowed format, as many experts pruned as can be."""
-    pruned = {block: len(menu.order) for block, menu in costs.experts.items()}
+    pruned = {block: menu.most_pruned for block, menu in costs.experts.items()}
     expert = {
         block: {name: _smallest(own) for name, own in menu.menus.items()} for block, menu in costs.experts.items()
     }

@@ -1,15 +1,16 @@
 """Plans that measure nothing, to compare with: one width for everything, with or without pruning first."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from moejax.model import Config
+from moejax.planning.allocate import block_and_name
 from moejax.planning.costs import Costs, Menu
+from moejax.planning.fit import SizeOf
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
 
-SizeOf = Callable[[Plan], int]
 Kept = Mapping[int, Sequence[int]]
 
 
@@ -47,14 +48,12 @@ def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer
     """Formats by their index in the ladder: per block, and for embedding and head. Floors do not apply."""
     name_of, menu = costs.tensors.formats, costs.tensors
     row_of = {name: n for n, name in enumerate(costs.names)}
+    inner = {block_and_name(name, costs.num_layers): n for name, n in row_of.items() if name not in ("embed", "head")}
     blocks = []
     for i, level in enumerate(levels):
-        prefix = f"layers.{i}." if i < config.num_hidden_layers else f"mtp.{i - config.num_hidden_layers}."
-        names = [name for name in costs.names if name.startswith(prefix)]
-        targets = {
-            name.removeprefix(prefix).removeprefix("block."): _usable(menu, row_of[name], level) for name in names
-        }
-        block = BlockPlan({name: target for name, target in targets.items() if target != KEEP})
+        rows = {own: row for (block, own), row in inner.items() if block == i}
+        targets = {own: _usable(menu, row, level) for own, row in rows.items()}
+        block = BlockPlan({own: target for own, target in targets.items() if target != KEEP})
         if i in costs.experts:
             experts = {name: (name_of[level],) * len(kept[i]) for name in PROJECTIONS}
             keep = tuple(int(e) for e in kept[i])

@@ -1,7 +1,10 @@
 """The plan: everything that `compress` will do, as a value that can be printed, saved and edited."""
 
-from collections.abc import Mapping
+import operator
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from moejax.errors import InputError
@@ -38,7 +41,8 @@ class Plan:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain JSON values; formats are numbered so that a thousand experts take a thousand characters."""
+    """The plan as plain values for JSON or TOML; formats are lettered so that a thousand experts take a thousand
+    characters, and survivors are written as ranges, `"0-5 7"`."""
     names = sorted(_format_names(plan))
     letter = {name: chr(ord("a") + n) for n, name in enumerate(names)}
     return {
@@ -53,7 +57,7 @@ def from_json(raw: Mapping[str, Any]) -> Plan:
     """The inverse of `to_json`. Raises InputError where a key is missing or unknown or a value is no such value."""
     try:
         _require_keys("the plan", raw, {"formats", "embed", "head", "blocks"})
-        name = raw["formats"]
+        name = {letter: _format_name(own) for letter, own in raw["formats"].items()}
         blocks = tuple(_block_from_json(f"block {i} of the plan", block, name) for i, block in enumerate(raw["blocks"]))
         return Plan(name[raw["embed"]], name[raw["head"]], blocks)
     except InputError:
@@ -72,10 +76,16 @@ def _format_names(plan: Plan) -> set[str]:
 def _block_to_json(block: BlockPlan, letter: Mapping[str, str]) -> dict[str, Any]:
     raw: dict[str, Any] = {"formats": {name: letter[own] for name, own in block.formats.items()}}
     if block.keep is not None:
-        raw["keep"] = list(block.keep)
+        raw["keep"] = ranges(block.keep)
         raw["experts"] = {name: "".join(letter[own] for own in formats) for name, formats in block.experts.items()}
         raw["experts_per_token"] = block.experts_per_token
         raw["routing_scale"] = block.routing_scale
+    return raw
+
+
+def _format_name(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(f"{raw!r} is no format")
     return raw
 
 
@@ -86,7 +96,7 @@ def _block_from_json(what: str, raw: Mapping[str, Any], name: Mapping[str, str])
     formats = {weight: name[own] for weight, own in raw["formats"].items()}
     if not has_experts:
         return BlockPlan(formats)
-    keep = tuple(int(e) for e in raw["keep"])
+    keep = parse_ranges(raw["keep"])
     experts = {projection: tuple(name[own] for own in letters) for projection, letters in raw["experts"].items()}
     _require_keys(f"experts in {what}", experts, set(PROJECTIONS))
     for projection, own in experts.items():
@@ -94,7 +104,27 @@ def _block_from_json(what: str, raw: Mapping[str, Any], name: Mapping[str, str])
             raise InputError(
                 f"{what} has {len(own)} formats for {projection}; one for each of {len(keep)} experts kept"
             )
-    return BlockPlan(formats, keep, experts, int(raw["experts_per_token"]), float(raw["routing_scale"]))
+    return BlockPlan(formats, keep, experts, operator.index(raw["experts_per_token"]), float(raw["routing_scale"]))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: (0, 1, 2, 5) is `0-2 5`."""
+    breaks = [n for n in range(1, len(numbers)) if numbers[n] != numbers[n - 1] + 1]
+    runs = [(numbers[a], numbers[b - 1]) for a, b in pairwise([0, *breaks, len(numbers)])] if numbers else []
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """The inverse of `ranges`. Raises InputError for anything else than ascending ranges of at most six digits."""
+    numbers: list[int] = []
+    for part in text.split():
+        if not (match := re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)):
+            raise InputError(f"{part!r} in a list of experts is no number and no range; accepted are such as 7 and 0-5")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or (numbers and first <= numbers[-1]):
+            raise InputError(f"{part!r} in a list of experts is out of order; experts are listed once each, ascending")
+        numbers += range(first, last + 1)
+    return tuple(numbers)
 
 
 def _require_keys(what: str, raw: Mapping[str, Any], keys: set[str]) -> None:

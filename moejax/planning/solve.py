@@ -4,15 +4,18 @@ A multiple-choice knapsack by Lagrangian sweep: for a price per byte every weigh
 the price is found by bisection, and what is left of the budget buys the best remaining upgrades.
 """
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from moejax.planning.costs import Costs, ExpertMenu, Menu
 from moejax.planning.plan import PROJECTIONS
+from moejax.planning.predict import Losses
 
-_BISECTIONS = 60
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,22 @@ class Choice:
 def solve(costs: Costs, budget: int, pruning_weight: float = 1.0) -> Choice | None:
     """The choice of least cost whose weights take at most `budget` bytes; None if not even the smallest does.
 
-    `pruning_weight` multiplies the costs of pruning: infinity forbids it; below 1 it says that pruning costs less when
-    the surviving weights are rough themselves.
+    `pruning_weight` multiplies the costs of pruning: at infinity as few go as may; below 1 it says that pruning costs
+    less when the surviving weights are rough themselves.
     """
+    table = _Table.of(costs, pruning_weight)
     low, high = 0.0, _dearest_price(costs)
-    if choice_bytes(costs, _respond(costs, high, pruning_weight)) > budget:
+    if table.respond(high).bytes > budget:
         return None
-    if choice_bytes(costs, _respond(costs, low, pruning_weight)) <= budget:
-        return _respond(costs, low, pruning_weight)
+    if table.respond(low).bytes <= budget:
+        return table.choice(table.respond(low))
     for _ in range(_BISECTIONS):
         middle = np.sqrt(max(low, high * 1e-18) * high)
-        if choice_bytes(costs, _respond(costs, middle, pruning_weight)) <= budget:
+        if table.respond(middle).bytes <= budget:
             high = middle
         else:
             low = middle
-    return _spend_rest(costs, _respond(costs, high, pruning_weight), budget)
+    return _spend_rest(costs, table.choice(table.respond(high)), budget)
 
 
 def choice_bytes(costs: Costs, choice: Choice) -> int:
@@ -55,15 +59,19 @@ def choice_bytes(costs: Costs, choice: Choice) -> int:
     return total
 
 
-def choice_cost(costs: Costs, choice: Choice) -> float:
-    """The predicted cost, pruning at its full price."""
-    total = float(np.sum(_picked(costs.tensors.cost_NF, choice.tensor_N)))
+def choice_losses(costs: Costs, choice: Choice) -> Losses:
+    """The summed costs of a choice; MTP blocks' cost the model's predictions nothing."""
+    counts_N = np.asarray([not name.startswith("mtp.") for name in costs.names], bool)
+    others = float(np.sum(_picked(costs.tensors.cost_NF, choice.tensor_N), where=counts_N))
+    experts = pruning = 0.0
     for block, menu in costs.experts.items():
+        if block >= costs.num_layers:
+            continue
         kept = menu_survivors(menu, choice.pruned[block])
-        total += float(menu.pruning_cost[choice.pruned[block]])
+        pruning += float(menu.pruning_cost[choice.pruned[block]])
         for name in PROJECTIONS:
-            total += float(np.sum(_picked(menu.menus[name].cost_NF, choice.expert[block][name])[kept]))
-    return total
+            experts += float(np.sum(_picked(menu.menus[name].cost_NF, choice.expert[block][name])[kept]))
+    return Losses(others, experts, pruning)
 
 
 def menu_survivors(menu: ExpertMenu, pruned: int) -> np.ndarray:
@@ -71,68 +79,156 @@ def menu_survivors(menu: ExpertMenu, pruned: int) -> np.ndarray:
     return np.setdiff1d(np.arange(menu.num_experts), menu.order[:pruned])
 
 
-def _respond(costs: Costs, price: float, pruning_weight: float) -> Choice:
-    """Everybody's best choice at a price per byte."""
-    pruned, expert = {}, {}
-    for block, menu in costs.experts.items():
-        priced = {name: _priced(menu.menus[name], price) for name in PROJECTIONS}
-        expert[block] = {name: np.argmin(priced_EF, axis=1) for name, priced_EF in priced.items()}
-        kept_E = sum((np.min(priced_EF, axis=1) for priced_EF in priced.values()), np.zeros(menu.num_experts))
-        saved = np.concatenate([[0.0], np.cumsum(kept_E[menu.order])])
-        pruned[block] = int(np.argmin(_pruning_penalty(menu, pruning_weight) - saved))
-    return Choice(np.argmin(_priced(costs.tensors, price), axis=1), pruned, expert)
+class _Response(NamedTuple):
+    """Everybody's best choice at a price: formats of weights (N,) and of experts (B, P, E) of B blocks and P
+    projections, how many experts each block prunes, and the bytes of what survives."""
+
+    tensor_N: np.ndarray
+    expert_BPE: np.ndarray
+    pruned_B: np.ndarray
+    bytes: int
 
 
-def _priced(menu: Menu, price: float) -> np.ndarray:
-    return menu.cost_NF + price * menu.bytes_NF
+@dataclass(frozen=True)
+class _Table:
+    """Costs stacked over blocks, so that a price is answered in a few operations. `blocks` have so many experts, and
+    where another has more, experts of no bytes behind them. `going_BE` are experts in the order in which they go, those
+    that cannot last; `penalty_BM` is what pruning the first m = 0 .. E costs."""
+
+    blocks: Mapping[int, int]
+    tensors: Menu
+    bytes_FBPE: np.ndarray
+    cost_FBPE: np.ndarray
+    going_BE: np.ndarray
+    penalty_BM: np.ndarray
+
+    @staticmethod
+    def of(costs: Costs, pruning_weight: float) -> "_Table":
+        menus = costs.experts.values()
+        num_experts = max((menu.num_experts for menu in menus), default=0)
+        shape = (len(costs.tensors.formats), len(menus), len(PROJECTIONS), num_experts)
+        bytes_FBPE, cost_FBPE = np.zeros(shape, np.int64), np.zeros(shape)
+        going_BE = np.zeros((len(menus), num_experts), int)
+        penalty_BM = np.full((len(menus), num_experts + 1), np.inf)
+        for b, menu in enumerate(menus):
+            for p, name in enumerate(PROJECTIONS):
+                bytes_FBPE[:, b, p, : menu.num_experts] = menu.menus[name].bytes_NF.T
+                cost_FBPE[:, b, p, : menu.num_experts] = menu.menus[name].cost_NF.T
+            staying = np.setdiff1d(np.arange(num_experts), menu.order)
+            going_BE[b] = np.concatenate([menu.order, staying])
+            penalty_BM[b, : len(menu.order) + 1] = _pruning_penalty(menu, pruning_weight)
+        sizes = {block: menu.num_experts for block, menu in costs.experts.items()}
+        return _Table(sizes, costs.tensors, bytes_FBPE, cost_FBPE, going_BE, penalty_BM)
+
+    def respond(self, price: float) -> _Response:
+        tensor_N = np.argmin(self.tensors.cost_NF + price * self.tensors.bytes_NF, axis=1)
+        size = int(np.sum(_picked(self.tensors.bytes_NF, tensor_N)))
+        if not self.blocks:
+            return _Response(tensor_N, np.zeros(self.bytes_FBPE.shape[1:], int), np.zeros(0, int), size)
+        priced_FBPE = self.cost_FBPE + price * self.bytes_FBPE
+        expert_BPE = np.argmin(priced_FBPE, axis=0)
+        kept_BE = np.sum(np.min(priced_FBPE, axis=0), axis=1)
+        saved_BE = np.cumsum(np.take_along_axis(kept_BE, self.going_BE, axis=1), axis=1)
+        pruned_B = np.argmin(self.penalty_BM - np.pad(saved_BE, ((0, 0), (1, 0))), axis=1)
+        bytes_BE = np.sum(np.take_along_axis(self.bytes_FBPE, expert_BPE[None], axis=0)[0], axis=1)
+        stays_BE = np.arange(bytes_BE.shape[1]) >= pruned_B[:, None]
+        size += int(np.sum(np.take_along_axis(bytes_BE, self.going_BE, axis=1), where=stays_BE))
+        return _Response(tensor_N, expert_BPE, pruned_B, size)
+
+    def choice(self, response: _Response) -> Choice:
+        pruned = dict(zip(self.blocks, response.pruned_B.tolist(), strict=True))
+        expert = {
+            block: dict(zip(PROJECTIONS, own_PE[:, :size], strict=True))
+            for (block, size), own_PE in zip(self.blocks.items(), response.expert_BPE, strict=True)
+        }
+        return Choice(response.tensor_N, pruned, expert)
 
 
-def _picked(values_NF: np.ndarray, choice_N: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values_NF, choice_N[:, None], axis=1)[:, 0]
+def _picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
 def _dearest_price(costs: Costs) -> float:
     """A price per byte at which every weight takes its smallest format and every layer prunes all it can."""
     menus = [costs.tensors, *(menu for block in costs.experts.values() for menu in block.menus.values())]
     steepest = max(float(np.max(menu.cost_NF, where=np.isfinite(menu.cost_NF), initial=0.0)) for menu in menus)
-    pruning = max((float(block.pruning_cost[-1]) for block in costs.experts.values()), default=0.0)
+    pruning = max((float(block.pruning_cost[block.most_pruned]) for block in costs.experts.values()), default=0.0)
     return 2 * (steepest + pruning + 1.0)
 
 
 def _pruning_penalty(menu: ExpertMenu, pruning_weight: float) -> np.ndarray:
+    allowed = np.isfinite(menu.pruning_cost)
     if np.isinf(pruning_weight):
-        return np.where(np.arange(len(menu.pruning_cost)) > 0, np.inf, 0.0)
-    return pruning_weight * menu.pruning_cost
+        return np.where(np.arange(len(allowed)) > np.argmax(allowed), np.inf, menu.pruning_cost)
+    return np.where(allowed, pruning_weight * np.where(allowed, menu.pruning_cost, 0.0), np.inf)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All weights that survive as one table; `chosen` says in which array of a Choice a row's format stands."""
+
+    bytes_NF: np.ndarray
+    cost_NF: np.ndarray
+    chosen: Sequence[tuple[np.ndarray, np.ndarray]]
+
+    def write_back(self, now_N: np.ndarray) -> None:
+        start = 0
+        for array, rows in self.chosen:
+            array[rows] = now_N[start : start + len(rows)]
+            start += len(rows)
+
+
+def _rows_of(costs: Costs, choice: Choice) -> _Rows:
+    menus, chosen = [costs.tensors], [(choice.tensor_N, np.arange(len(choice.tensor_N)))]
+    for block, menu in costs.experts.items():
+        kept = menu_survivors(menu, choice.pruned[block])
+        menus += [menu.menus[name] for name in PROJECTIONS]
+        chosen += [(choice.expert[block][name], kept) for name in PROJECTIONS]
+    picked = list(zip(menus, chosen, strict=True))
+    bytes_NF = np.concatenate([menu.bytes_NF[rows] for menu, (_, rows) in picked])
+    cost_NF = np.concatenate([menu.cost_NF[rows] for menu, (_, rows) in picked])
+    return _Rows(bytes_NF, cost_NF, chosen)
 
 
 def _spend_rest(costs: Costs, choice: Choice, budget: int) -> Choice:
-    """Raise weights, the largest gain per byte first, while an upgrade fits into what is left."""
-    tensor_N = choice.tensor_N.copy()
-    expert = {block: {name: own.copy() for name, own in by.items()} for block, by in choice.expert.items()}
-    rows = [(costs.tensors, tensor_N, n) for n in range(len(tensor_N))]
-    for block, menu in costs.experts.items():
-        kept = menu_survivors(menu, choice.pruned[block])
-        rows += [(menu.menus[name], expert[block][name], int(e)) for name in PROJECTIONS for e in kept]
-    bytes_NF = np.stack([menu.bytes_NF[row] for menu, _, row in rows])
-    cost_NF = np.stack([menu.cost_NF[row] for menu, _, row in rows])
-    now_N = np.asarray([chosen[row] for _, chosen, row in rows])
-    left = budget - choice_bytes(costs, choice)
-    while (upgrade := _best_upgrade(bytes_NF, cost_NF, now_N, left)) is not None:
-        n, target = upgrade
-        left -= int(bytes_NF[n, target] - bytes_NF[n, now_N[n]])
-        now_N[n] = target
-    for (_, chosen, row), target in zip(rows, now_N, strict=True):
-        chosen[row] = target
-    return Choice(tensor_N, choice.pruned, expert)
+    """Raise weights, the largest gain per byte first, while an upgrade fits into what is left.
+
+    Every weight has its best upgrade in a queue. One that fits when its turn comes is still its weight's best, and of
+    all; one that does not fit any more says that it is time to look at all weights again.
+    """
+    raised = Choice(
+        choice.tensor_N.copy(),
+        choice.pruned,
+        {block: {name: own.copy() for name, own in by.items()} for block, by in choice.expert.items()},
+    )
+    rows = _rows_of(costs, raised)
+    now_N = np.concatenate([array[own] for array, own in rows.chosen])
+    everyone, left = np.arange(len(now_N)), budget - choice_bytes(costs, choice)
+    queue = _queue(rows, everyone, now_N, left)
+    while queue:
+        _, n, target = heapq.heappop(queue)
+        extra = int(rows.bytes_NF[n, target] - rows.bytes_NF[n, now_N[n]])
+        if extra > left:
+            queue = _queue(rows, everyone, now_N, left)
+            continue
+        left, now_N[n] = left - extra, target
+        for following in _queue(rows, np.asarray([n]), now_N, left):
+            heapq.heappush(queue, following)
+    rows.write_back(now_N)
+    return raised
 
 
-def _best_upgrade(bytes_NF: np.ndarray, cost_NF: np.ndarray, now_N: np.ndarray, left: int) -> tuple[int, int] | None:
-    """The weight and its new format whose upgrade fits into `left` bytes and gains most per byte."""
-    extra_NF = bytes_NF - _picked(bytes_NF, now_N)[:, None]
-    gain_NF = _picked(cost_NF, now_N)[:, None] - cost_NF
+def _queue(rows: _Rows, which: np.ndarray, now_N: np.ndarray, left: int) -> list[tuple[float, int, int]]:
+    """Of the weights `which`, the upgrades that gain most per byte among those that fit into `left` bytes, as a heap:
+    gain per byte (negative), weight, format."""
+    now = now_N[which]
+    extra_NF = rows.bytes_NF[which] - _picked(rows.bytes_NF[which], now)[:, None]
+    gain_NF = _picked(rows.cost_NF[which], now)[:, None] - rows.cost_NF[which]
     possible_NF = (extra_NF > 0) & (extra_NF <= left) & (gain_NF > 0)
-    if not possible_NF.any():
-        return None
-    rate_NF = np.where(possible_NF, gain_NF / np.maximum(extra_NF, 1), -np.inf)
-    n, target = np.unravel_index(np.argmax(rate_NF), rate_NF.shape)
-    return int(n), int(target)
+    rate_NF = np.where(possible_NF, gain_NF / np.maximum(extra_NF, 1), 0.0)
+    target_N = np.argmax(rate_NF, axis=1)
+    rate_N = _picked(rate_NF, target_N)
+    found = np.flatnonzero(rate_N > 0)
+    queue = list(zip((-rate_N[found]).tolist(), which[found].tolist(), target_N[found].tolist(), strict=True))
+    heapq.heapify(queue)
+    return queue

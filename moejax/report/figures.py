@@ -15,6 +15,7 @@ from moejax.evaluate.divergence import Evaluation
 from moejax.evaluate.text import Text
 from moejax.model import Config
 from moejax.pipeline.compress import Planned
+from moejax.planning import Plan
 from moejax.planning.size import format_size
 
 Rows = list[tuple[str, str]]
@@ -44,14 +45,15 @@ def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:
     return {"text": {"source": text.source, "sha256": text.sha256}, **figures}
 
 
-def evaluation_rows(evaluation: Evaluation) -> Rows:
-    """Perplexity, and the divergence from the original if there is one."""
+def evaluation_rows(evaluation: Evaluation, predicted: float | None = None) -> Rows:
+    """Perplexity, and the divergence from the original if there is one, beside what was predicted if anything was."""
     rows = [("tokens scored", str(evaluation.tokens)), ("perplexity", f"{evaluation.ppl:.4f}")]
     if evaluation.base_ppl is not None:
         rows += [
             ("perplexity of the original", f"{evaluation.base_ppl:.4f}"),
             ("ln(PPL ratio)", f"{evaluation.ln_ppl_ratio:.5f}"),
             ("KL divergence, mean", f"{evaluation.kld_mean:.5f}"),
+            *([("KL divergence predicted", f"{predicted:.5f}")] if predicted is not None else []),
             ("KL divergence, 99.9 %", f"{evaluation.kld_p999:.4f}"),
             ("equal top-1", f"{evaluation.same_top1:.2f} %"),
         ]
@@ -80,35 +82,61 @@ def cost_rows(cost: dict[str, Any]) -> Rows:
     ]
 
 
-def plan_rows(planned: Planned, config: Config) -> Rows:
-    """What the plan does, and what was tried beside it."""
-    moe_blocks = [block for block in planned.plan.blocks if block.keep is not None]
-    rows: Rows = []
-    if moe_blocks:
-        kept = " ".join(str(len(block.keep or ())) for block in moe_blocks)
-        scales = " ".join(f"{block.routing_scale:.2f}" for block in moe_blocks)
-        rows = [
-            ("experts kept per layer", f"{kept} of {config.n_routed_experts}"),
-            ("experts per token", f"{moe_blocks[0].experts_per_token} of {config.num_experts_per_tok}"),
-            ("routing scale per layer", scales),
-        ]
-    rows += [(f"tried: {_pruning(c.pruning_weight)}", f"KL {c.divergence:.5f}") for c in planned.candidates]
+def plan_rows(plan: Plan, config: Config) -> Rows:
+    """What a plan does to the experts."""
+    moe_blocks = [block for block in plan.blocks if block.keep is not None]
+    if not moe_blocks:
+        return []
+    kept = " ".join(str(len(block.keep or ())) for block in moe_blocks)
+    per_token = alike([block.experts_per_token for block in moe_blocks])
+    return [
+        ("experts kept per layer", f"{kept} of {config.n_routed_experts}"),
+        ("experts per token", f"{per_token} of {config.num_experts_per_tok}"),
+        ("routing scale per layer", " ".join(f"{block.routing_scale:.2f}" for block in moe_blocks)),
+    ]
+
+
+def search_rows(planned: Planned | None) -> Rows:
+    """What was tried on the way to a plan: measured beside predicted divergence."""
+    if planned is None:
+        return []
+    rows = [
+        (f"tried: {_pruning(c.pruning_weight)}", f"KL {c.divergence:.5f}, predicted {c.predicted:.5f}")
+        for c in planned.candidates
+    ]
     for choice in planned.activated:
         scaled = "fitted routing scale" if choice.is_scaled else "routing scale 1"
-        rows.append((f"tried: {choice.experts_per_token} experts a token, {scaled}", f"KL {choice.divergence:.5f}"))
+        rows.append(
+            (f"tried: {alike(choice.experts_per_token)} experts a token, {scaled}", f"KL {choice.divergence:.5f}")
+        )
     return rows
+
+
+def alike(values: Sequence[Any]) -> str:
+    """`4` if all values are 4, else all of them."""
+    return " ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 def _pruning(weight: float) -> str:
     return "no pruning" if weight == float("inf") else f"pruning at {100 * weight:.0f} % of its price"
 
 
-def plan_figures(planned: Planned) -> dict[str, Any]:
-    """The same for JSON."""
+def plan_figures(plan: Plan) -> dict[str, Any]:
+    """The same as `plan_rows` for JSON."""
+    moe_blocks = [block for block in plan.blocks if block.keep is not None]
     return {
-        "experts_kept": [len(block.keep) for block in planned.plan.blocks if block.keep is not None],
-        "experts_per_token": [b.experts_per_token for b in planned.plan.blocks if b.keep is not None],
-        "routing_scale": [block.routing_scale for block in planned.plan.blocks if block.keep is not None],
+        "experts_kept": [len(block.keep or ()) for block in moe_blocks],
+        "experts_per_token": [block.experts_per_token for block in moe_blocks],
+        "routing_scale": [block.routing_scale for block in moe_blocks],
+    }
+
+
+def search_figures(planned: Planned | None) -> dict[str, Any]:
+    """The same as `search_rows` for JSON."""
+    if planned is None:
+        return {}
+    return {
+        "kld_predicted": planned.predicted,
         "tried_plans": [
             {
                 "pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,

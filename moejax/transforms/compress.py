@@ -1,19 +1,30 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.calibrate import BlockStatistics, Statistics
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Leaf, dense, gather_experts, parse_int_format
+from moejax.formats import (
+    ExpertWeights,
+    Leaf,
+    dense,
+    experts_in_buckets,
+    format_name,
+    parse_group_format,
+    select_experts,
+)
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
 from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.progress import Progress, silent
+from moejax.transforms.check_plan import check_plan
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import prune
 from moejax.transforms.quantize import quantize
@@ -22,8 +33,9 @@ from moejax.transforms.quantize import quantize
 def compress(model: DeepseekV3, plan: Plan, statistics: Statistics, *, progress: Progress = silent) -> DeepseekV3:
     """The model as `plan` wants it; pure, so `jax.eval_shape` of it is the compressed model's shape and bytes.
 
-    Raises InputError if the plan names a weight that its block does not have, or a format that does not fit it.
+    Raises InputError if the plan's blocks, experts or weights are not the model's, or a format does not fit its weight.
     """
+    check_plan(plan, model.config)
     leaves = {name: leaf for name, leaf in named_leaves(model).items() if name in ("embed", "norm", "head")}
     leaves["embed"] = requantize(leaves["embed"], jnp.ones(model.config.hidden_size), plan.embed)
     leaves["head"] = requantize(leaves["head"], statistics.head_input2 / statistics.tokens, plan.head)
@@ -65,21 +77,56 @@ def requantize(leaf: Leaf, second_moment: jax.Array, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:
         return leaf
-    return quantize(dense(leaf, jnp.float32), second_moment, parse_int_format(target))
+    return quantize(dense(leaf, jnp.float32), second_moment, parse_group_format(target))
 
 
 def _quantize_experts(
     weights: ExpertWeights, formats: Sequence[str], projection: str, plan: BlockPlan, statistics: BlockStatistics
 ) -> ExpertWeights:
-    """Survivor by survivor, one matrix at a time."""
+    """Survivors of one format lie in one bucket; each is rounded by itself."""
     assert statistics.experts is not None and plan.keep is not None
-    moment_EI = statistics.experts.input_second_moment(projection)
-    return gather_experts(
-        [
-            requantize(weights.expert(new), moment_EI[old], target)
-            for new, (old, target) in enumerate(zip(plan.keep, formats, strict=True))
-        ]
-    )
+    moment_EI = jnp.take(statistics.experts.input_second_moment(projection), np.asarray(plan.keep), axis=0)
+    own_name = format_name(weights.buckets[0])  # an original's experts are of one format
+    names = [own_name if target == KEEP else target for target in formats]
+    members_of = [np.flatnonzero(np.asarray(names) == name) for name in sorted(set(names))]
+    round_each = _round_each_traced if isinstance(moment_EI, jax.core.Tracer) else _round_each
+    buckets = round_each(weights, moment_EI, members_of, [formats[members[0]] for members in members_of])
+    return experts_in_buckets(buckets, members_of)
+
+
+def _round_each(
+    weights: ExpertWeights, moment_EI: jax.Array, members_of: Sequence[np.ndarray], targets: Sequence[str]
+) -> list[Leaf]:
+    """A bucket of every format, its matrices one at a time: compiled once per shape, however many there are."""
+
+    def rounded(e: int, target: str) -> Leaf:
+        return _requantize(weights.expert(e), moment_EI[e], target)
+
+    buckets = []
+    for members, target in zip(members_of, targets, strict=True):
+        each = [rounded(e, target) for e in members.tolist()]
+        buckets.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *each))
+    return buckets
+
+
+def _round_each_traced(
+    weights: ExpertWeights, moment_EI: jax.Array, members_of: Sequence[np.ndarray], targets: Sequence[str]
+) -> list[Leaf]:
+    """The same in a trace: one loop per bucket, so that what is traced does not grow with the number of experts."""
+    order = np.concatenate(members_of)
+    (matrices,), moment_EI = select_experts(weights, order).buckets, jnp.take(moment_EI, order, axis=0)
+    buckets, start = [], 0
+    for members, target in zip(members_of, targets, strict=True):
+        cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + len(members))
+        own = jax.tree.map(cut, matrices)
+        if target != KEEP:
+            own = jax.lax.map(lambda one, to=target: _requantize(*one, to), (own, cut(moment_EI)))
+        buckets.append(own)
+        start += len(members)
+    return buckets
+
+
+_requantize = partial(jax.jit, static_argnames="target")(requantize)
 
 
 def _experts_per_token(block: Block) -> int:

@@ -1,6 +1,6 @@
-"""Rounding weights to integers, group scales chosen to minimize the activation-weighted error.
+"""Rounding weights to even levels, group scales chosen to minimize the activation-weighted error.
 
-The number of bits is traced in the search, so that it compiles once per shape and group size for all widths.
+The number of levels is traced in the search, so that it compiles once per shape and group size for all formats.
 """
 
 from functools import partial
@@ -9,44 +9,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import GroupedInt, IntFormat
-from moejax.formats.grouped_int import SCALE_DTYPE, centre, encode, group, round_to_codes
+from moejax.formats import GroupedCodes, GroupFormat
+from moejax.formats.group_format import encode
+from moejax.formats.grouped import SCALE_DTYPE, centre, group, round_to_codes
 
 # Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best
 # share falls from about 1 at 8 bits to 0.3 at 1 bit; 1 itself is among them, so that no group is worse than with it.
 SHARES = np.linspace(0.20, 1.04, 22, dtype=np.float32)
 
 
-def quantize(weight: jax.Array, second_moment: jax.Array, to: IntFormat) -> GroupedInt:
-    """Round a weight (..., O, I) to integers, minimizing E|(W - Q) x|^2 over the group scales with x's entries taken as
+def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> GroupedCodes:
+    """Round a weight (..., O, I) to a format, minimizing E|(W - Q) x|^2 over the group scales with x's entries taken as
     uncorrelated: sum_i h_i (w_oi - q_oi)^2 in every group, h = `second_moment` (..., I) of the input.
 
     The scale is the best of a grid or the least-squares scale for the codes it gave,
-    s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (2^bits - 1)/2.
+    s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (levels - 1)/2.
 
     Raises InputError if rows of I inputs fill no whole groups or words.
     """
     to.require_fit(weight.shape[-1])
-    scale, _ = search_scales(weight, second_moment, to.bits, to.group_size)
-    return _encode(weight, scale, to.bits)
+    scale, _ = search_scales(weight, second_moment, to.levels, to.group_size)
+    return _encode(weight, scale, to)
 
 
 @partial(jax.jit, static_argnames=("group_size",))
 def search_scales(
-    weight: jax.Array, second_moment: jax.Array, bits: jax.Array | int, group_size: int
+    weight: jax.Array, second_moment: jax.Array, levels: jax.Array | int, group_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Every group's best scale and its weighted squared error, both (..., O, I/group_size)."""
     w_grouped = group(weight.astype(jnp.float32), group_size)
     h_grouped = group(positive(second_moment), group_size)[..., None, :, :]
-    middle = centre(bits)
+    middle = centre(levels)
     largest = jnp.max(jnp.abs(w_grouped), axis=-1) / middle
 
     def assess(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error of every group under the scale as it will be stored, and the least-squares scale for its codes."""
         stored = scale.astype(SCALE_DTYPE).astype(jnp.float32)[..., None]
-        levels = round_to_codes(w_grouped, stored, bits) - middle
-        error = jnp.sum(h_grouped * (w_grouped - levels * stored) ** 2, axis=-1)
-        fitted = jnp.sum(h_grouped * w_grouped * levels, axis=-1) / jnp.sum(h_grouped * levels**2, axis=-1)
+        steps = round_to_codes(w_grouped, stored, levels) - middle
+        error = jnp.sum(h_grouped * (w_grouped - steps * stored) ** 2, axis=-1)
+        step_norm2 = jnp.sum(h_grouped * steps**2, axis=-1)
+        # With an odd number of levels, a group of zeros has no step but zero.
+        fitted = jnp.sum(h_grouped * w_grouped * steps, axis=-1) / jnp.where(step_norm2 > 0, step_norm2, 1)
         return error, jnp.abs(fitted)
 
     def try_share(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -62,16 +65,16 @@ def search_scales(
 
 @partial(jax.jit, static_argnames=("group_size",))
 def quantization_errors(
-    weight: jax.Array, second_moment: jax.Array, output_weight: jax.Array, bits_F: jax.Array, group_size: int
+    weight: jax.Array, second_moment: jax.Array, output_weight: jax.Array, levels_F: jax.Array, group_size: int
 ) -> jax.Array:
-    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F widths, (F, ...): the expected squared
-    error of the outputs, each weighted by r = `output_weight` (..., O)."""
+    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F numbers of levels, (F, ...): the expected
+    squared error of the outputs, each weighted by r = `output_weight` (..., O)."""
 
-    def one_width(bits: jax.Array) -> jax.Array:
-        _, error = search_scales(weight, second_moment, bits, group_size)
+    def error_at(levels: jax.Array) -> jax.Array:
+        _, error = search_scales(weight, second_moment, levels, group_size)
         return jnp.einsum("...og,...o->...", error, output_weight)
 
-    return jax.lax.map(one_width, bits_F)
+    return jax.lax.map(error_at, levels_F)
 
 
 def positive(second_moment: jax.Array) -> jax.Array:
@@ -84,7 +87,7 @@ def positive(second_moment: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, jnp.maximum(second_moment, 1e-4 * mean), 1.0)
 
 
-_encode = jax.jit(lambda weight, scale, bits: encode(weight.astype(jnp.float32), scale, bits), static_argnums=2)
+_encode = jax.jit(lambda weight, scale, to: encode(weight.astype(jnp.float32), scale, to), static_argnums=2)
 
 
 def _better(candidate: tuple[jax.Array, ...], best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

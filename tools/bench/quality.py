@@ -5,8 +5,9 @@ usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE -
 At every budget three plans are carried out with the same rounding: *planned* by `compress`; *uniform*, no pruning, the
 largest width that fits everywhere and the rest spent raising whole layers from layer 0; *frequency*, pruning by
 frequency at r = 0.75, then uniform. With llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), the planned result is
-measured at the bytes of each of its rows too. Everything is calibrated on one text and measured on the other. One line
-of JSON per row goes to FOLDER/rows.jsonl as it comes; the table is printed at the end.
+measured at the bytes of each of its rows too. Everything is calibrated on one text and measured on the other; what was
+predicted before is shown beside it. One line of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are
+printed at the end.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ from moejax.errors import InputError
 from moejax.evaluate.divergence import evaluate, log_probabilities
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
-from moejax.pipeline.options import Settings
+from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
+from moejax.pipeline.recipe import Recipe
 from moejax.planning import Plan
-from moejax.planning.baselines import all_experts, most_needed, uniform_plan
+from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
+from moejax.planning.solve import menu_survivors
 from moejax.report.console import progress_bar
-from moejax.transforms.prune import expert_scores, min_per_group, pruning_order
 
+# The baseline that prunes first: by frequency, at the paper's share.
+FREQUENCY = Recipe(criterion="frequency", share_kept=0.75)
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 BATCH = 8
 
@@ -45,11 +50,10 @@ def main() -> None:
     base = [jax.block_until_ready(log_probabilities(prepared.model, batch, "float32")) for batch in batches(held_out)]
     rows = []
     with (options.output / "rows.jsonl").open("w") as log:
-        for method, label, budget, plan in plans(prepared, options):
-            if plan is None:
-                row = {"method": method, "budget": label, "bytes": None}
-            else:
-                row = {"method": method, "budget": label, **carry_out(prepared, plan, budget, held_out, base, options)}
+        for case in cases(prepared, options):
+            row: dict[str, Any] = {"method": case.method, "budget": case.label, "bytes": None}
+            if case.plan is not None:
+                row |= {"kld_predicted": case.predicted, **carry_out(prepared, case, held_out, base, options)}
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -78,62 +82,66 @@ def prepare(checkpoint: Any, options: argparse.Namespace) -> tuple[job.Prepared,
         chunks(tokenizer.encode(t.content), bos_token_id=tokenizer.bos_token_id) for t in (source, text)
     )
     calibrated, probed = job.split_calibration(calibration, options.calibration_chunks, 8)
-    settings = Settings()
-    made = job.provenance(source, len(calibrated), settings)
-    return job.prepare(checkpoint, calibrated, probed, settings, made, progress_bar), held_out
+    made = job.provenance(source, len(calibrated), Recipe())
+    return job.prepare(checkpoint, calibrated, probed, Recipe(), made, progress_bar), held_out
 
 
-def plans(prepared: job.Prepared, options: argparse.Namespace) -> Iterator[tuple[str, str, int, Plan | None]]:
-    """Method, budget as written, budget in bytes, and the plan, None where the method cannot meet the budget."""
+@dataclass(frozen=True)
+class Case:
+    """A row: its plan, None where the method cannot meet the budget, and the KL predicted of it."""
+
+    method: str
+    label: str
+    budget: int
+    plan: Plan | None
+    predicted: float | None
+
+
+def cases(prepared: job.Prepared, options: argparse.Namespace) -> Iterator[Case]:
+    """Every budget with every method, then llama.cpp's sizes."""
     elements, config = prepared.checkpoint.num_elements, prepared.model.config
-    keep = {
-        "uniform": all_experts(prepared.costs),
-        "frequency": most_needed(frequency_orders(prepared), config.n_routed_experts, 0.75),
+    by_frequency = measure_pruning(prepared.trial, FREQUENCY, progress_bar)
+    pruned_first = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
+    baselines = {
+        "uniform": (prepared, all_experts(prepared.costs)),
+        "frequency": (
+            pruned_first,
+            {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned_first.costs.experts.items()},
+        ),
     }
     for label in options.budgets:
         budget = parse_budget(label, elements)
-        yield "planned", label, budget, planned_or_none(prepared, budget)
-        for method, kept in keep.items():
-            yield method, label, budget, uniform_plan(prepared.costs, config, kept, prepared.size_of, budget)
+        yield planned_case(prepared, label, budget)
+        for method, (costs_of, kept) in baselines.items():
+            plan = uniform_plan(costs_of.costs, config, kept, prepared.origin.size_of, budget)
+            yield Case(method, label, budget, plan, None if plan is None else costs_of.predicted(plan))
     for row in llama_cpp_rows(options) if options.llama_cpp else []:
-        yield "planned", row["type"], row["bytes"], planned_or_none(prepared, row["bytes"])
+        yield planned_case(prepared, row["type"], row["bytes"])
 
 
-def planned_or_none(prepared: job.Prepared, budget: int) -> Plan | None:
+def planned_case(prepared: job.Prepared, label: str, budget: int) -> Case:
     try:
-        return job.plan_within(prepared, budget, progress_bar).plan
+        planned = job.plan_within(prepared, budget, progress_bar)
     except InputError:
-        return None
-
-
-def frequency_orders(prepared: job.Prepared) -> dict[int, np.ndarray]:
-    """Per block, experts in the order in which pruning by frequency takes them."""
-    config = prepared.model.config
-    group_E = np.arange(config.n_routed_experts) // (config.n_routed_experts // config.n_group)
-    at_least = min_per_group(config, config.num_experts_per_tok)
-    sums = {block: prepared.statistics.blocks[block].experts for block in prepared.costs.experts}
-    return {
-        block: pruning_order(expert_scores(own, "frequency"), group_E, at_least)
-        for block, own in sums.items()
-        if own is not None
-    }
+        return Case("planned", label, budget, None, None)
+    return Case("planned", label, budget, planned.plan, planned.predicted)
 
 
 def carry_out(
     prepared: job.Prepared,
-    plan: Plan,
-    budget: int,
+    case: Case,
     held_out: np.ndarray,
     base: list[jax.Array],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Write a plan's checkpoint, read it back and measure it."""
+    assert case.plan is not None
     started = time.monotonic()
     folder = options.output / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    size = prepared.write(plan, folder, budget)
+    size = prepared.origin.write(case.plan, folder, case.budget)
     figures = evaluate(load_model(open_checkpoint(folder)), held_out, base, batch=BATCH, progress=progress_bar)
-    kept = [len(block.keep) for block in plan.blocks if block.keep is not None]
+    kept = [len(block.keep) for block in case.plan.blocks if block.keep is not None]
     return {
         "bytes": size,
         "ppl": figures.ppl,
@@ -158,32 +166,36 @@ def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_baselines(rows: list[dict[str, Any]], budgets: list[str]) -> None:
     """One line of Markdown per budget and method."""
-    print("| budget | method | bytes | experts kept | perplexity | KL mean | KL 99.9 % | equal top-1 |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| budget | method | bytes | experts kept | perplexity | KL predicted | KL mean | KL 99.9 % | equal top-1 |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         if row["budget"] not in budgets:
             continue
         if row["bytes"] is None:
-            print(f"| {row['budget']} | {row['method']} | cannot be met | | | | | |")
+            print(f"| {row['budget']} | {row['method']} | cannot be met | | | | | | |")
             continue
         print(
             f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {row['experts']} | {row['ppl']:.3f} "
-            f"| {row['kld_mean']:.4f} | {row['kld_p999']:.3f} | {row['same_top1']:.1f} % |"
+            f"| {row['kld_predicted']:.4f} | {row['kld_mean']:.4f} | {row['kld_p999']:.3f} | {row['same_top1']:.1f} % |"
         )
 
 
 def print_peer(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
     """One line of Markdown per row of llama.cpp's table, beside the planned result at its bytes."""
     planned = {row["budget"]: row for row in rows if row["method"] == "planned" and row["bytes"] is not None}
-    print("\n| llama.cpp's type | its bytes | its KL | moejax's bytes | moejax's KL | ratio | its top-1 | our top-1 |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| llama.cpp's type | its bytes | its KL | moejax's bytes | predicted "
+        "| moejax's KL | ratio | its top-1 | our top-1 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for own in peer:
         ours = planned.get(own["type"])
         if ours is None:
-            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | |")
+            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | | |")
             continue
         print(
-            f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} | {ours['kld_mean']:.4f} "
+            f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} "
+            f"| {ours['kld_predicted']:.4f} | {ours['kld_mean']:.4f} "
             f"| {ours['kld_mean'] / own['kld_mean']:.2f} | {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
         )
 

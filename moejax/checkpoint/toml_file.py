@@ -1,0 +1,31 @@
+"""TOML from files that may be missing, damaged or huge, and to files."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from moejax.errors import InputError
+
+MAX_TOML_BYTES = 10_000_000
+"""The largest TOML text read, in bytes; the plan of a 671B checkpoint takes 100 thousand."""
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """Reads `file`. Raises InputError if it cannot be read, is larger than `MAX_TOML_BYTES`, or is no TOML."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_TOML_BYTES:
+            raise InputError(f"{file}: {size} bytes of TOML are more than the {MAX_TOML_BYTES} that are accepted")
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); a readable TOML file is needed") from error
+    except (ValueError, RecursionError) as error:  # ValueError includes wrong UTF-8
+        raise InputError(f"{file}: is not valid TOML ({error}); a TOML file is needed") from error
+
+
+def write_toml(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes `file`."""
+    file.write_text(tomli_w.dumps(values), encoding="utf-8")

@@ -1,0 +1,134 @@
+"""`moejax compress`."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
+from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.store import require_free
+from moejax.checkpoint.summary import summarize
+from moejax.checkpoint.tokenizer import load_tokenizer
+from moejax.checkpoint.toml_file import read_toml
+from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
+from moejax.errors import InputError
+from moejax.evaluate.text import Text, default_calibration_text, read_text
+from moejax.pipeline import compress as job
+from moejax.pipeline.recipe import Recipe
+from moejax.planning.plan import Plan, from_json
+from moejax.planning.size import format_size, parse_budget
+from moejax.report import figures
+from moejax.report.console import print_table, progress_bar
+from moejax.report.pruning import pruning_figures, pruning_rows
+
+# Enough of the default text for stable figures in a minute on two cores.
+_CALIBRATION_BYTES = 1_500_000
+# Chunks on which plans are tried out.
+_PROBED_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is calibrated on, what plans are tried on, and what is evaluated on."""
+
+    calibration: Text
+    calibrated: np.ndarray
+    probed: np.ndarray
+    evaluation: Text
+    evaluated: np.ndarray
+
+
+def run_compress(
+    name: str | None,
+    budget: str | None,
+    output: Path,
+    recipe: str,
+    plan: Path | None,
+    calibration: Path | None,
+    calibration_chunks: int,
+    text: Path | None,
+    json: Path | None,
+) -> None:
+    """The main job. Everything that can be refused is, before the long part begins."""
+    started = time.monotonic()
+    require_free(output)
+    figures.require_writable(json)
+    if calibration_chunks < 1:
+        raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
+    checkpoint, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe)
+    given = None if plan is None else from_json(read_toml(plan))
+    limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
+    budget_bytes = _check(checkpoint, own_recipe, given, limit)
+    texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
+    bf16 = format_size(2 * checkpoint.num_elements)
+    print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
+    print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
+    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe)
+    if given is not None:
+        result = job.carry_out(
+            checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar
+        )
+    else:
+        prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, own_recipe, made, progress_bar)
+        result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
+    _report(checkpoint, output, budget_bytes, result, texts.evaluation, cost_of_the_run(started), json)
+
+
+def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, budget: int | None) -> int:
+    """The bytes that the folder may take; raises InputError for what cannot be done."""
+    if plan is not None:
+        return job.check_plan_bytes(checkpoint, plan, budget)
+    if budget is None:
+        raise InputError("neither --budget nor --plan is given; a budget such as 6x or a plan is needed")
+    job.check(checkpoint, budget, recipe)
+    return budget
+
+
+def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chunks: int, text: Path | None) -> _Texts:
+    tokenizer = load_tokenizer(checkpoint.path)
+    source = read_text(calibration) if calibration else default_calibration_text(_CALIBRATION_BYTES)
+    evaluation = evaluation_text(text)
+    if source.sha256 == evaluation.sha256:
+        raise InputError(f"{text}: is the calibration text; a text that calibration does not see is needed")
+    evaluated = tokenize(evaluation, tokenizer)
+    calibrated, probed = job.split_calibration(tokenize(source, tokenizer), chunks, _PROBED_CHUNKS)
+    return _Texts(source, calibrated, probed, evaluation, evaluated)
+
+
+def _report(
+    checkpoint: HuggingFaceCheckpoint,
+    output: Path,
+    budget: int,
+    result: job.Result,
+    text: Text,
+    cost: dict[str, Any],
+    json: Path | None,
+) -> None:
+    kinds = summarize(open_checkpoint(output).abstract_leaves())
+    print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
+    if result.pruning:
+        columns, rows = pruning_rows(result.pruning, checkpoint.config)
+        print_table("pruning, layer by layer", columns, rows)
+    size = figures.size_figures(result.bytes, checkpoint.num_elements)
+    rows = [
+        *figures.size_rows(size),
+        *figures.plan_rows(result.plan, checkpoint.config),
+        *figures.search_rows(result.planned),
+        *figures.evaluation_rows(result.evaluation, result.predicted),
+        *figures.cost_rows(cost),
+    ]
+    print_table(str(output), ("figure", "value"), rows)
+    written = {
+        **size,
+        "budget_bytes": budget,
+        **figures.evaluation_figures(result.evaluation, text),
+        **figures.plan_figures(result.plan),
+        **figures.search_figures(result.planned),
+        **pruning_figures(result.pruning),
+        **figures.kind_figures(kinds),
+        **cost,
+    }
+    figures.write_json(json, written)

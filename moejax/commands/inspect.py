@@ -1,0 +1,40 @@
+"""`moejax inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+from moejax.checkpoint.load import Checkpoint, open_checkpoint
+from moejax.checkpoint.native import NativeCheckpoint
+from moejax.checkpoint.store import folder_bytes
+from moejax.checkpoint.summary import summarize
+from moejax.planning.size import format_size
+from moejax.report import figures
+from moejax.report.console import print_table
+
+
+def run_inspect(name: str | None, json: Path | None) -> None:
+    """What a checkpoint holds."""
+    figures.require_writable(json)
+    checkpoint = open_checkpoint(name)
+    kinds, config = summarize(checkpoint.abstract_leaves()), checkpoint.config
+    size = folder_bytes(checkpoint.path)
+    print(f"{checkpoint.path}: {checkpoint.raw_config['model_type']}, {format_size(size)} ({size} bytes)")
+    facts: dict[str, Any] = {
+        "model_type": checkpoint.raw_config["model_type"],
+        "bytes": size,
+        "layers": config.num_hidden_layers,
+        "mtp_blocks": config.num_nextn_predict_layers,
+        "experts_per_layer": _experts_per_layer(checkpoint),
+        "experts_per_token": sorted(set(checkpoint.experts_per_token)),
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+    }
+    if isinstance(checkpoint, NativeCheckpoint):
+        facts["made_by"] = checkpoint.provenance
+    print_table("checkpoint", ("fact", "value"), [(key, str(value)) for key, value in facts.items()])
+    print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
+    figures.write_json(json, {**facts, **figures.kind_figures(kinds)})
+
+
+def _experts_per_layer(checkpoint: Checkpoint) -> list[int]:
+    return [leaf.shape[0] for name, leaf in checkpoint.abstract_leaves() if name.endswith("mlp.bias")]

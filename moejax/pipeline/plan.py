@@ -1,0 +1,226 @@
+"""The plan of a model from its config alone: no weights, exact bytes.
+
+The same transforms run as in `compress`, under `jax.eval_shape` on the abstract model, so nothing is computed twice.
+Only what a plan costs is estimated (see `estimate`) where `compress` measures it.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from moejax.checkpoint.abstract import abstract_original
+from moejax.checkpoint.hf_names import num_elements
+from moejax.checkpoint.json_file import read_json_object
+from moejax.checkpoint.summary import summarize
+from moejax.errors import InputError
+from moejax.formats import byte_parts, payload_bytes
+from moejax.model import Config, DeepseekV3, named_leaves
+from moejax.pipeline.activated_experts import candidates
+from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
+from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
+from moejax.pipeline.options import limited_counts, options
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files
+from moejax.pipeline.recipe import Recipe
+from moejax.planning import Plan
+from moejax.planning.allocate import smallest_choice
+from moejax.planning.costs import Costs
+from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
+from moejax.planning.fit import PRUNING_WEIGHTS, Problem, check_budget
+from moejax.planning.memory import check_context, device_memory
+from moejax.planning.parameters import count_parameters
+from moejax.planning.plan import PROJECTIONS
+from moejax.planning.sensitivity import Sensitivity, sensitivity_from_json
+from moejax.planning.size import parse_budget, parse_size
+from moejax.planning.solve import Choice, choice_bytes, choice_losses, menu_survivors
+from moejax.resources import config_path
+
+# Rounds in which the price of pruning is refined, two solves each.
+_REFINEMENTS = 3
+SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+
+
+def plan(
+    config: str | Path,
+    budget: str | int,
+    *,
+    expert_scores: Path | str | None = None,
+    memory: str | int | None = None,
+    context: int = 4096,
+    batch: int = 1,
+    recipe: Recipe | None = None,
+) -> Forecast:
+    """Plan a model for a budget and say what it would cost.
+
+    Args:
+      config: the name of a model that comes with moejax (deepseek_v3, kimi_k2, moonlight_16b_a3b), or a Hugging Face
+        config file; tokenizer files beside it are counted, as `compress` copies them.
+      budget: bytes of the whole output folder, or a text such as "103GB" or "6x".
+      expert_scores: routing statistics (see `planning.expert_scores`); without it those that come with moejax for a
+        model of that name, and where there are none all experts are taken to be alike.
+      memory: of the device, in bytes or as a text; context, batch: what it decodes.
+      recipe: what may be done; without it the default recipe.
+
+    Raises InputError for what cannot be read or met.
+    """
+    asked = read_request(config, expert_scores, recipe or Recipe())
+    limit = parse_size(memory) if isinstance(memory, str) else memory
+    size = parse_budget(budget, asked.elements) if isinstance(budget, str) else budget
+    check_context(context, batch, asked.config.max_position_embeddings)
+    return forecast(asked, size, limit, context, batch)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model in shapes alone, with what is known of it, and the solver's problem; budgets can share it.
+
+    elements: numbers of the original checkpoint. unlimited: costs whatever number of experts is pruned. smallest: bytes
+    of the smallest plan.
+    """
+
+    shapes: "_Shapes"
+    elements: int
+    recipe: Recipe
+    scores: ExpertScores
+    sensitivity: Sensitivity
+    unlimited: Costs
+    problem: Problem
+    smallest: int
+
+    @property
+    def config(self) -> Config:
+        return self.shapes.origin.model.config
+
+
+class _Shapes:
+    """A plan's abstract model and bytes. It remembers the last model: a plan's size and its figures need the same."""
+
+    def __init__(self, origin: Origin):
+        self.origin = origin
+        self._last: tuple[Plan, DeepseekV3] | None = None
+
+    def abstract(self, plan: Plan) -> DeepseekV3:
+        if self._last is None or self._last[0] is not plan:
+            self._last = plan, self.origin.abstract(plan)
+        return self._last[1]
+
+    def size_of(self, plan: Plan) -> int:
+        return self.origin.bytes_of(plan, self.abstract(plan)).total
+
+
+def read_request(config: str | Path, expert_scores: Path | str | None, recipe: Recipe) -> Request:
+    """Read what `plan` is given by name."""
+    name = str(config)
+    is_file = name.endswith(".json")
+    file = Path(config) if is_file else config_path("models", name)
+    raw_config = read_json_object(file)
+    origin = abstract_origin(
+        abstract_original(raw_config, str(file)), raw_config, copied_files(file.parent) if is_file else []
+    )
+    known = config_path("sensitivity", "deepseek_v3")
+    sensitivity = sensitivity_from_json(read_json_object(known), str(known))
+    return request(origin, recipe, _read_scores(name, expert_scores, origin.model.config), sensitivity)
+
+
+def request(origin: Origin, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity) -> Request:
+    """The problem of a model in shapes alone. Raises InputError if the recipe does not suit it."""
+    config = origin.model.config
+    candidates(recipe, config, [config.n_routed_experts])
+    unlimited = estimate_costs(options(origin.model, recipe), origin.model, recipe, scores, sensitivity)
+    costs = limited_counts(unlimited, config, recipe)
+    shapes = _Shapes(origin)
+    problem = Problem(costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config))
+    smallest = problem.smallest()
+    problem = replace(problem, overhead=smallest.bytes - choice_bytes(costs, smallest_choice(costs)))
+    return Request(shapes, num_elements(config), recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
+
+
+def _per_token(recipe: Recipe, config: Config, kept: int) -> int:
+    """K' of a layer that keeps so many experts: of those that the recipe lets be tried, the most."""
+    return max(own[0] for own in candidates(recipe, config, [kept]))
+
+
+def _read_scores(name: str, given: Path | str | None, config: Config) -> ExpertScores:
+    if given is not None:
+        return expert_scores_from_json(read_json_object(Path(given)), config, str(given))
+    try:
+        known = config_path("expert_scores", name)
+    except InputError:
+        return equal_scores(config)
+    return expert_scores_from_json(read_json_object(known), config, str(known))
+
+
+def forecast(asked: Request, budget: int, memory: int | None, context: int, batch: int) -> Forecast:
+    """Solve for a budget and put the figures together."""
+    problem = asked.problem
+    origin = asked.shapes.origin
+    check_budget(asked.smallest, budget, payload_bytes(origin.model))
+    fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
+    compressed = asked.shapes.abstract(fitted.plan)
+    leaves = named_leaves(compressed)
+    return Forecast(
+        plan=fitted.plan,
+        config=asked.config,
+        budget=budget,
+        elements=asked.elements,
+        before=count_parameters(origin.model),
+        after=count_parameters(compressed),
+        kinds=tuple(summarize(leaves.items())),
+        bytes=origin.bytes_of(fitted.plan, compressed),
+        parts=byte_parts(list(leaves.values())),
+        layers=layer_forecasts(fitted.plan, asked.config, asked.scores),
+        memory=device_memory(compressed, context, batch),
+        memory_limit=memory,
+        losses=fitted.losses,
+        predicted=problem.predicted(fitted.losses),
+        splits=tuple(split(asked, budget, share) for share in SHARES),
+        pruned_by=criterion_of(asked.recipe),
+        scores_source=asked.scores.source,
+        sensitivity_source=asked.sensitivity.source,
+    )
+
+
+def split(asked: Request, budget: int, share: float) -> Split:
+    """The solver's plan that keeps this share of every layer's experts."""
+    try:
+        costs = limited_counts(asked.unlimited, asked.config, replace(asked.recipe, share_kept=share))
+    except InputError:  # routing needs more experts than the share leaves
+        return Split(share, None, None, None)
+    problem = replace(asked.problem, costs=costs)
+    solved = problem.solve(budget - problem.overhead, 1.0)
+    if solved is None:
+        return Split(share, None, None, None)
+    losses = choice_losses(costs, solved[0])
+    return Split(share, _expert_bits(costs, solved[0], asked.config), losses, problem.predicted(losses))
+
+
+def _best_pruning_weight(problem: Problem, budget: int) -> float:
+    """The price of pruning whose plan is predicted to lose least, looked for ever closer around the best so far."""
+    predicted = {own: _predicted(problem, budget, own) for own in PRUNING_WEIGHTS}
+    for _ in range(_REFINEMENTS):
+        best = min(predicted, key=predicted.__getitem__)
+        if np.isinf(best):
+            return best
+        known = sorted(own for own in predicted if np.isfinite(own))
+        place = known.index(best)
+        for neighbour in {known[max(place - 1, 0)], known[min(place + 1, len(known) - 1)]} - {best}:
+            between = float(np.sqrt(best * neighbour))
+            predicted[between] = _predicted(problem, budget, between)
+    return min(predicted, key=predicted.__getitem__)
+
+
+def _predicted(problem: Problem, budget: int, pruning_weight: float) -> float:
+    solved = problem.solve(budget - problem.overhead, pruning_weight)
+    return float("inf") if solved is None else problem.predicted(choice_losses(problem.costs, solved[0]))
+
+
+def _expert_bits(costs: Costs, choice: Choice, config: Config) -> float:
+    """Bits per weight of the experts kept."""
+    size = kept = 0
+    for block, menu in costs.experts.items():
+        survivors = menu_survivors(menu, choice.pruned[block])
+        kept += len(survivors)
+        for name in PROJECTIONS:
+            size += int(np.sum(menu.menus[name].bytes_NF[survivors, choice.expert[block][name][survivors]]))
+    return 8 * size / (kept * len(PROJECTIONS) * config.hidden_size * config.moe_intermediate_size)

@@ -1,0 +1,42 @@
+"""Plans tried out: the true KL divergence of what a plan makes of the model, on the probe's text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from moejax.calibrate import Statistics
+from moejax.formats import dense
+from moejax.model import DeepseekV3
+from moejax.model.deepseek_v3 import Block
+from moejax.pipeline.probe import Probe
+from moejax.pipeline.working_copy import in_original_slots
+from moejax.planning import Plan
+from moejax.transforms.compress import compress
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What trying a plan out needs."""
+
+    model: DeepseekV3
+    probe: Probe
+    statistics: Statistics
+
+    def divergence(self, plan: Plan) -> float:
+        """True mean KL of the plan's model, nats."""
+        compressed = compress(self.model, plan, self.statistics)
+        return divergence_of(self.probe, compressed, masked_blocks(self.probe, compressed, plan))
+
+
+def masked_blocks(probe: Probe, compressed: DeepseekV3, plan: Plan) -> list[Block]:
+    """A compressed model's layers in the original's shapes."""
+    layers = zip(probe.blocks, compressed.layers, plan.blocks, strict=False)
+    return [in_original_slots(original, block, own.keep) for original, block, own in layers]
+
+
+def divergence_of(probe: Probe, compressed: DeepseekV3, blocks: Sequence[Block]) -> float:
+    """True mean KL of a compressed model on the probe's text, its layers given as `masked_blocks`."""
+    return probe.divergence_of_model(
+        blocks, dense(compressed.embed.get_value(), jnp.float32), dense(compressed.head.get_value(), jnp.float32)
+    )
