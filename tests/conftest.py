@@ -1,5 +1,6 @@
 """What every test shares: JAX on the CPU, reproducible hypothesis examples, the checkpoints that tests work on."""
 
+import json
 import os
 import re
 
@@ -13,7 +14,7 @@ import pytest
 
 from command_line import refused, run
 from moejax.resources import tiny_checkpoint
-from small_checkpoint import words, write_small_checkpoint
+from small_checkpoint import random_scores, words, write_published_checkpoint, write_small_checkpoint
 
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
@@ -32,6 +33,22 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     write_small_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random checkpoint in DeepSeek's published formats; no test changes it."""
+    folder = tmp_path_factory.mktemp("small_fp8")
+    write_published_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Routing statistics of the small checkpoints, some experts far more important than others."""
+    file = tmp_path_factory.mktemp("scores") / "scores.json"
+    file.write_text(json.dumps(random_scores(seed=1)))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 
-from model_cases import BASE, Config, Tensors
+from model_cases import BASE, Config, Tensors, random_tensors
 
 FP8, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 SCALE = "_scale_inv"
@@ -51,3 +51,15 @@ def as_fp8(tensors: Tensors, block: list[int]) -> tuple[Tensors, Tensors]:
         i, j = np.indices(tensor.shape)
         values[name] = stored[name].astype(np.float32) * stored[name + SCALE][i // block[0], j // block[1]]
     return stored, values
+
+
+def published(config: Config, block: list[int] | None) -> Tensors:
+    """Tensors in the dtypes that DeepSeek publishes them in."""
+    tensors = random_tensors(config, seed=50)
+    linear = {name for name in tensors if is_linear(name) and not name.endswith("eh_proj.weight")} if block else set()
+    stored = {
+        name: tensor.astype(np.float32 if name.endswith("e_score_correction_bias") else BF16)
+        for name, tensor in tensors.items()
+        if name not in linear
+    }
+    return stored | as_fp8({name: tensors[name] for name in tensors if name in linear}, block or [])[0]

@@ -46,7 +46,8 @@ def made_up_costs() -> Costs:
         menus = {name: menu([EXPERT_SIZES[name]] * EXPERTS) for name in PROJECTIONS}
         return ExpertMenu(menus, np.asarray([5, 4]), np.asarray([0.0, 0.1, 0.3]))
 
-    return Costs(tuple(SIZES), menu([*SIZES.values()]), {block: experts() for block in range(1, CONFIG.num_blocks)})
+    by_block = {block: experts() for block in range(1, CONFIG.num_blocks)}
+    return Costs(tuple(SIZES), menu([*SIZES.values()]), by_block, CONFIG.num_hidden_layers)
 
 
 def size_of(plan: Plan) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fp8_checkpoint import fp8_config, published
 from model_cases import BASE, Config, random_tensors, write_hf_checkpoint
 
 CONFIG: Config = BASE | {
@@ -37,11 +38,21 @@ BEGIN = "<|begin|>"
 _WORDS = 300
 
 
+# The same as DeepSeek publishes its models.
+FP8_CONFIG = fp8_config(CONFIG, [128, 128])
+
+
 def write_small_checkpoint(folder: Path) -> None:
     """Config, two shards, tokenizer: what a checkpoint's folder on the Hugging Face hub holds."""
     tensors = random_tensors(CONFIG, seed=40)
     stored = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
     write_hf_checkpoint(folder, CONFIG, stored)
+    write_tokenizer(folder)
+
+
+def write_published_checkpoint(folder: Path) -> None:
+    """The same in FP8, as DeepSeek publishes its models."""
+    write_hf_checkpoint(folder, FP8_CONFIG, published(FP8_CONFIG, [128, 128]))
     write_tokenizer(folder)
 
 
@@ -58,6 +69,18 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"bos_token": BEGIN, "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def random_scores(seed: int) -> dict[str, object]:
+    """Routing statistics as `moejax plan --expert-scores` reads them, some experts far more important than others."""
+    random = np.random.RandomState(seed)
+    experts = CONFIG["n_routed_experts"]
+    raw: dict[str, object] = {"source": "made up"}
+    for layer in range(CONFIG["first_k_dense_replace"], CONFIG["num_hidden_layers"]):
+        activations = random.randint(100, 10_000, experts)
+        scores = activations * random.uniform(0.1, 0.4, experts)
+        raw[f"layer_{layer}"] = {"scores": scores.tolist(), "activations": activations.tolist()}
+    return raw
 
 
 def words(seed: int, count: int) -> str:

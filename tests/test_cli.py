@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from command_line import Ran, moejax, run
-from moejax import commands
+from moejax.commands import inspect
 from moejax.checkpoint.store import folder_bytes
 from small_checkpoint import words
 
@@ -35,6 +35,8 @@ def test_compress_writes_its_figures(small: Path, heldout_text: Path, compressed
     assert figures["ratio"] == pytest.approx(folder_bytes(small) / folder_bytes(compressed), rel=0.03)
     assert figures["bits_by_kind"]["embedding"] == 4 + 16 / 128
     assert 0 < figures["kld_mean"] < figures["kld_p999"]
+    assert figures["kld_predicted"] > 0 and figures["tried_plans"] and figures["tried_experts_per_token"]
+    assert {probe["layer"] for probe in figures["pruning_probes"]} == {1, 2}
 
 
 def test_compress_prints_its_figures(compressed: Path) -> None:
@@ -43,6 +45,7 @@ def test_compress_prints_its_figures(compressed: Path) -> None:
     assert f"({figures['bytes']} bytes)" in printed and f"{figures['ratio']:.2f}x smaller" in printed
     assert f"{figures['ppl']:.4f}" in printed and f"{figures['kld_mean']:.5f}" in printed
     assert f"{figures['same_top1']:.2f} %" in printed
+    assert "pruning, layer by layer" in printed and "tried: pruning at" in printed or "tried: no pruning" in printed
     for kind, bits in figures["bits_by_kind"].items():
         assert re.search(rf"{kind} .* {bits:.3f} ", printed), kind
 
@@ -124,6 +127,10 @@ def test_a_compressed_checkpoint_generates(compressed: Path) -> None:
     [
         ["compress"],
         ["compress", "--budget", "6x"],
+        ["plan"],
+        ["plan", "deepseek_v3"],
+        ["plan", "--budget", "103GB"],
+        ["plan", "deepseek_v3", "--budget", "103GB", "--context", "long"],
         ["squeeze"],
         ["generate", "--prompt", "a", "--tokens", "many"],
         ["evaluate", "--dtype", "int8"],
@@ -145,7 +152,7 @@ def test_usage_errors(arguments: list[str]) -> None:
     ],
 )
 def test_failures_of_the_machine(monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str) -> None:
-    monkeypatch.setattr(commands, "run_inspect", mock.Mock(side_effect=error))
+    monkeypatch.setattr(inspect, "run_inspect", mock.Mock(side_effect=error))
     assert moejax("inspect") == Ran(1, "", f"moejax: {message}\n")
 
 

@@ -42,7 +42,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 def test_help_names_the_commands(tmp_path: Path) -> None:
     printed = run(tmp_path, "--help")
-    for command in ("compress", "evaluate", "generate", "inspect"):
+    for command in ("compress", "evaluate", "generate", "inspect", "plan"):
         assert command in printed
 
 

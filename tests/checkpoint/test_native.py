@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moejax.checkpoint import native
 from moejax.checkpoint.native import Description, NativeCheckpoint, native_bytes, open_native, write_native
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, describe
+from moejax.formats import ExpertWeights, describe, payload_bytes
 from moejax.model import DeepseekV3, Layout, config_from_hf, named_leaves
 
 RAW_CONFIG = BASE | {
@@ -35,10 +36,11 @@ RAW_CONFIG = BASE | {
     "num_nextn_predict_layers": 1,
 }
 CONFIG = config_from_hf(RAW_CONFIG)
-FORMATS = ("int1g32", "int2g64", "int3g32", "int4g64", "int5g32", "int8g64", "fp8b16x32", "bf16", "f16", "f32")
+INTS = ("int1g32", "int2g64", "int3g32", "int4g64", "int5g32", "int8g64")
+FORMATS = (*INTS, "ternaryg32", "fp8b16x32", "bf16", "f16", "f32")
 # Layer 1 and the MTP block are pruned; an expert's projections differ in format, and experts of one projection do too.
 SURVIVORS = {"layers.1": 5, "layers.2": 8, "mtp.0": 6}
-BUCKETS = {"gate": ("int2g64", "int3g32"), "up": ("bf16",), "down": ("fp8b16x32", "int1g32", "int8g64")}
+BUCKETS = {"gate": ("int2g64", "ternaryg32"), "up": ("bf16", "int4g64"), "down": ("fp8b16x32", "int1g32", "int8g64")}
 PER_TOKEN = (2, 1, 2, 2)
 DESCRIPTION = Description(RAW_CONFIG, {"plan": "ä value"}, {"made": ["by", 1, None]})
 BUDGET = 10**9
@@ -149,14 +151,45 @@ def test_the_size_predicted_from_shapes_is_the_size_written(
     model: DeepseekV3, copied: list[Path], tmp_path: Path
 ) -> None:
     abstract = jax.eval_shape(lambda m: m, model)
-    predicted = native_bytes(abstract, DESCRIPTION, copied)
+    parts = native_bytes(abstract, DESCRIPTION, copied)
+    predicted = parts.total
     assert write_native(model, tmp_path / "out", DESCRIPTION, copied, predicted) == predicted
     assert folder_bytes(tmp_path / "out") == predicted
-    assert predicted == sum(map(len, files(tmp_path / "out").values()))
+    own = files(tmp_path / "out")
+    assert predicted == sum(map(len, own.values()))
+    assert parts.arrays == payload_bytes(named_leaves(model))
+    assert parts.manifest == len(own[Path("manifest.json")])
+    assert parts.copied == sum(len(own[Path(file.name)]) for file in copied)
+
+
+def with_provenance(size: int) -> Description:
+    """A description whose provenance takes that many bytes of JSON."""
+    return replace(DESCRIPTION, provenance={"a": "b" * (size - len('{"a":""}'))})
+
+
+def test_the_size_does_not_depend_on_the_provenance(model: DeepseekV3, tmp_path: Path) -> None:
+    abstract = jax.eval_shape(lambda m: m, model)
+    descriptions = [replace(DESCRIPTION, provenance={}), DESCRIPTION, with_provenance(native.PROVENANCE_BYTES)]
+    sizes = {native_bytes(abstract, description, []) for description in descriptions}
+    assert len(sizes) == 1
+    write_native(model, tmp_path / "out", descriptions[-1], [], BUDGET)
+    assert folder_bytes(tmp_path / "out") == sizes.pop().total
+    assert open_native(tmp_path / "out").provenance == descriptions[-1].provenance
+
+
+def test_more_provenance_than_is_set_aside_is_a_mistake(model: DeepseekV3, tmp_path: Path) -> None:
+    too_large = with_provenance(native.PROVENANCE_BYTES + 1)
+    for action in (
+        lambda: native_bytes(model, too_large, []),
+        lambda: write_native(model, tmp_path / "out", too_large, [], BUDGET),
+    ):
+        with pytest.raises(ValueError, match="the provenance takes 2049 bytes; 2048 are set aside"):
+            action()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_budget_one_byte_short_leaves_nothing(model: DeepseekV3, copied: list[Path], tmp_path: Path) -> None:
-    size = native_bytes(model, DESCRIPTION, copied)
+    size = native_bytes(model, DESCRIPTION, copied).total
     write = lambda: write_native(model, tmp_path / "out", DESCRIPTION, copied, size - 1)  # noqa: E731
     refused(write, str(tmp_path / "out"), str(size), str(size - 1), "nothing was written")
     assert not list(tmp_path.iterdir())

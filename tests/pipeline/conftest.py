@@ -18,8 +18,7 @@ from moejax.pipeline.compress import (
     require_original,
     split_calibration,
 )
-from moejax.pipeline.options import Settings
-from moejax.planning.allocate import plan_of_choice, smallest_choice
+from moejax.pipeline.recipe import Recipe
 from moejax.progress import silent
 from small_job import Job
 
@@ -35,14 +34,13 @@ def tokenize(small: Path) -> Tokenize:
 @pytest.fixture(scope="session")
 def prepared(small: Path, calibration_text: Path, tokenize: Tokenize) -> Prepared:
     calibrated, probed = split_calibration(tokenize(calibration_text), calibration=2, probed=1)
-    made = provenance(read_text(calibration_text), len(calibrated), Settings())
-    return prepare(require_original(open_checkpoint(small)), calibrated, probed, Settings(), made, silent)
+    made = provenance(read_text(calibration_text), len(calibrated), Recipe())
+    return prepare(require_original(open_checkpoint(small)), calibrated, probed, Recipe(), made, silent)
 
 
 @pytest.fixture(scope="session")
 def smallest_bytes(prepared: Prepared) -> int:
-    config = prepared.model.config
-    return prepared.size_of(plan_of_choice(prepared.costs, smallest_choice(prepared.costs), config))
+    return prepared.problem.smallest().bytes
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +54,6 @@ def job(
     """The job at a budget at which some blocks keep all their experts and others do not."""
     budget, output = smallest_bytes * 8 // 5, tmp_path_factory.mktemp("job") / "out"
     planned = plan_within(prepared, budget, silent)
-    written = prepared.write(planned.plan, output, budget)
+    written = prepared.origin.write(planned.plan, output, budget)
     evaluation = evaluate_written(output, prepared.model, tokenize(heldout_text), silent)
     return Job(budget, planned, written, output, evaluation)

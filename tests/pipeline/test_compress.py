@@ -19,13 +19,13 @@ from moejax.pipeline.activated_experts import with_activated_experts
 from moejax.pipeline.compress import (
     Prepared,
     check,
-    copied_files,
     plan_within,
     provenance,
     require_original,
     split_calibration,
 )
-from moejax.pipeline.options import Settings
+from moejax.pipeline.origin import copied_files
+from moejax.pipeline.recipe import Recipe
 from moejax.planning.plan import KEEP, from_json
 from moejax.progress import silent
 from moejax.transforms.compress import compress
@@ -58,25 +58,25 @@ def test_only_an_original_can_be_compressed(small: Path, job: Job) -> None:
 
 
 def test_what_goes_along_from_the_original(prepared: Prepared, job: Job) -> None:
-    copied = copied_files(prepared.checkpoint)
+    copied = copied_files(prepared.checkpoint.path)
     assert [file.name for file in copied] == ["tokenizer.json", "tokenizer_config.json"]
     assert all((job.output / file.name).read_bytes() == file.read_bytes() for file in copied)
     assert {path.name for path in job.output.iterdir()} == {"items", "manifest.json", *(file.name for file in copied)}
 
 
 def test_the_bytes_written_are_those_predicted_and_within_the_budget(prepared: Prepared, job: Job) -> None:
-    assert job.written == prepared.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
+    assert job.written == prepared.origin.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
 
 
 def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepared, smallest_bytes: int) -> None:
     """`check`, which sees shapes alone, names a budget that the measured plan meets."""
     checkpoint = require_original(open_checkpoint(small))
     with pytest.raises(InputError, match="cannot be met") as error:
-        check(checkpoint, 1000, Settings(), prepared.provenance)
+        check(checkpoint, 1000, Recipe())
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
-    check(checkpoint, named, Settings(), prepared.provenance)
+    check(checkpoint, named, Recipe())
     planned = plan_within(prepared, named, silent)
-    assert smallest_bytes <= prepared.size_of(planned.plan) <= named
+    assert smallest_bytes <= prepared.origin.size_of(planned.plan) <= named
 
 
 def test_the_manifest_holds_the_plan_and_where_it_came_from(
@@ -86,7 +86,7 @@ def test_the_manifest_holds_the_plan_and_where_it_came_from(
     assert from_json(manifest["plan"]) == job.planned.plan
     made = manifest["provenance"]
     text = read_text(calibration_text)
-    assert made == provenance(text, 2, Settings()) == prepared.provenance
+    assert made == provenance(text, 2, Recipe()) == prepared.origin.provenance
     assert made["calibration"] == {"source": "calibration.txt", "sha256": text.sha256, "chunks": 2}
     assert (made["moejax"], made["criterion"]) == (__version__, "reap")
 
@@ -127,13 +127,13 @@ def test_mtp_blocks_are_compressed_like_the_others(job: Job) -> None:
 
 
 def test_it_is_written_as_compress_makes_it(prepared: Prepared, job: Job) -> None:
-    made = named_leaves(compress(prepared.model, job.planned.plan, prepared.statistics))
+    made = named_leaves(compress(prepared.model, job.planned.plan, prepared.trial.statistics))
     for name, leaf in named_leaves(load_model(open_checkpoint(job.output))).items():
         jax.tree.map(np.testing.assert_array_equal, leaf, made[name])
 
 
 def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_path: Path) -> None:
-    prepared.write(job.planned.plan, tmp_path / "again", job.budget)
+    prepared.origin.write(job.planned.plan, tmp_path / "again", job.budget)
     files = [path.relative_to(job.output) for path in job.output.rglob("*") if path.is_file()]
     assert sorted(files) == sorted(
         path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
@@ -144,7 +144,7 @@ def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_pa
 
 def test_a_plan_over_the_budget_is_not_written(prepared: Prepared, job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="over the budget"):
-        prepared.write(job.planned.plan, tmp_path / "out", job.written - 1)
+        prepared.origin.write(job.planned.plan, tmp_path / "out", job.written - 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,7 +160,7 @@ def test_the_compressed_model_still_predicts_what_the_original_does(prepared: Pr
 
 def test_the_divergence_seen_while_planning_is_that_of_what_was_written(prepared: Prepared, job: Job) -> None:
     written = load_model(open_checkpoint(job.output))
-    evaluation = evaluate(written, np.asarray(prepared.probe.tokens_BT), prepared.model)
+    evaluation = evaluate(written, np.asarray(prepared.trial.probe.tokens_BT), prepared.model)
     chosen = next(
         choice
         for choice in job.planned.activated

@@ -10,7 +10,7 @@ from moejax.pipeline.working_copy import dense_block
 
 
 def test_nothing_changed_is_no_divergence(prepared: Prepared) -> None:
-    probe = prepared.probe
+    probe = prepared.trial.probe
     embedding = prepared.model.embed.get_value().astype(jnp.float32)
     for index, block in enumerate(probe.blocks):
         assert abs(probe.divergence_of_block(index, block)) < 1e-6
@@ -23,7 +23,7 @@ def test_nothing_changed_is_no_divergence(prepared: Prepared) -> None:
     "name", ["layers.0.mlp.down", "layers.1.mlp.experts.up", "layers.2.self_attn.o", "embed", "head"]
 )
 def test_one_change_diverges_as_evaluation_measures(prepared: Prepared, name: str) -> None:
-    probe = prepared.probe
+    probe = prepared.trial.probe
     model = with_noise(prepared.model, [name])
     own = named_leaves(model)[name]
     if name == "embed":
@@ -41,7 +41,7 @@ def test_many_changes_diverge_as_evaluation_measures(prepared: Prepared) -> None
     model = with_noise(prepared.model, ["embed", "head", "layers.0.self_attn.v_b", "layers.2.mlp.shared.down"])
     embedding, head = (named_leaves(model)[name].astype(jnp.float32) for name in ("embed", "head"))
     blocks = [dense_block(layer) for layer in model.layers]
-    divergence = prepared.probe.divergence_of_model(blocks, embedding, head)
+    divergence = prepared.trial.probe.divergence_of_model(blocks, embedding, head)
     assert divergence == pytest.approx(evaluated(prepared, model), rel=0.01)
 
 
@@ -62,6 +62,6 @@ def noisy(array: jax.Array) -> jax.Array:
 
 
 def evaluated(prepared: Prepared, model: DeepseekV3) -> float:
-    evaluation = evaluate(model, np.asarray(prepared.probe.tokens_BT), prepared.model)
+    evaluation = evaluate(model, np.asarray(prepared.trial.probe.tokens_BT), prepared.model)
     assert evaluation.kld_mean is not None
     return evaluation.kld_mean

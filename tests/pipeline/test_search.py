@@ -5,16 +5,17 @@ import pytest
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.pipeline.compress import Prepared
-from moejax.pipeline.search import check_budget, divergence_of, fit_to_budget, masked_blocks, smallest_candidate
-from moejax.planning import Plan
+from moejax.pipeline.search import try_out
+from moejax.pipeline.trial import divergence_of, masked_blocks
+from moejax.planning.fit import Fitted, check_budget
 from moejax.transforms.compress import compress
 from small_job import Job
 
 INFINITE = float("inf")
 
 
-def fit(prepared: Prepared, budget: int, pruning_weight: float = 1.0) -> tuple[Plan, float] | None:
-    return fit_to_budget(prepared.costs, prepared.model, prepared.size_of, budget, pruning_weight)
+def fit(prepared: Prepared, budget: int, pruning_weight: float = 1.0) -> Fitted | None:
+    return prepared.problem.fit(budget, pruning_weight)
 
 
 @pytest.mark.parametrize("factor", [1.05, 1.2, 1.5, 2.0, 3.0])
@@ -22,14 +23,15 @@ def test_the_plan_of_a_budget_fills_it_and_keeps_within(prepared: Prepared, smal
     budget = int(smallest_bytes * factor)
     fitted = fit(prepared, budget)
     assert fitted is not None
-    size = prepared.size_of(fitted[0])
+    size = prepared.origin.size_of(fitted.plan)
+    assert size == fitted.bytes
     # A weight of 128 x 128 takes 2 KB more with another bit.
     assert budget - 6000 < size <= budget
 
 
 def test_a_larger_budget_costs_less(prepared: Prepared, smallest_bytes: int) -> None:
     fitted = [fit(prepared, int(smallest_bytes * factor)) for factor in (1.05, 1.3, 1.6, 2, 3, 5)]
-    predicted = [plan[1] for plan in fitted if plan is not None]
+    predicted = [prepared.problem.predicted(own.losses) for own in fitted if own is not None]
     assert len(predicted) == 6 and predicted == sorted(predicted, reverse=True)
 
 
@@ -38,7 +40,7 @@ def test_pruning_can_be_forbidden_and_a_lower_price_prunes_more(prepared: Prepar
     for pruning_weight in (INFINITE, 1.0, 0.1):
         fitted = fit(prepared, int(smallest_bytes * 1.6), pruning_weight)
         assert fitted is not None
-        kept.append(sum(len(block.keep) for block in fitted[0].blocks if block.keep is not None))
+        kept.append(sum(len(block.keep) for block in fitted.plan.blocks if block.keep is not None))
     assert kept[0] == 36 and kept[0] >= kept[1] >= kept[2] and kept[2] < 36
 
 
@@ -48,8 +50,8 @@ def test_without_pruning_the_smallest_budgets_cannot_be_met(prepared: Prepared, 
 
 
 def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None:
-    smallest = smallest_candidate(prepared.costs, prepared.model, prepared.probe, prepared.statistics)
-    assert prepared.size_of(smallest.plan) == smallest_bytes
+    smallest = try_out(0.0, prepared.problem.smallest(), prepared.problem, prepared.trial)
+    assert prepared.origin.size_of(smallest.plan) == smallest_bytes
     assert [len(block.keep or ()) for block in smallest.plan.blocks] == [0, 6, 6, 6]
     assert (smallest.plan.embed, smallest.plan.head) == ("int4g128", "int4g128")
     assert smallest.plan.blocks[3].formats["eh_proj"] == "int2g128"
@@ -62,21 +64,21 @@ def test_candidates_are_different_plans_the_best_first(prepared: Prepared, job: 
     divergences = [candidate.divergence for candidate in candidates]
     assert divergences == sorted(divergences)
     assert all(candidates[0].plan != other.plan for other in candidates[1:])
-    assert all(prepared.size_of(candidate.plan) <= job.budget for candidate in candidates)
+    assert all(prepared.origin.size_of(candidate.plan) <= job.budget for candidate in candidates)
 
 
 def test_a_candidates_divergence_is_that_of_its_model(prepared: Prepared, job: Job) -> None:
     candidate = job.planned.candidates[-1]
-    compressed = compress(prepared.model, candidate.plan, prepared.statistics)
-    blocks = masked_blocks(prepared.probe, compressed, candidate.plan)
-    assert candidate.divergence == pytest.approx(divergence_of(prepared.probe, compressed, blocks), rel=1e-5)
+    compressed = compress(prepared.model, candidate.plan, prepared.trial.statistics)
+    blocks = masked_blocks(prepared.trial.probe, compressed, candidate.plan)
+    assert candidate.divergence == pytest.approx(divergence_of(prepared.trial.probe, compressed, blocks), rel=1e-5)
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(prepared: Prepared, smallest_bytes: int) -> None:
     original = folder_bytes(prepared.checkpoint.path)
 
     def check(budget: int) -> None:
-        check_budget(prepared.costs, prepared.model, prepared.size_of, budget, original)
+        check_budget(prepared.problem.smallest().bytes, budget, original)
 
     check(smallest_bytes)
     check(original - 1)
@@ -90,4 +92,6 @@ def test_the_size_of_a_plan_counts_what_describes_it(prepared: Prepared, job: Jo
     plan = job.planned.plan
     scaled = replace(plan, blocks=tuple(replace(block, routing_scale=0.12345) for block in plan.blocks))
     digits = [len(str(block.routing_scale)) for block in plan.blocks if block.keep is not None]
-    assert prepared.size_of(scaled) - prepared.size_of(plan) == sum(len("0.12345") - own for own in digits)
+    assert prepared.origin.size_of(scaled) - prepared.origin.size_of(plan) == sum(
+        len("0.12345") - own for own in digits
+    )

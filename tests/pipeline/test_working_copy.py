@@ -40,7 +40,7 @@ def assert_same_outputs(found: jax.Array, expected: jax.Array) -> None:
 @pytest.fixture(scope="module")
 def run(prepared: Prepared) -> Callable[[Block], jax.Array]:
     """A block's output for what layer 2 takes in."""
-    return lambda block: run_block(block, prepared.probe.inputs[2], prepared.probe.rotation)
+    return lambda block: run_block(block, prepared.trial.probe.inputs[2], prepared.trial.probe.rotation)
 
 
 def test_a_dense_copy_computes_the_same_and_is_dense(prepared: Prepared, run: Callable[[Block], jax.Array]) -> None:
@@ -55,8 +55,8 @@ def test_survivors_in_their_original_slots_compute_what_the_compressed_block_doe
     prepared: Prepared, run: Callable[[Block], jax.Array], layer: int
 ) -> None:
     original = prepared.model.layers[layer]
-    compressed = compress_block(original, PLAN, prepared.statistics.blocks[layer])
-    masked = in_original_slots(prepared.probe.blocks[layer], compressed, PLAN.keep)
+    compressed = compress_block(original, PLAN, prepared.trial.statistics.blocks[layer])
+    masked = in_original_slots(prepared.trial.probe.blocks[layer], compressed, PLAN.keep)
     shapes = {name: leaf.shape for name, leaf in named_leaves(original).items()}
     assert {name: leaf.shape for name, leaf in named_leaves(masked).items()} == shapes
     assert_same_outputs(run(masked), run(compressed))
@@ -65,17 +65,19 @@ def test_survivors_in_their_original_slots_compute_what_the_compressed_block_doe
 def test_a_block_without_pruning_in_its_slots(prepared: Prepared, run: Callable[[Block], jax.Array]) -> None:
     every = tuple(range(12))
     plan = replace(PLAN, keep=every, experts={"up": ("int3g128",) * 12}, experts_per_token=3, routing_scale=1.0)
-    compressed = compress_block(prepared.model.layers[1], plan, prepared.statistics.blocks[1])
-    masked = in_original_slots(prepared.probe.blocks[1], compressed, every)
+    compressed = compress_block(prepared.model.layers[1], plan, prepared.trial.statistics.blocks[1])
+    masked = in_original_slots(prepared.trial.probe.blocks[1], compressed, every)
     up = named_leaves(masked)["mlp.experts.up"]
     for e in every:
         expected = dense(named_leaves(compressed)["mlp.experts.up"].expert(e), np.dtype(np.float32))
         np.testing.assert_array_equal(up.expert(e), expected)
-    np.testing.assert_array_equal(named_leaves(masked)["mlp.bias"], named_leaves(prepared.probe.blocks[1])["mlp.bias"])
+    np.testing.assert_array_equal(
+        named_leaves(masked)["mlp.bias"], named_leaves(prepared.trial.probe.blocks[1])["mlp.bias"]
+    )
 
 
 def test_weights_are_replaced_by_name_and_the_rest_stays(prepared: Prepared) -> None:
-    block = prepared.probe.blocks[1]
+    block = prepared.trial.probe.blocks[1]
     o = 2 * named_leaves(block)["self_attn.o"]
     changed = named_leaves(with_leaves(block, {"self_attn.o": o}, experts_per_token=1))
     for name, leaf in named_leaves(block).items():

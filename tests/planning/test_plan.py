@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moejax.checkpoint.toml_file import read_toml, write_toml
 from moejax.errors import InputError
 from moejax.planning import KEEP, BlockPlan, Plan
-from moejax.planning.plan import PROJECTIONS, from_json, to_json
+from moejax.planning.plan import PROJECTIONS, from_json, parse_ranges, ranges, to_json
 
-NAMES = [KEEP, *(f"int{bits}g{size}" for bits in range(1, 9) for size in (32, 64, 128, 256))]
+CODES = ["ternary", *(f"int{bits}" for bits in range(1, 9))]
+NAMES = [KEEP, *(f"{code}g{size}" for code in CODES for size in (32, 64, 128, 256))]
 WEIGHTS = ["self_attn.q_a", "self_attn.o", "mlp.gate", "mlp.shared.down", "eh_proj"]
 formats = st.sampled_from(NAMES)
 
@@ -40,6 +42,63 @@ def test_a_plan_survives_json(plan: Plan) -> None:
     assert from_json(json.loads(json.dumps(to_json(plan)))) == plan
 
 
+@given(plan=plans)
+def test_a_plan_survives_toml(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "plan.toml"
+    write_toml(file, to_json(plan))
+    assert from_json(read_toml(file)) == plan
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((), ""),
+        ((0,), "0"),
+        ((7, 8), "7-8"),
+        ((0, 1, 2, 5), "0-2 5"),
+        ((0, 2, 4, 5), "0 2 4-5"),
+        (tuple(range(256)), "0-255"),
+    ],
+)
+def test_what_ranges_look_like(numbers: tuple[int, ...], text: str) -> None:
+    assert ranges(numbers) == text
+    assert parse_ranges(text) == numbers
+
+
+@given(st.sets(st.integers(0, 300)).map(sorted).map(tuple))
+def test_ranges_read_back_and_no_shorter_ones_would(numbers: tuple[int, ...]) -> None:
+    text = ranges(numbers)
+    assert parse_ranges(text) == parse_ranges(f"  {text} ") == numbers
+    assert len(text.split()) == sum(n - 1 not in numbers for n in numbers)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "1,2", "1-", "-1", "1--3", "1-2-3", "0x1", "1.5", "1 - 3", "1234567", "0-1000000", "٣", "1 and 2"]
+)
+def test_what_is_no_range_is_named(text: str) -> None:
+    with pytest.raises(
+        InputError, match="in a list of experts is no number and no range; accepted are such as 7 and 0-5"
+    ):
+        parse_ranges(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("3-2", "3-2"), ("1 1", "1"), ("0-5 5", "5"), ("0-5 3-9", "3-9"), ("4 2-3", "2-3"), ("2 1", "1")]
+)
+def test_ranges_out_of_order_are_named(text: str, part: str) -> None:
+    with pytest.raises(
+        InputError, match=f"^'{part}' in a list of experts is out of order; experts are listed once each"
+    ):
+        parse_ranges(text)
+
+
+def test_a_bad_range_in_a_plan_is_named() -> None:
+    raw = raw_plan()
+    raw["blocks"][1]["keep"] = "0 two 5"
+    with pytest.raises(InputError, match="'two' in a list of experts"):
+        from_json(raw)
+
+
 def test_what_a_plan_looks_like() -> None:
     assert raw_plan() == {
         "formats": {"a": "int2g64", "b": "int3g32", "c": "int4g64", "d": "keep"},
@@ -49,7 +108,7 @@ def test_what_a_plan_looks_like() -> None:
             {"formats": {"mlp.up": "a"}},
             {
                 "formats": {},
-                "keep": [0, 2, 5],
+                "keep": "0 2 5",
                 "experts": {"gate": "ada", "up": "ddd", "down": "bbb"},
                 "experts_per_token": 2,
                 "routing_scale": 1.25,
@@ -109,6 +168,7 @@ def test_experts_that_cannot_be_read(experts: Any, message: str) -> None:
         {"embed": "z"},
         {"head": ["a"]},
         {"formats": "abcd"},
+        {"formats": {"a": "int2g64", "b": 3, "c": "int4g64", "d": KEEP}},
         {"blocks": None},
         {"blocks": [7]},
         {"blocks": [{"formats": None}]},
@@ -120,7 +180,18 @@ def test_a_value_that_cannot_be_read(changed: dict[str, Any]) -> None:
         from_json(raw_plan() | changed)
 
 
-@pytest.mark.parametrize(("key", "value"), [("keep", ["one"]), ("experts_per_token", None), ("routing_scale", "much")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keep", ["one"]),
+        ("keep", 7),
+        ("experts_per_token", None),
+        ("experts_per_token", 2.5),
+        ("experts_per_token", float("inf")),
+        ("experts_per_token", float("nan")),
+        ("routing_scale", "much"),
+    ],
+)
 def test_a_number_that_cannot_be_read(key: str, value: Any) -> None:
     raw = raw_plan()
     raw["blocks"][1][key] = value

@@ -12,7 +12,7 @@ import pytest
 from leaf_oracle import to_numpy
 from moejax.calibrate import Statistics
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_int_format, payload_bytes
+from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_group_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
 from moejax.planning import KEEP, BlockPlan, Plan
@@ -72,7 +72,7 @@ def rounded(leaf: Leaf, moment: jax.Array, target: str) -> Leaf:
     """What a weight becomes when it is quantized alone."""
     if target == KEEP:
         return leaf
-    return quantize(jnp.asarray(to_numpy(leaf), jnp.float32), moment, parse_int_format(target))
+    return quantize(jnp.asarray(to_numpy(leaf), jnp.float32), moment, parse_group_format(target))
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:

@@ -14,12 +14,12 @@ from hypothesis.extra import numpy as st_np
 from numpy.typing import NDArray
 
 from leaf_oracle import to_numpy
-from moejax.formats import GroupedInt, IntFormat
+from moejax.formats import GroupedCodes, GroupFormat, IntFormat, TernaryFormat
 from moejax.transforms.quantize import quantization_errors, quantize, search_scales
 
 Array = NDArray[Any]
 
-BITS = range(1, 9)
+LEVELS = [2, 3, 4, 8, 16, 32, 64, 128, 256]
 # One shape for almost all tests: a compilation takes longer than a test.
 OUTPUTS, INPUTS, GROUP_SIZE = 6, 128, 64
 
@@ -36,12 +36,16 @@ def log_normal_moment(seed: int) -> Array:
     return np.exp(np.random.RandomState(seed).randn(INPUTS)).astype(np.float32)
 
 
-def quantized(weight: Array, moment: Array, bits: int) -> GroupedInt:
-    return quantize(jnp.asarray(weight), jnp.asarray(moment), IntFormat(bits, GROUP_SIZE))
+def format_of(levels: int) -> GroupFormat:
+    return TernaryFormat(GROUP_SIZE) if levels == 3 else IntFormat(levels.bit_length() - 1, GROUP_SIZE)
 
 
-def searched_error(weight: Array, moment: Array, bits: int) -> Array:
-    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), bits, GROUP_SIZE)[1])
+def quantized(weight: Array, moment: Array, levels: int) -> GroupedCodes:
+    return quantize(jnp.asarray(weight), jnp.asarray(moment), format_of(levels))
+
+
+def searched_error(weight: Array, moment: Array, levels: int) -> Array:
+    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), levels, GROUP_SIZE)[1])
 
 
 def group_errors(weight: Array, rounded: Array, moment: Array) -> Array:
@@ -50,142 +54,144 @@ def group_errors(weight: Array, rounded: Array, moment: Array) -> Array:
     return error.reshape(*weight.shape[:-1], -1, GROUP_SIZE).sum(axis=-1)
 
 
-def errors_under(scale_OG: Array, weight: Array, moment: Array, bits: int) -> Array:
+def errors_under(scale_OG: Array, weight: Array, moment: Array, levels: int) -> Array:
     """The errors of rounding to the nearest level under given scales, stored as bfloat16."""
     scale = np.repeat(scale_OG.astype(ml_dtypes.bfloat16).astype(np.float64), GROUP_SIZE, axis=-1)
-    levels = np.arange(2**bits) - (2**bits - 1) / 2
+    steps = np.arange(levels) - (levels - 1) / 2
     divided = np.divide(weight, scale, out=np.zeros(weight.shape), where=scale != 0)
-    index = np.clip(np.round(divided - levels[0]), 0, len(levels) - 1).astype(int)
-    return group_errors(weight, levels[index] * scale, moment)
+    index = np.clip(np.round(divided - steps[0]), 0, levels - 1).astype(int)
+    return group_errors(weight, steps[index] * scale, moment)
 
 
-def absmax_scale(weight: Array, bits: int) -> Array:
+def absmax_scale(weight: Array, levels: int) -> Array:
     """The scale at which a group's largest weight meets the outermost level, (O, G)."""
-    return np.abs(weight).reshape(len(weight), -1, GROUP_SIZE).max(axis=-1) / ((2**bits - 1) / 2)
+    return np.abs(weight).reshape(len(weight), -1, GROUP_SIZE).max(axis=-1) / ((levels - 1) / 2)
 
 
-@given(weights, second_moments, st.sampled_from(BITS), magnitudes)
+@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes)
 def test_no_group_is_worse_than_with_its_absmax_scale(
-    weight: Array, moment: Array, bits: int, magnitude: float
+    weight: Array, moment: Array, levels: int, magnitude: float
 ) -> None:
     weight = weight * np.float32(magnitude)
-    found = group_errors(weight, to_numpy(quantized(weight, moment, bits)), moment)
-    plain = errors_under(absmax_scale(weight, bits), weight, moment, bits)
+    found = group_errors(weight, to_numpy(quantized(weight, moment, levels)), moment)
+    plain = errors_under(absmax_scale(weight, levels), weight, moment, levels)
     rounding = 1e-10 * group_errors(weight, np.zeros(weight.shape), moment)
     assert np.all(found <= 1.0001 * plain + rounding)
 
 
-@given(weights, second_moments, st.sampled_from(BITS), magnitudes)
-def test_the_search_s_error_is_the_packed_result_s(weight: Array, moment: Array, bits: int, magnitude: float) -> None:
+@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes)
+def test_the_search_s_error_is_the_packed_result_s(weight: Array, moment: Array, levels: int, magnitude: float) -> None:
     weight = weight * np.float32(magnitude)
-    packed = quantized(weight, moment, bits)
-    assert (packed.format_name, packed.shape) == (f"int{bits}g{GROUP_SIZE}", weight.shape)
-    found, searched = group_errors(weight, to_numpy(packed), moment), searched_error(weight, moment, bits)
+    packed = quantized(weight, moment, levels)
+    assert (packed.format_name, packed.levels, packed.shape) == (format_of(levels).name, levels, weight.shape)
+    found, searched = group_errors(weight, to_numpy(packed), moment), searched_error(weight, moment, levels)
     rounding = 1e-10 * group_errors(weight, np.zeros(weight.shape), moment)
     np.testing.assert_array_less(np.abs(searched - found), 1e-4 * found + rounding + 1e-30)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("levels", "seed"), [(2, 1), (3, 0), (4, 2), (8, 3), (16, 4)])
 @pytest.mark.parametrize("tails", ["normal", "heavy", "flat"])
-def test_errors_are_within_one_percent_of_brute_force(bits: int, tails: str) -> None:
-    """Over all groups together; above 4 bits single levels decide, and only a finer grid would find the best scale."""
-    random = np.random.RandomState(bits)
+def test_errors_are_within_one_percent_of_brute_force(levels: int, seed: int, tails: str) -> None:
+    """Over all groups together; above 16 single levels decide, and only a finer grid would find the best scale."""
+    random = np.random.RandomState(seed)
     shape = (64, INPUTS)
     drawn = {"normal": random.randn(*shape), "heavy": random.standard_t(3, shape), "flat": random.rand(*shape) - 0.5}
     weight = drawn[tails].astype(np.float32)
     moment = log_normal_moment(0)
     best = np.min(
         [
-            errors_under(share * absmax_scale(weight, bits), weight, moment, bits)
+            errors_under(share * absmax_scale(weight, levels), weight, moment, levels)
             for share in np.linspace(0.05, 1.1, 700)
         ],
         axis=0,
     )
-    assert searched_error(weight, moment, bits).sum() <= 1.01 * best.sum()
+    assert searched_error(weight, moment, levels).sum() <= 1.01 * best.sum()
 
 
-@pytest.mark.parametrize(("bits", "known"), [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)])
-def test_gaussian_weights_err_as_with_the_best_even_levels(bits: int, known: float) -> None:
-    """Max (1960), table II: the least mean squared error of 2^bits evenly spaced levels on N(0, 1)."""
+@pytest.mark.parametrize(("levels", "known"), [(2, 0.3634), (3, 0.1902), (4, 0.1188), (8, 0.03744), (16, 0.01154)])
+def test_gaussian_weights_err_as_with_the_best_even_levels(levels: int, known: float) -> None:
+    """Max (1960), table II: the least mean squared error of evenly spaced levels on N(0, 1)."""
     weight = np.random.RandomState(0).randn(8, 4096).astype(np.float32)
-    error = search_scales(weight, np.ones(4096), bits, group_size=4096)[1].sum() / np.sum(weight**2)
+    error = search_scales(weight, np.ones(4096), levels, group_size=4096)[1].sum() / np.sum(weight**2)
     assert error == pytest.approx(known, rel=0.02)
 
 
-def test_more_bits_err_less() -> None:
+def test_more_levels_err_less() -> None:
+    """In proportion at least; three lie between two and four, as ternary does between 1 and 2 bits."""
     weight, moment = normal_weight(1), log_normal_moment(1)
-    errors = [searched_error(weight, moment, bits).sum() for bits in BITS]
-    assert all(more < 0.5 * fewer for fewer, more in pairwise(errors))
+    errors = [searched_error(weight, moment, levels).sum() for levels in LEVELS]
+    for (fewer, before), (more, error) in pairwise(zip(LEVELS, errors, strict=True)):
+        assert error < fewer / more * before
 
 
 def test_the_scale_suits_the_inputs_that_count() -> None:
     weight, moment = normal_weight(2), np.ones(INPUTS, np.float32)
     weight[:, :32] *= 0.1
     moment[:32] = 1000
-    alike, weighted = (to_numpy(quantized(weight, own, 2)) for own in (np.ones(INPUTS), moment))
+    alike, weighted = (to_numpy(quantized(weight, own, 4)) for own in (np.ones(INPUTS), moment))
     assert np.sum((weight - weighted)[:, :32] ** 2) < 0.1 * np.sum((weight - alike)[:, :32] ** 2)
 
 
 def test_only_proportions_of_second_moments_matter() -> None:
     weight, moment = normal_weight(3), log_normal_moment(3)
-    scales = [search_scales(jnp.asarray(weight), jnp.asarray(moment * 2.0**n), 3, GROUP_SIZE)[0] for n in (-40, 0, 40)]
+    scales = [search_scales(jnp.asarray(weight), jnp.asarray(moment * 2.0**n), 8, GROUP_SIZE)[0] for n in (-40, 0, 40)]
     np.testing.assert_array_equal(scales[0], scales[1])
     np.testing.assert_array_equal(scales[2], scales[1])
 
 
 def test_inputs_never_seen_count_alike_or_a_little() -> None:
     weight = normal_weight(4) * 0.02
-    unseen = to_numpy(quantized(weight, np.zeros(INPUTS), 8))
-    np.testing.assert_array_equal(unseen, to_numpy(quantized(weight, np.ones(INPUTS), 8)))
+    unseen = to_numpy(quantized(weight, np.zeros(INPUTS), 256))
+    np.testing.assert_array_equal(unseen, to_numpy(quantized(weight, np.ones(INPUTS), 256)))
     half = np.repeat(np.asarray([1.0, 0.0], np.float32), GROUP_SIZE)
-    rounded = to_numpy(quantized(weight, half, 4))
+    rounded = to_numpy(quantized(weight, half, 16))
     assert np.sum((weight - rounded)[:, GROUP_SIZE:] ** 2) < 0.02 * np.sum(weight[:, GROUP_SIZE:] ** 2)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("value", [1.0, -0.3, 1e-4])
-def test_weights_that_are_all_alike_err_by_the_scale_s_rounding_alone(bits: int, value: float) -> None:
-    rounded = to_numpy(quantized(np.full((OUTPUTS, INPUTS), value, np.float32), np.ones(INPUTS), bits))
+def test_weights_that_are_all_alike_err_by_the_scale_s_rounding_alone(levels: int, value: float) -> None:
+    rounded = to_numpy(quantized(np.full((OUTPUTS, INPUTS), value, np.float32), np.ones(INPUTS), levels))
     assert np.all(np.abs(rounded - value) <= 2.0**-8 * abs(value))
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_group_of_zeros_is_exact_and_spares_its_neighbours(bits: int) -> None:
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_group_of_zeros_is_exact_and_spares_its_neighbours(levels: int) -> None:
     weight = normal_weight(5)
-    expected = to_numpy(quantized(weight, np.ones(INPUTS), bits))
+    expected = to_numpy(quantized(weight, np.ones(INPUTS), levels))
     weight[:, :GROUP_SIZE] = 0
-    rounded = to_numpy(quantized(weight, np.ones(INPUTS), bits))
+    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels))
     assert not rounded[:, :GROUP_SIZE].any()
     np.testing.assert_array_equal(rounded[:, GROUP_SIZE:], expected[:, GROUP_SIZE:])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 8])
+@pytest.mark.parametrize("levels", [2, 3, 4, 256])
 @pytest.mark.parametrize("magnitude", [1e-36, 1e-20, 1e12, 1e30])
-def test_huge_and_tiny_weights_stay_finite(bits: int, magnitude: float) -> None:
+def test_huge_and_tiny_weights_stay_finite(levels: int, magnitude: float) -> None:
     weight = normal_weight(6) * np.float32(magnitude)
-    rounded = to_numpy(quantized(weight, np.ones(INPUTS), bits))
+    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels))
     assert np.all(np.isfinite(rounded))
     assert np.all(np.abs(rounded - weight) < 5 * magnitude)
 
 
 @given(st.integers(0, 1000), st_np.arrays(np.float32, OUTPUTS, elements=st.floats(0, 16, width=16)))
-def test_errors_of_traced_widths_are_those_of_one_after_the_other(seed: int, output_weight: Array) -> None:
+def test_errors_of_traced_levels_are_those_of_one_after_the_other(seed: int, output_weight: Array) -> None:
     weight, moment = normal_weight(seed), log_normal_moment(seed)
-    errors_F = quantization_errors(weight, moment, output_weight, jnp.asarray(BITS, jnp.float32), GROUP_SIZE)
-    for bits, error in zip(BITS, np.asarray(errors_F), strict=True):
-        error_OG = group_errors(weight, to_numpy(quantized(weight, moment, bits)), moment)
+    errors_F = quantization_errors(weight, moment, output_weight, jnp.asarray(LEVELS, jnp.float32), GROUP_SIZE)
+    for levels, error in zip(LEVELS, np.asarray(errors_F), strict=True):
+        error_OG = group_errors(weight, to_numpy(quantized(weight, moment, levels)), moment)
         assert error == pytest.approx(output_weight.astype(np.float64) @ error_OG.sum(axis=1), rel=1e-4)
 
 
 def test_a_batch_of_matrices_is_each_of_them_alone() -> None:
     weight = np.random.RandomState(7).randn(3, OUTPUTS, INPUTS).astype(np.float32)
     moment = np.stack([log_normal_moment(e) for e in range(3)])
-    packed = quantized(weight, moment, 3)
+    packed = quantized(weight, moment, 8)
     output_weight = np.random.RandomState(8).rand(3, OUTPUTS)
-    errors_FE = quantization_errors(weight, moment, output_weight, jnp.asarray([2.0, 3.0]), GROUP_SIZE)
+    errors_FE = quantization_errors(weight, moment, output_weight, jnp.asarray([4.0, 8.0]), GROUP_SIZE)
     assert errors_FE.shape == (2, 3)
     for e in range(3):
-        alone = quantized(weight[e], moment[e], 3)
+        alone = quantized(weight[e], moment[e], 8)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a, e=e: a[e], packed), alone)
         error = output_weight[e] @ group_errors(weight[e], to_numpy(alone), moment[e]).sum(axis=1)
         assert errors_FE[1, e] == pytest.approx(error, rel=1e-4)
@@ -195,15 +201,15 @@ def compilations(jitted: Any) -> int:
     return jitted._cache_size()
 
 
-def test_one_compilation_serves_every_width() -> None:
+def test_one_compilation_serves_every_number_of_levels() -> None:
     weight, moment = normal_weight(9, outputs=7), log_normal_moment(9)
     before = compilations(search_scales)
-    for bits in BITS:
-        searched_error(weight, moment, bits)
+    for levels in LEVELS:
+        searched_error(weight, moment, levels)
     assert compilations(search_scales) == before + 1
     before = compilations(quantization_errors)
-    for widths in ([1.0, 2.0, 3.0], [4.0, 6.0, 8.0]):
-        quantization_errors(weight, moment, np.ones(7), jnp.asarray(widths), GROUP_SIZE)
+    for chosen in ([2.0, 3.0, 4.0], [8.0, 16.0, 256.0]):
+        quantization_errors(weight, moment, np.ones(7), jnp.asarray(chosen), GROUP_SIZE)
     assert compilations(quantization_errors) == before + 1
 
 

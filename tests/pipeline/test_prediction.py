@@ -1,0 +1,88 @@
+"""What is predicted of plans is what they cost: on the tiny trained checkpoint, across the plans of the README's table,
+on text that neither calibration nor the choice of plans saw."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.tokenizer import load_tokenizer
+from moejax.evaluate.divergence import evaluate, log_probabilities
+from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
+from moejax.pipeline import compress as job
+from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
+from moejax.pipeline.recipe import Recipe
+from moejax.planning import Plan
+from moejax.planning.baselines import all_experts, uniform_plan
+from moejax.planning.size import parse_budget
+from moejax.planning.solve import menu_survivors
+from moejax.progress import silent
+from moejax.transforms.compress import compress
+
+BUDGETS = ("4x", "6x", "8x", "12.6x")
+CALIBRATED, PROBED, EVALUATED = 16, 2, 8
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    predicted: float
+    measured: float
+
+
+def ranks(values: list[float]) -> np.ndarray:
+    return np.argsort(np.argsort(values))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny: Path) -> list[Row]:
+    """Every plan with its predicted and its measured mean KL divergence."""
+    checkpoint = job.require_original(open_checkpoint(tiny))
+    tokenizer = load_tokenizer(tiny)
+    calibration, held_out = (
+        chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
+        for text in (default_calibration_text(400_000), default_evaluation_text(200_000))
+    )
+    calibrated, probed = job.split_calibration(calibration, CALIBRATED, PROBED)
+    prepared = job.prepare(checkpoint, calibrated, probed, Recipe(), {}, silent)
+    held_out = held_out[np.linspace(0, len(held_out) - 1, EVALUATED).astype(int)]
+    base = [log_probabilities(prepared.model, jax.numpy.asarray(held_out), "float32")]
+    found = []
+    for label, plan, predicted in plans(prepared):
+        compressed = compress(prepared.model, plan, prepared.trial.statistics)
+        measured = evaluate(compressed, held_out, base, batch=EVALUATED).kld_mean
+        assert predicted is not None and measured is not None
+        found.append(Row(label, predicted, measured))
+    return found
+
+
+def plans(prepared: job.Prepared) -> Iterator[tuple[str, Plan, float | None]]:
+    """Planned; one width for everything; the same after pruning by frequency at the paper's share."""
+    config, size_of = prepared.model.config, prepared.origin.size_of
+    by_frequency = measure_pruning(prepared.trial, Recipe(criterion="frequency", share_kept=0.75), silent)
+    pruned = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
+    kept = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned.costs.experts.items()}
+    for label in BUDGETS:
+        budget = parse_budget(label, prepared.checkpoint.num_elements)
+        planned = job.plan_within(prepared, budget, silent)
+        yield f"planned {label}", planned.plan, planned.predicted
+        uniform = uniform_plan(prepared.costs, config, all_experts(prepared.costs), size_of, budget)
+        frequency = uniform_plan(pruned.costs, config, kept, size_of, budget)
+        assert uniform is not None and frequency is not None
+        yield f"uniform {label}", uniform, prepared.predicted(uniform)
+        yield f"frequency {label}", frequency, pruned.predicted(frequency)
+
+
+def test_every_prediction_is_within_a_factor_of_two(rows: list[Row]) -> None:
+    assert len(rows) == 3 * len(BUDGETS)
+    for row in rows:
+        assert 0.5 <= row.predicted / row.measured <= 2, row
+
+
+def test_predictions_rank_plans_as_measurement_does(rows: list[Row]) -> None:
+    predicted, measured = (ranks([getattr(row, name) for row in rows]) for name in ("predicted", "measured"))
+    assert np.corrcoef(predicted, measured)[0, 1] >= 0.9

@@ -1,0 +1,97 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moejax.checkpoint.toml_file import read_toml
+from moejax.commands.common import read_recipe
+from moejax.errors import InputError
+from moejax.formats import IntFormat, TernaryFormat
+from moejax.pipeline.recipe import Recipe, recipe_from_toml
+from moejax.planning.plan import KEEP
+from moejax.resources import config_path
+
+
+def test_the_default_recipe_is_what_moejax_does_without_one() -> None:
+    raw = read_toml(config_path("recipes", "default"))
+    assert recipe_from_toml(raw, "default.toml") == Recipe() == recipe_from_toml({}, "empty.toml")
+    # Everything that has a value without being set is spelled out.
+    assert raw.keys() == Recipe.__dataclass_fields__.keys() - {"share_kept"}
+
+
+def test_the_recipe_of_equal_groups() -> None:
+    assert read_recipe("equal_groups") == Recipe(groups="equal", share_kept=0.75)
+
+
+def test_formats_are_ordered_by_bits_and_each_is_there_once() -> None:
+    names = ["int4g64", "int2g128", "ternaryg32", "int1g128", "int4g32", "int2g128"]
+    recipe = recipe_from_toml({"formats": names}, "own.toml")
+    ordered = (IntFormat(1, 128), TernaryFormat(32), IntFormat(2, 128), IntFormat(4, 32), IntFormat(4, 64))
+    assert recipe.formats == ordered
+    assert recipe.names == ("int1g128", "ternaryg32", "int2g128", "int4g32", "int4g64", KEEP)
+
+
+def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(
+        'formats = ["int4g64"]\nmin_bits_outer = 8\nmin_bits_block = 1\ncriterion = "msan"\n'
+        'protect_super_experts = false\ngroups = "equal"\nshare_kept = 1\nexperts_per_token = 6\n'
+    )
+    assert read_recipe(str(file)) == Recipe((IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6)
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("formats", [], "a list of formats such as"),
+    ("formats", "int2g128", "a list of formats such as"),
+    ("formats", ["int2g128", 3], "a list of formats such as"),
+    ("min_bits_outer", 0, "1 to 8 is accepted"),
+    ("min_bits_outer", 9, "1 to 8 is accepted"),
+    ("min_bits_outer", 4.0, "1 to 8 is accepted"),
+    ("min_bits_block", True, "1 to 8 is accepted"),
+    ("min_bits_block", "2", "1 to 8 is accepted"),
+    ("criterion", "random", "one of frequency, paper, gate_mass, reap, msan is accepted"),
+    ("criterion", ["reap"], "one of frequency, paper, gate_mass, reap, msan is accepted"),
+    ("protect_super_experts", 1, "true or false is accepted"),
+    ("groups", "even", "'ragged' or 'equal' is accepted"),
+    ("groups", 8, "'ragged' or 'equal' is accepted"),
+    ("share_kept", 0, "a number above 0 and at most 1"),
+    ("share_kept", 1.01, "a number above 0 and at most 1"),
+    ("share_kept", float("nan"), "a number above 0 and at most 1"),
+    ("share_kept", True, "a number above 0 and at most 1"),
+    ("share_kept", "0.75", "a number above 0 and at most 1"),
+    ("experts_per_token", 0, "'measured', 'paper' or a positive integer"),
+    ("experts_per_token", 1025, "'measured', 'paper' or a positive integer"),
+    ("experts_per_token", 2.0, "'measured', 'paper' or a positive integer"),
+    ("experts_per_token", True, "'measured', 'paper' or a positive integer"),
+    ("experts_per_token", "fewer", "'measured', 'paper' or a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "accepted"), BAD, ids=str)
+def test_a_value_that_is_not_accepted(key: str, value: Any, accepted: str) -> None:
+    with pytest.raises(InputError) as error:
+        recipe_from_toml({key: value}, "own.toml")
+    assert str(error.value).startswith(f"own.toml: {key} is {value!r}; ") and accepted in str(error.value)
+
+
+def test_every_key_has_a_value_that_is_not_accepted() -> None:
+    assert {key for key, *_ in BAD} == Recipe.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("name", ["int9g128", "int4g100", "float4", "int4", ""])
+def test_a_format_that_there_is_not(name: str) -> None:
+    with pytest.raises(InputError, match=rf"^own.toml: unknown format '{name}': a format is int<1 to 8>g"):
+        recipe_from_toml({"formats": ["int2g128", name]}, "own.toml")
+
+
+@pytest.mark.parametrize("key", ["formatss", "names", "budget"])
+def test_an_unknown_key(key: str) -> None:
+    with pytest.raises(InputError, match=rf"^own.toml: '{key}' is unknown in a recipe; its keys are criterion, exp"):
+        recipe_from_toml({"criterion": "reap", key: 3}, "own.toml")
+
+
+def test_a_recipe_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no configuration 'fast' among the recipes; available: default, equal_group"):
+        read_recipe("fast")
+    with pytest.raises(InputError, match=r"fast.toml: cannot be read"):
+        read_recipe(str(tmp_path / "fast.toml"))
