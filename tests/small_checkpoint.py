@@ -77,8 +77,8 @@ def random_scores(seed: int) -> dict[str, object]:
     experts = CONFIG["n_routed_experts"]
     raw: dict[str, object] = {"source": "made up"}
     for layer in range(CONFIG["first_k_dense_replace"], CONFIG["num_hidden_layers"]):
-        activations = random.randint(100, 10_000, experts)
-        scores = activations * random.uniform(0.1, 0.4, experts)
+        activations = random.randint(100, 10_000, size=(experts,))
+        scores = activations * random.uniform(0.1, 0.4, size=(experts,))
         raw[f"layer_{layer}"] = {"scores": scores.tolist(), "activations": activations.tolist()}
     return raw
 

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 
 from command_line import Ran, moejax, run
-from moejax.commands import inspect
 from moejax.checkpoint.store import folder_bytes
+from moejax.commands import inspect
 from small_checkpoint import words
 
 # The keys of `--json` that do not change (those of a divergence are there with `--against`).
@@ -22,7 +22,9 @@ DIVERGENCE = {"base_ppl", "ln_ppl_ratio", "kld_mean", "kld_p999", "same_top1"}
 
 def test_compress_meets_the_smallest_budget_that_a_refusal_names(compressed: Path) -> None:
     figures = json.loads((compressed.parent / "figures.json").read_text())
-    assert figures["bytes"] == figures["budget_bytes"] == folder_bytes(compressed)
+    assert figures["bytes"] == folder_bytes(compressed)
+    # Of each layer's list of survivors it is known only how long it is at most: 17 characters, and here 7 at least.
+    assert figures["budget_bytes"] - 3 * 10 <= figures["bytes"] <= figures["budget_bytes"]
     assert {path.name for path in compressed.parent.iterdir()} == {"out", "figures.json", "printed"}
 
 
@@ -45,7 +47,7 @@ def test_compress_prints_its_figures(compressed: Path) -> None:
     assert f"({figures['bytes']} bytes)" in printed and f"{figures['ratio']:.2f}x smaller" in printed
     assert f"{figures['ppl']:.4f}" in printed and f"{figures['kld_mean']:.5f}" in printed
     assert f"{figures['same_top1']:.2f} %" in printed
-    assert "pruning, layer by layer" in printed and "tried: pruning at" in printed or "tried: no pruning" in printed
+    assert "pruning, layer by layer" in printed and "tried: 3 experts a token, routing scale 1" in printed
     for kind, bits in figures["bits_by_kind"].items():
         assert re.search(rf"{kind} .* {bits:.3f} ", printed), kind
 

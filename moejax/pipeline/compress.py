@@ -34,6 +34,7 @@ from moejax.pipeline.trial import Trial
 from moejax.planning import Plan
 from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem, check_budget, losses_of_plan
+from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
 from moejax.progress import Progress
 from moejax.transforms.compress import compress
@@ -108,7 +109,21 @@ def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> Non
     config = origin.model.config
     candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
     problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of)
-    check_budget(problem.smallest().bytes, budget, folder_bytes(checkpoint.path))
+    smallest = problem.smallest()
+    size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
+    check_budget(size, budget, folder_bytes(checkpoint.path))
+
+
+def _scattering_bytes(plan: Plan, experts: int) -> int:
+    """By how much a plan's lists of survivors can grow at most while which experts survive is not measured yet.
+
+    m pruned experts leave at most m + 1 ranges, each of at most two numbers.
+    """
+    more = 0
+    for keep in (block.keep for block in plan.blocks if block.keep is not None):
+        numbers = min(len(keep), 2 * (experts - len(keep) + 1))
+        more += numbers * len(f"{experts - 1} ") - 1 - len(ranges(keep))
+    return more
 
 
 def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int | None) -> int:

@@ -15,6 +15,8 @@ from moejax.errors import InputError
 from moejax.model import Config
 
 _KEYS = {"scores", "activations"}
+# Beyond this, sums of squares would overflow.
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,6 @@ def _read_list(raw: Any, experts: int, what: str) -> np.ndarray:
         found = f"{len(raw)} values" if isinstance(raw, list) else "no list"
         raise InputError(f"{what} has {found}; one for each of the model's {experts} experts is needed")
     for value in raw:
-        if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        if type(value) not in (int, float) or not 0 <= value <= _LARGEST:
             raise InputError(f"{what} holds {value!r}; finite numbers from 0 are needed")
     return np.asarray(raw, np.float64)

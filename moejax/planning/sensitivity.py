@@ -60,6 +60,8 @@ def sensitivity_from_json(raw: Mapping[str, Any], source: str) -> Sensitivity:
     """
     try:
         kl = {kind: own if isinstance(own, float) else _by_layer(own) for kind, own in raw["kl"].items()}
+        if not all(np.all(np.isfinite(own[1] if isinstance(own, tuple) else own)) for own in kl.values()):
+            raise ValueError("values that are not finite")
         layers = 1 + max(int(layers[-1]) for layers, _ in (own for own in kl.values() if isinstance(own, tuple)))
         floor = min(float(np.min(own[1])) if isinstance(own, tuple) else own for own in kl.values())
         members = {kind: len(group) for group in _TOGETHER for kind in group}
@@ -76,6 +78,8 @@ def sensitivity_from_json(raw: Mapping[str, Any], source: str) -> Sensitivity:
 
 
 def _by_layer(raw: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    if not raw:
+        raise ValueError("a kind without layers")
     layers = np.asarray([int(layer) for layer in raw])
     order = np.argsort(layers)
     return layers[order], np.asarray([float(value) for value in raw.values()])[order]

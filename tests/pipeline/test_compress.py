@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -24,9 +25,12 @@ from moejax.pipeline.compress import (
     require_original,
     split_calibration,
 )
-from moejax.pipeline.origin import copied_files
+from moejax.pipeline.options import options, order_of_pruning
+from moejax.pipeline.origin import abstract_origin, copied_files
 from moejax.pipeline.recipe import Recipe
+from moejax.planning.fit import Problem
 from moejax.planning.plan import KEEP, from_json
+from moejax.planning.predict import LossCurves
 from moejax.progress import silent
 from moejax.transforms.compress import compress
 from small_job import Job
@@ -77,6 +81,28 @@ def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepar
     check(checkpoint, named, Recipe())
     planned = plan_within(prepared, named, silent)
     assert smallest_bytes <= prepared.origin.size_of(planned.plan) <= named
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(), Recipe(share_kept=0.75), Recipe(share_kept=0.6), Recipe(groups="equal", share_kept=0.75)],
+    ids=["default", "0.75", "0.6", "equal"],
+)
+def test_the_smallest_budget_named_is_enough_whichever_experts_stay(small: Path, recipe: Recipe) -> None:
+    """Which they are is measured later, and lists of scattered survivors are longer."""
+    checkpoint = require_original(open_checkpoint(small))
+    with pytest.raises(InputError, match="cannot be met") as error:
+        check(checkpoint, 1000, recipe)
+    named = int(str(error.value).rpartition("(")[2].split(" ")[0])
+    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    config, costs = origin.model.config, options(origin.model, recipe)
+    sizes = []
+    for score_E in (np.arange(12) % 3, np.arange(12) % 2, *map(np.random.RandomState(0).permutation, [12] * 5)):
+        order = order_of_pruning(score_E, config, recipe)
+        experts = {block: replace(menu, order=order) for block, menu in costs.experts.items()}
+        problem = Problem(replace(costs, experts=experts), LossCurves(), config, origin.size_of)
+        sizes.append(problem.smallest().bytes)
+    assert len(set(sizes)) > 1 and named - 3 * 12 <= max(sizes) <= named
 
 
 def test_the_manifest_holds_the_plan_and_where_it_came_from(

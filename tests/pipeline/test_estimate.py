@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,7 +87,7 @@ def test_errors_are_about_the_least_that_even_levels_can_have(target: GroupForma
 @pytest.mark.parametrize("target", [IntFormat(4, 128), TernaryFormat(64)], ids=lambda own: own.name)
 def test_an_error_is_that_of_the_rounded_weights(target: GroupFormat) -> None:
     weight = jax.random.normal(jax.random.key(5), (256, 1024))
-    rounded = to_numpy(quantize(weight, np.ones(1024, np.float32), target))
+    rounded = to_numpy(quantize(weight, jnp.ones(1024), target))
     exact = np.asarray(weight, np.float64)
     expected = np.sum((exact - rounded) ** 2) / np.sum(exact**2)
     assert gaussian_errors([IntFormat(1, 32), target], seed=5)[1] == pytest.approx(expected, rel=1e-4)
