@@ -84,7 +84,9 @@ def plan(
         Path | None, arg(help="routing statistics (JSON); without it, those that come with moejax for this model")
     ] = None,
     memory: Annotated[str | None, arg(help="the device's memory: 128GB, 96GiB")] = None,
-    context: Annotated[int, arg(help="tokens in the latent cache of every sequence")] = 4096,
+    context: Annotated[
+        int | None, arg(help="tokens in the latent cache of every sequence; without it 4096, or the model's limit")
+    ] = None,
     batch: Annotated[int, arg(help="sequences decoded at once")] = 1,
     recipe: RecipeArg = "default",
     output: Annotated[Path | None, arg(help="write the plan to this TOML file, for `moejax compress --plan`")] = None,

@@ -19,9 +19,11 @@ def read_toml(file: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size > MAX_TOML_BYTES:
             raise InputError(f"{file}: {size} bytes of TOML are more than the {MAX_TOML_BYTES} that are accepted")
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); a readable TOML file is needed") from error
+    try:
+        return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # ValueError includes wrong UTF-8
         raise InputError(f"{file}: is not valid TOML ({error}); a TOML file is needed") from error
 

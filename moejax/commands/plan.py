@@ -18,7 +18,7 @@ def run_plan(
     budget: str,
     expert_scores: Path | None,
     memory: str | None,
-    context: int,
+    context: int | None,
     batch: int,
     recipe: str,
     output: Path | None,

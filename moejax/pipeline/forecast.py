@@ -33,7 +33,8 @@ class LayerForecast:
 
 @dataclass(frozen=True)
 class Split:
-    """The best plan of the same budget that keeps the same share of experts in every layer: bits per weight of the
+    """The best plan of the same budget that keeps the same share of experts in every layer, or as little more as the
+    recipe lets: bits per weight of the
     experts kept, what is lost, and the predicted KL; the last three are None where no plan fits."""
 
     share_kept: float

@@ -36,6 +36,7 @@ from moejax.planning.size import parse_budget, parse_size
 from moejax.planning.solve import Choice, choice_bytes, choice_losses, menu_survivors
 from moejax.resources import config_path
 
+DEFAULT_CONTEXT = 4096
 # Rounds in which the price of pruning is refined, two solves each.
 _REFINEMENTS = 3
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -47,7 +48,7 @@ def plan(
     *,
     expert_scores: Path | str | None = None,
     memory: str | int | None = None,
-    context: int = 4096,
+    context: int | None = None,
     batch: int = 1,
     recipe: Recipe | None = None,
 ) -> Forecast:
@@ -59,7 +60,8 @@ def plan(
       budget: bytes of the whole output folder, or a text such as "103GB" or "6x".
       expert_scores: routing statistics (see `planning.expert_scores`); without it those that come with moejax for a
         model of that name, and where there are none all experts are taken to be alike.
-      memory: of the device, in bytes or as a text; context, batch: what it decodes.
+      memory: of the device, in bytes or as a text.
+      context: tokens of every sequence that it decodes; without it 4096, or the model's limit. batch: sequences.
       recipe: what may be done; without it the default recipe.
 
     Raises InputError for what cannot be read or met.
@@ -67,7 +69,9 @@ def plan(
     asked = read_request(config, expert_scores, recipe or Recipe())
     limit = parse_size(memory) if isinstance(memory, str) else memory
     size = parse_budget(budget, asked.elements) if isinstance(budget, str) else budget
-    check_context(context, batch, asked.config.max_position_embeddings)
+    longest = asked.config.max_position_embeddings
+    context = min(DEFAULT_CONTEXT, longest) if context is None else context
+    check_context(context, batch, longest)
     return forecast(asked, size, limit, context, batch)
 
 

@@ -1,5 +1,6 @@
 """Device memory of a compressed model while it decodes: weights, latent cache, workspace, and what context fits."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class DeviceMemory:
 
     @property
     def workspace(self) -> int:
-        return round(self.workspace_fixed + self.workspace_per_token * self.context)
+        return math.ceil(self.workspace_fixed + self.workspace_per_token * self.context)
 
     @property
     def total(self) -> int:

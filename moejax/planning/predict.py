@@ -44,7 +44,9 @@ class Curve:
         return float(total * np.exp(np.interp(np.log(total), sums, together - sums)))
 
     def slope(self, total: float) -> float:
-        """How much one unit of single costs more costs there."""
+        """How much one unit of single costs more costs there; exactly 1 without points."""
+        if not self.points:
+            return 1.0
         total = max(total, _TINY)
         return (self(1.01 * total) - self(total)) / (0.01 * total)
 

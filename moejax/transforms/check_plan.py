@@ -39,7 +39,7 @@ def _check_experts(block: BlockPlan, kept: Sequence[int], config: Config, what: 
             )
     if np.any(np.diff(keep) <= 0) or not np.all((keep >= 0) & (keep < experts)):
         raise InputError(f"{what} keeps experts that are not ascending numbers from 0 to {experts - 1}")
-    per_token = block.experts_per_token or full
+    per_token = full if block.experts_per_token is None else block.experts_per_token
     if not 1 <= per_token <= full:
         raise InputError(f"{what} activates {per_token} experts per token; 1 to {full} are accepted")
     if not 0 < block.routing_scale < float("inf"):

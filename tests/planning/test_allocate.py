@@ -109,7 +109,7 @@ def test_a_plan_that_the_solver_cannot_choose_has_no_choice() -> None:
         *(
             dataclasses.replace(plan, blocks=(first, own, *plan.blocks[2:]))
             for own in (
-                dataclasses.replace(block, experts=block.experts | foreign),
+                dataclasses.replace(block, experts={**block.experts, **foreign}),
                 without(3),
                 dataclasses.replace(without(0), keep=(1, 2, 3, 4)),
                 dataclasses.replace(block, keep=(0, 1, 2, 3, 5)),

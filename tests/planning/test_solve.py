@@ -272,15 +272,15 @@ def random_choice(costs: Costs, random: np.random.RandomState) -> Choice:
 
 def greedy(costs: Costs, choice: Choice, budget: int) -> Choice:
     """The upgrade that gains most per byte among all that fit, the first of equals, and again until none fits."""
-    rows = [(costs.tensors, choice.tensor_N.copy(), range(len(costs.names)))]
-    for block, menu in costs.experts.items():
-        kept = [e for e in range(menu.num_experts) if e not in menu.order[: choice.pruned[block]]]
-        rows += [(menu.menus[name], choice.expert[block][name].copy(), kept) for name in PROJECTIONS]
+    rows = [(costs.tensors, choice.tensor_N.copy(), [*range(len(costs.names))])]
+    for block, own in costs.experts.items():
+        kept = [e for e in range(own.num_experts) if e not in own.order[: choice.pruned[block]]]
+        rows += [(own.menus[name], choice.expert[block][name].copy(), kept) for name in PROJECTIONS]
     left = budget - total_bytes(costs, choice)
     while True:
         best: tuple[float, int, Array, int, int] | None = None
-        for menu, now_N, own in rows:
-            for n in own:
+        for menu, now_N, survivors in rows:
+            for n in survivors:
                 for f in range(len(FORMATS)):
                     extra = int(menu.bytes_NF[n, f] - menu.bytes_NF[n, now_N[n]])
                     gain = menu.cost_NF[n, now_N[n]] - menu.cost_NF[n, f]

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import subjaxprs
 
 from leaf_oracle import to_numpy
-from moejax.calibrate import Statistics
+from moejax.calibrate import Statistics, calibrate
+from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_group_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
@@ -19,7 +21,7 @@ from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.compress import compress
 from moejax.transforms.quantize import quantize
-from small_models import CONFIG, small_model, small_statistics
+from small_models import CONFIG, RAW_CONFIG, small_model, small_statistics
 
 BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0.block"]
 EVERY_EXPERT = tuple(range(CONFIG.n_routed_experts))
@@ -94,6 +96,32 @@ def test_shapes_alone_give_the_result_s_shapes(mtp: bool) -> None:
     abstract = jax.eval_shape(partial(compress, plan=plan), model, statistics=statistics)
     jax.tree.map(assert_same_shape, abstract, compressed(mtp))
     assert payload_bytes(abstract) == payload_bytes(compressed(mtp)) < payload_bytes(model)
+
+
+def test_in_a_trace_every_byte_is_the_same() -> None:
+    model, plan, statistics = inputs(mtp=True)
+    traced = jax.jit(partial(compress, plan=plan))(model, statistics=statistics)
+    assert_same_bits(named_leaves(traced), named_leaves(compressed()))
+
+
+def test_what_is_traced_does_not_grow_with_the_number_of_experts() -> None:
+    assert equations(24) == equations(12) > 1000
+
+
+def equations(num_experts: int) -> int:
+    """How many the jaxpr of a compression has, loops' bodies included: a third of the experts pruned, the rest in
+    three formats."""
+    model = abstract_original(RAW_CONFIG | {"n_routed_experts": num_experts, "num_nextn_predict_layers": 0})
+    statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
+    keep = tuple(e for e in range(num_experts) if e % 3)
+    formats = tuple(("int2g32", "int4g32", "ternaryg32", KEEP)[e % 4] for e in range(len(keep)))
+    block = BlockPlan({"self_attn.o": "int4g32"}, keep, dict.fromkeys(PROJECTIONS, formats), 2)
+    plan = Plan("int4g64", KEEP, (BlockPlan(), block, block))
+    return count_equations(jax.make_jaxpr(partial(compress, plan=plan))(model, statistics=statistics).jaxpr)
+
+
+def count_equations(jaxpr: Any) -> int:
+    return len(jaxpr.eqns) + sum(map(count_equations, subjaxprs(jaxpr)))
 
 
 def test_every_block_has_the_plan_s_experts() -> None:

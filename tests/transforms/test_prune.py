@@ -18,6 +18,7 @@ from moejax.model.moe import MoE, Routing
 from moejax.transforms.prune import (
     CRITERIA,
     expert_scores,
+    gate_scores,
     masked_bias,
     min_per_group,
     prune,
@@ -107,6 +108,23 @@ def test_scores_are_their_formulas(criterion: str, count_E: list[int], seed: int
         score_E = expert_scores(statistics, criterion, alpha)
         assert score_E.dtype == np.float64
         np.testing.assert_allclose(score_E, scores_by_hand(statistics, criterion, alpha), rtol=1e-5, atol=1e-6)
+
+
+@given(count_E=st.lists(st.integers(0, 1000), min_size=2, max_size=20, unique=True), seed=seeds)
+def test_scores_of_gate_weights_alone_are_the_same(count_E: list[int], seed: int) -> None:
+    statistics = statistics_of(np.asarray(count_E, np.float64), np.random.RandomState(seed))
+    sums = np.asarray(statistics.count_E, np.float64), np.asarray(statistics.weight_E, np.float64)
+    for alpha in (0.5, 0.2):
+        scores = gate_scores(*sums, alpha)
+        assert set(scores) == {"frequency", "paper", "gate_mass"} < set(CRITERIA)
+        for criterion, score_E in scores.items():
+            np.testing.assert_allclose(score_E, scores_by_hand(statistics, criterion, alpha), rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(score_E, expert_scores(statistics, criterion, alpha))
+
+
+def test_scores_of_experts_that_no_token_chose() -> None:
+    scores = gate_scores(np.zeros(3), np.zeros(3))
+    assert [own.tolist() for own in scores.values()] == [[0.0] * 3] * 3
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
