@@ -5,23 +5,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.tokenizer import load_tokenizer
-from moejax.evaluate.divergence import evaluate, log_probabilities
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
+from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.planning import Plan
 from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors
 from moejax.progress import silent
-from moejax.transforms.compress import compress
 
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 CALIBRATED, PROBED, EVALUATED = 16, 2, 8
@@ -50,13 +48,11 @@ def rows(tiny: Path) -> list[Row]:
     calibrated, probed = job.split_calibration(calibration, CALIBRATED, PROBED)
     prepared = job.prepare(checkpoint, calibrated, probed, Recipe(), {}, silent)
     held_out = held_out[np.linspace(0, len(held_out) - 1, EVALUATED).astype(int)]
-    base = [log_probabilities(prepared.model, jax.numpy.asarray(held_out), "float32")]
+    unseen = replace(prepared.trial, probe=probe(prepared.model, held_out))
     found = []
     for label, plan, predicted in plans(prepared):
-        compressed = compress(prepared.model, plan, prepared.trial.statistics)
-        measured = evaluate(compressed, held_out, base, batch=EVALUATED).kld_mean
-        assert predicted is not None and measured is not None
-        found.append(Row(label, predicted, measured))
+        assert predicted is not None
+        found.append(Row(label, predicted, unseen.divergence(plan)))
     return found
 
 

@@ -144,25 +144,32 @@ def experts_times(factor: float) -> LossCurves:
     return LossCurves(experts=Curve(((1.0, factor),)))
 
 
-def weighted_plan(budget: int, pruning_weight: float, experts: float) -> Plan | None:
+def weighted_plan(budget: int, pruning_weight: float, experts: float) -> Plan:
     """The best of costs where experts' weigh more, pruning in proportion."""
     choice = solve(UNTIED.with_experts_weighing(experts), budget, pruning_weight * experts)
-    return None if choice is None else plan_of_choice(UNTIED, choice, CONFIG)
+    assert choice is not None
+    return plan_of_choice(UNTIED, choice, CONFIG)
+
+
+def predicted(plan: Plan, curves: LossCurves) -> float:
+    losses = losses_of_plan(UNTIED, plan)
+    assert losses is not None
+    return curves.together(losses)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.4])
 @pytest.mark.parametrize("weight", [np.inf, 1.0, 0.25])
-def test_experts_weigh_what_their_curve_says(share: float, weight: float) -> None:
+def test_experts_weigh_one_or_what_their_curve_says_whichever_is_better(share: float, weight: float) -> None:
     budget = round(SMALLEST + share * (LARGEST - SMALLEST))
-    plans = {}
+    plain = weighted_plan(budget, weight, 1.0)
     for factor in (0.25, 1.0, 8.0):
-        problem = Problem(UNTIED, experts_times(factor), CONFIG, size_of)
+        curves = experts_times(factor)
+        problem = Problem(UNTIED, curves, CONFIG, size_of)
         fitted = problem.fit(budget, weight)
-        assert fitted is not None and problem.predicted(fitted.losses) == experts_times(factor).together(fitted.losses)
-        plans[factor] = fitted.plan
-    # Never less than they cost by themselves.
-    assert plans[0.25] == plans[1.0] == weighted_plan(budget, weight, 1.0)
-    assert plans[8.0] == weighted_plan(budget, weight, 8.0)
+        assert fitted is not None and problem.predicted(fitted.losses) == predicted(fitted.plan, curves)
+        # Never less than they cost by themselves.
+        weighing = weighted_plan(budget, weight, max(factor, 1.0))
+        assert fitted.plan == min(plain, weighing, key=lambda plan: predicted(plan, curves))
 
 
 def test_where_they_weigh_more_rounded_experts_lose_less_and_other_weights_more() -> None:
