@@ -26,7 +26,7 @@ def main() -> None:
     runs = [run(options.budget) for _ in range(options.runs)]
     for name in FIGURES:
         values = [float(figures[name]) for figures in runs]
-        print(f"{name:18} min {min(values):.6g}  median {statistics.median(values):.6g}  max {max(values):.6g}")
+        print(f"{name:18} min {min(values):.10g}  median {statistics.median(values):.10g}  max {max(values):.10g}")
 
 
 def run(budget: str) -> dict[str, Any]:
