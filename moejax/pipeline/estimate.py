@@ -35,8 +35,9 @@ from moejax.transforms.quantize import quantization_errors
 
 REROUTING_RATIO = 1.1
 PRUNING_OVER_ROUNDING = 3.8
-# Summed costs of rounding experts, nothing pruned, at 217, 165, 151 and 131 GiB, and ln(PPL / 3.21) of DeepSeek-R1-0528
-# on wikitext-2 in public llama.cpp recipes of those sizes: perplexities 3.43, 4.03, 4.36 and 4.88.
+# Summed costs, 97 % of them of experts, with nothing pruned at 217, 165, 151 and 131 GiB, and ln(PPL / 3.21) of
+# DeepSeek-R1-0528 on wikitext-2 in public llama.cpp recipes of those sizes: perplexities 3.43, 4.03, 4.36 and 4.88
+# (`tools/bench/deepseek_v3_cost.py --public` prints both).
 ESTIMATED_CURVES = LossCurves(experts=Curve(((0.065, 0.066), (0.142, 0.227), (0.176, 0.306), (0.241, 0.419))))
 _GAUSSIAN_SHAPE = (256, 1024)
 _GROUP_SIZE = 128

@@ -1,25 +1,32 @@
 """What DeepSeek-V3 would cost at several budgets: a table in Markdown, and a plot of where pruning beats bits.
 
-usage: python tools/bench/deepseek_v3_cost.py --plot tools/bench/deepseek_v3_cost.svg [--budgets 80GB 96GB ...]
+usage: python tools/bench/deepseek_v3_cost.py [--plot FILE.svg] [--public] [--budgets 80GB 96GB ...]
 
-Plans the real model from its config, its published routing statistics and sensitivities; no weights. The plot needs
-matplotlib. Time and peak memory are of the whole process, after every budget.
+Plans the real model from its config, its published routing statistics and sensitivities; no weights. --plot needs
+matplotlib. --public compares the unscaled estimate, nothing pruned, with public quantizations of known perplexity. Time
+and peak memory, on standard error, are of the whole process so far.
 """
 
 import argparse
+import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from moejax.pipeline.forecast import Forecast
 from moejax.pipeline.plan import Request, forecast, read_request, split
 from moejax.pipeline.recipe import Recipe
+from moejax.planning.predict import LossCurves
 from moejax.planning.size import format_size, parse_size
 from moejax.report.figures import peak_memory_bytes
 
 BUDGETS = ("80GB", "96GB", "103GB", "131GB", "151GB")
 MEMORY = 128_000_000_000
+# Public llama.cpp recipes of DeepSeek-R1-0528 by size, with their perplexity on wikitext-2; the original's is 3.21.
+PUBLIC = {"131GiB": 4.88, "151GiB": 4.36, "165GiB": 4.03, "217GiB": 3.43}
+ORIGINAL_PPL = 3.21
 # Shares of the experts kept at which the plot's lines are computed.
 POINTS = [n / 16 for n in range(5, 17)]
 
@@ -28,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--public", action="store_true")
     options = parser.parse_args()
     started = time.monotonic()
     request = read_request("deepseek_v3", None, Recipe())
@@ -39,6 +47,8 @@ def main() -> None:
     for label in options.budgets:
         print(row(label, forecast(request, parse_size(label), MEMORY, 4096, 1)), flush=True)
         print(f"{label}: {time.monotonic() - started:.0f} s, {format_size(peak_memory_bytes())}", file=sys.stderr)
+    if options.public:
+        print_public(request)
     if options.plot:
         draw(request, options.budgets, options.plot)
 
@@ -65,6 +75,17 @@ def row(label: str, own: Forecast) -> str:
         f"{best.predicted:.2f} at {100 * best.share_kept:.1f} %",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def print_public(request: Request) -> None:
+    """Summed costs, as they are before scaling, beside ln(PPL ratio)."""
+    unscaled = replace(request, problem=replace(request.problem, curves=LossCurves()))
+    for size, ppl in PUBLIC.items():
+        own = split(unscaled, parse_size(size), 1.0)
+        assert own.losses is not None
+        total = own.losses.experts + own.losses.others
+        ratio = math.log(ppl / ORIGINAL_PPL)
+        print(f"{size}: summed costs {total:.3f}, of experts {own.losses.experts:.3f}; ln(PPL ratio) {ratio:.3f}")
 
 
 def draw(request: Request, budgets: list[str], file: Path) -> None:
