@@ -29,7 +29,9 @@ def compress(
     *,
     budget: BudgetArg = None,
     output: Annotated[Path, arg(help="the folder to write; it must not exist")],
-    recipe: RecipeArg = "default",
+    recipe: Annotated[
+        str | None, arg(help="a recipe that comes with moejax (default, equal_groups) or a TOML file")
+    ] = None,
     plan: PlanArg = None,
     calibration: Annotated[
         Path | None, arg(help="UTF-8 text to calibrate on; without it, the Python sources of installed packages")

@@ -212,6 +212,12 @@ def compress_by(small: Path, plan: Path, folder: Path, text_options: list[object
     return ["compress", small, "--plan", plan, "--output", folder / "out", *text_options]
 
 
+def test_a_plan_and_a_recipe(small: Path, text_options: list[object], tmp_path: Path) -> None:
+    both = ["--plan", tmp_path / "plan.toml", "--recipe", "default"]
+    message = refused(tmp_path, "compress", small, "--output", tmp_path / "out", *both, *text_options)
+    assert "--recipe says how a plan is made and --plan gives one; only one of them is accepted" in message
+
+
 def test_neither_a_budget_nor_a_plan(small: Path, text_options: list[object], tmp_path: Path) -> None:
     message = refused(tmp_path, "compress", small, "--output", tmp_path / "out", *text_options)
     assert "neither --budget nor --plan is given; a budget such as 6x or a plan is needed" in message

@@ -45,7 +45,7 @@ def run_compress(
     name: str | None,
     budget: str | None,
     output: Path,
-    recipe: str,
+    recipe: str | None,
     plan: Path | None,
     calibration: Path | None,
     calibration_chunks: int,
@@ -58,7 +58,9 @@ def run_compress(
     figures.require_writable(json)
     if calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
-    checkpoint, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe)
+    if recipe is not None and plan is not None:
+        raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
+    checkpoint, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "default")
     given = None if plan is None else from_json(read_toml(plan))
     limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
@@ -66,7 +68,7 @@ def run_compress(
     bf16 = format_size(2 * checkpoint.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
     print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
-    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe)
+    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe if given is None else None)
     if given is not None:
         result = job.carry_out(
             checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar

@@ -136,13 +136,13 @@ def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int 
     return size if budget is None else budget
 
 
-def provenance(calibration: Text, chunks: int, recipe: Recipe) -> dict[str, Any]:
-    """What a manifest says about how the checkpoint was made."""
-    return {
+def provenance(calibration: Text, chunks: int, recipe: Recipe | None) -> dict[str, Any]:
+    """What a manifest says about how the checkpoint was made; without a recipe if the plan was given."""
+    made = {
         "moejax": __version__,
         "calibration": {"source": calibration.source, "sha256": calibration.sha256, "chunks": chunks},
-        "criterion": recipe.criterion,
     }
+    return made if recipe is None else made | {"criterion": recipe.criterion}
 
 
 def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ def done(
     folder = tmp_path_factory.mktemp(recipe)
     plan, output = folder / "plan.toml", folder / "out"
     arguments = [small_fp8 / "config.json", "--budget", budget, "--recipe", recipe, *options_of(small_scores)]
-    printed = run("plan", *arguments, "--memory", "4MB", "--output", plan, "--json", folder / "plan.json")
+    printed = run("plan", *arguments, "--memory", "8MB", "--output", plan, "--json", folder / "plan.json")
     planned = json.loads((folder / "plan.json").read_text())
     run("compress", small_fp8, "--plan", plan, "--output", output, "--json", folder / "out.json", *text_options)
     return Done(plan, planned, printed, output, json.loads((folder / "out.json").read_text()))

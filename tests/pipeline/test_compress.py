@@ -113,6 +113,7 @@ def test_the_manifest_holds_the_plan_and_where_it_came_from(
     made = manifest["provenance"]
     text = read_text(calibration_text)
     assert made == provenance(text, 2, Recipe()) == prepared.origin.provenance
+    assert "criterion" not in provenance(text, 2, None)
     assert made["calibration"] == {"source": "calibration.txt", "sha256": text.sha256, "chunks": 2}
     assert (made["moejax"], made["criterion"]) == (__version__, "reap")
 
