@@ -17,6 +17,7 @@ from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.planning import Plan
 from moejax.planning.baselines import all_experts, uniform_plan
+from moejax.planning.fit import PRUNING_WEIGHTS
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors
 from moejax.progress import silent
@@ -57,15 +58,17 @@ def rows(tiny: Path) -> list[Row]:
 
 
 def plans(prepared: job.Prepared) -> Iterator[tuple[str, Plan, float | None]]:
-    """Planned; one width for everything; the same after pruning by frequency at the paper's share."""
+    """Planned, as far as prediction alone decides; one width for everything; the same after pruning by frequency at the
+    paper's share."""
     config, size_of = prepared.model.config, prepared.origin.size_of
     by_frequency = measure_pruning(prepared.trial, Recipe(criterion="frequency", share_kept=0.75), silent)
     pruned = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
     kept = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned.costs.experts.items()}
     for label in BUDGETS:
         budget = parse_budget(label, prepared.checkpoint.num_elements)
-        planned = job.plan_within(prepared, budget, silent)
-        yield f"planned {label}", planned.plan, planned.predicted
+        fitted = (prepared.problem.fit(budget, weight) for weight in PRUNING_WEIGHTS)
+        planned = min((own for own in fitted if own), key=lambda own: prepared.problem.predicted(own.losses))
+        yield f"planned {label}", planned.plan, prepared.predicted(planned.plan)
         uniform = uniform_plan(prepared.costs, config, all_experts(prepared.costs), size_of, budget)
         frequency = uniform_plan(pruned.costs, config, kept, size_of, budget)
         assert uniform is not None and frequency is not None
