@@ -1,4 +1,4 @@
-"""JSON objects from files that may be missing, damaged or huge."""
+"""JSON objects, and bytes, from files that may be missing, damaged or huge."""
 
 import json
 from collections import Counter
@@ -16,14 +16,18 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
     Raises InputError if the file cannot be read, is larger than `MAX_JSON_BYTES`, or is no JSON object.
     """
+    return parse_json_object(read_bounded(file, MAX_JSON_BYTES, "JSON"), file)
+
+
+def read_bounded(file: Path, most: int, kind: str) -> bytes:
+    """Reads `file`. Raises InputError, naming its `kind`, if it cannot be read or has more than `most` bytes."""
     try:
         size = file.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise InputError(f"{file}: {size} bytes of JSON are more than the {MAX_JSON_BYTES} that are accepted")
-        text = file.read_bytes()
+        if size > most:
+            raise InputError(f"{file}: {size} bytes of {kind} are more than the {most} that are accepted")
+        return file.read_bytes()
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); a readable JSON file is needed") from error
-    return parse_json_object(text, file)
+        raise InputError(f"{file}: cannot be read ({error.strerror}); a readable {kind} file is needed") from error
 
 
 def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import tomli_w
 
+from moejax.checkpoint.json_file import read_bounded
 from moejax.errors import InputError
 
 MAX_TOML_BYTES = 10_000_000
@@ -15,13 +16,7 @@ MAX_TOML_BYTES = 10_000_000
 
 def read_toml(file: Path) -> dict[str, Any]:
     """Reads `file`. Raises InputError if it cannot be read, is larger than `MAX_TOML_BYTES`, or is no TOML."""
-    try:
-        size = file.stat().st_size
-        if size > MAX_TOML_BYTES:
-            raise InputError(f"{file}: {size} bytes of TOML are more than the {MAX_TOML_BYTES} that are accepted")
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); a readable TOML file is needed") from error
+    content = read_bounded(file, MAX_TOML_BYTES, "TOML")
     try:
         return tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # ValueError includes wrong UTF-8
