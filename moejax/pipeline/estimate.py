@@ -9,8 +9,8 @@ formats' own errors on Gaussian weights:
     cost(pruning) = KL(down projections in IQ1_M) / error(IQ1_M) * R * H * importance of the pruned
 
 IQ1_M's grid holds -1, 0 and 1, so its error is taken to be the ternary format's. R is the layer's output error with
-re-routing over the importance lost, H how much more KL an output error of pruning causes than one of rounding, which
-averages out over tokens; both are what the tiny checkpoint's layers gave (tools/bench/RESULTS.md). How rounded experts
+re-routing over the importance lost, H how much more KL an output error of pruning causes than one of rounding; both are
+what the tiny checkpoint's layers gave (`tools/bench/pruning.py` prints them). How rounded experts
 add up is read off DeepSeek-V3's public quantizations, whose sums these costs are at their sizes.
 """
 

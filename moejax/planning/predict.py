@@ -1,9 +1,8 @@
 """What the losses of a plan come to together: predicted mean KL divergence from sums of single costs.
 
-Single costs are measured one weight, or one layer's pruning, at a time. Rounded experts lose more together than their
-sum, because each puts out too little and the next layers miss what all of them left out; other kinds lose about their
-sum; and pruning costs less where the survivors are rough. So sums are kept by family, a curve per family says what a
-sum really costs, and
+Single costs are measured one weight, or one layer's pruning, at a time. Roughly rounded experts were seen to lose up to
+twice their sum together, and pruning to cost less where the survivors are rough (tools/bench/RESULTS.md). So sums are
+kept by family, a curve per family says what a sum really costs, and
 
     KL = ((others + experts)^a + pruning^a)^(1/a)
 
