@@ -2,9 +2,9 @@
 
 usage: python tools/bench/pruning.py CHECKPOINT --calibration FILE
 
-Beside each row stands the ratio of the re-routed error to what the gate weights alone say, and KL per unit of error over
-the same for rounded down projections (2 bits, in units of the format's error on Gaussian weights). Calibrated on 64 chunks,
-probed on 8 others of the same text.
+Beside each row stands the ratio of the re-routed error to what the gate weights alone say, and KL per unit of error
+over the same for rounded down projections (2 bits, in units of the format's error on Gaussian weights). It calibrates
+on 64 chunks and probes on 8 others of the same text.
 """
 
 import argparse
