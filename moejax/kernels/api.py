@@ -1,4 +1,4 @@
-"""The four operations that a weight knows, dispatched on the leaf's type and the backend.
+"""The operations of the model: four that a weight knows, dispatched on its type and the backend, and an einsum.
 
 Every backend computes the same thing: the weight's dense value times the input, accumulated in at least float32 and
 returned in the input's dtype.
@@ -22,6 +22,8 @@ class Backend(Protocol):
     def expert_matmul(self, x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array: ...
 
     def take(self, w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array: ...
+
+    def product(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array: ...
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
@@ -54,6 +56,11 @@ def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backe
 def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str | None = None) -> jax.Array:
     """Rows of a matrix w (O, I) at index (...), as (..., I) of `dtype`: the embedding."""
     return _backend(backend).take(w, index, dtype)
+
+
+def product(equation: str, a: jax.Array, b: jax.Array, *, backend: str | None = None) -> jax.Array:
+    """einsum(equation, a, b) of two arrays of one dtype, summed and returned in at least float32: attention."""
+    return _backend(backend).product(equation, a, b)
 
 
 def _backend(name: str | None) -> Backend:

@@ -24,9 +24,9 @@ from moejax.formats import GroupedInt, Leaf, planar
 from moejax.formats.grouped import centre
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
-from moejax.kernels.xla import expert_matmul, matmul_transposed, take
+from moejax.kernels.xla import expert_matmul, matmul_transposed, product, take
 
-__all__ = ["expert_matmul", "matmul", "matmul_transposed", "take", "takes"]
+__all__ = ["expert_matmul", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
 SUBLANES = 16  # of a bfloat16 register

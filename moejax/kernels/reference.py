@@ -37,3 +37,7 @@ def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.A
 
 def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return dense(w, jnp.dtype(dtype))[index]
+
+
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a.astype(accumulator(a)), b.astype(accumulator(a)), precision=PRECISION)

@@ -1,24 +1,16 @@
 """Multi-head latent attention (MLA): keys and values are linear in a small latent c_kv, which is all that is cached."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import Leaf, reshape_outputs
-from moejax.kernels import matmul, matmul_transposed
+from moejax.kernels import matmul, matmul_transposed, product
 from moejax.model.config import Config
+from moejax.model.latent_cache import LatentCache, Latents, append, attend
 from moejax.model.leaves import Leaves, Taps, linear
 from moejax.model.norm import LATENT_EPS, rms_norm
 from moejax.model.rope import Rotation, rotate
-
-
-class LatentCache(NamedTuple):
-    """One layer's cache: c_kv (B, S, L) and the rotated k_rope (B, S, R), L+R numbers a token."""
-
-    c_kv: jax.Array
-    k_rope: jax.Array
 
 
 class Attention(nnx.Module):
@@ -52,29 +44,66 @@ class Attention(nnx.Module):
         c_kv, k_rope = self._latents(x_BTD, by, taps)
         k_nope = self._expand(c_kv, self.k_b, taps, "k_b")
         v = self._expand(c_kv, self.v_b, taps, "v_b")
-        scores = jnp.einsum("bthn,bshn->bhts", q_nope, k_nope) + jnp.einsum("bthr,bsr->bhts", q_rope, k_rope)
+        scores = self._scaled(product("bthn,bshn->bhts", q_nope, k_nope), q_rope, Latents(c_kv, k_rope))
         length = x_BTD.shape[1]
-        weights = self._softmax(scores, jnp.tril(jnp.ones((length, length), bool)))
-        return self._output(jnp.einsum("bhts,bshv->bthv", weights, v), taps)
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+        return self._output(product("bhts,bshv->bthv", weights, v).astype(v.dtype), taps)
 
     def attend_cached(
-        self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start: jax.Array
+        self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
     ) -> tuple[jax.Array, LatentCache]:
-        """The same for T tokens at positions start, start+1, ... behind a cache, entirely in the latent space.
+        """The same for T tokens at positions start, start+1, ... of each sequence, behind a cache.
 
-        q_nope k_b -> L, attend to c_kv, then v_b. Returns the output and the cache with the T tokens written into it.
+        Returns the output and the cache with the T tokens written into it.
         """
         q_nope, q_rope = self._queries(x_BTD, by, None)
-        cache = LatentCache(
-            *(_write(old, new, start) for old, new in zip(cache, self._latents(x_BTD, by, None), strict=True))
-        )
-        c_kv, k_rope = (part.astype(x_BTD.dtype) for part in cache)
+        cache = append(cache, self._latents(x_BTD, by, None), start_B)
+        last_visible_BT = start_B[:, None] + jnp.arange(x_BTD.shape[1])
+        if self._expanding_pays(x_BTD.shape[1]):
+            return self._output(self._attend_expanded(q_nope, q_rope, cache, last_visible_BT), None), cache
+        return self._output(self._attend_absorbed(q_nope, q_rope, cache, last_visible_BT), None), cache
+
+    def _expanding_pays(self, tokens: int) -> bool:
+        """Whether keys and values are worth expanding per head, for that many queries: products per cached token."""
+        c = self.config
+        narrow = c.qk_nope_head_dim + c.v_head_dim
+        absorbed = tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return tokens * (narrow + c.qk_rope_head_dim) + c.kv_lora_rank * narrow < absorbed
+
+    def _attend_absorbed(
+        self, q_nope: jax.Array, q_rope: jax.Array, cache: LatentCache, last_visible_BT: jax.Array
+    ) -> jax.Array:
+        """In the latent space: q_nope k_b -> L, attend to c_kv, then v_b."""
         q_latent = matmul_transposed(q_nope, self.k_b.get_value())
-        scores = jnp.einsum("bthl,bsl->bhts", q_latent, c_kv) + jnp.einsum("bthr,bsr->bhts", q_rope, k_rope)
-        last_visible_T = start + jnp.arange(x_BTD.shape[1])
-        weights = self._softmax(scores, jnp.arange(c_kv.shape[1]) <= last_visible_T[:, None])
-        out_latent = jnp.einsum("bhts,bsl->bthl", weights, c_kv)
-        return self._output(matmul(out_latent, self.v_b.get_value()), None), cache
+
+        def score(keys: Latents) -> jax.Array:
+            return self._scaled(product("bthl,bsl->bhts", q_latent, keys.c_kv), q_rope, keys)
+
+        def mix(weights: jax.Array, values: Latents) -> jax.Array:
+            return product("bhts,bsl->bthl", weights, values.c_kv)
+
+        mixed = jax.ShapeDtypeStruct(q_latent.shape, _wide(q_latent))
+        out_latent = attend(cache, last_visible_BT, score, mix, mixed, q_nope.dtype)
+        return matmul(out_latent, self.v_b.get_value())
+
+    def _attend_expanded(
+        self, q_nope: jax.Array, q_rope: jax.Array, cache: LatentCache, last_visible_BT: jax.Array
+    ) -> jax.Array:
+        """Block by block of cached tokens, keys and values expanded per head."""
+
+        def score(keys: Latents) -> jax.Array:
+            k_nope = self._expand(keys.c_kv, self.k_b, None, "k_b")
+            return self._scaled(product("bthn,bshn->bhts", q_nope, k_nope), q_rope, keys)
+
+        def mix(weights: jax.Array, values: Latents) -> jax.Array:
+            return product("bhts,bshv->bthv", weights, self._expand(values.c_kv, self.v_b, None, "v_b"))
+
+        mixed = jax.ShapeDtypeStruct((*q_nope.shape[:3], self.config.v_head_dim), _wide(q_nope))
+        return attend(cache, last_visible_BT, score, mix, mixed, q_nope.dtype)
+
+    def _scaled(self, nope: jax.Array, q_rope: jax.Array, keys: Latents) -> jax.Array:
+        return (nope + product("bthr,bsr->bhts", q_rope, keys.k_rope)) * self.config.softmax_scale
 
     def _queries(self, x: jax.Array, by: Rotation, taps: Taps | None) -> tuple[jax.Array, jax.Array]:
         c = self.config
@@ -88,12 +117,10 @@ class Attention(nnx.Module):
         per_head = Rotation(by.cos[..., None, :], by.sin[..., None, :])
         return nope, rotate(rope, per_head, c.rope_interleave)
 
-    def _latents(self, x: jax.Array, by: Rotation, taps: Taps | None) -> LatentCache:
+    def _latents(self, x: jax.Array, by: Rotation, taps: Taps | None) -> Latents:
         c = self.config
         c_kv, k_rope = jnp.split(linear(x, self.kv_a, taps, "kv_a"), [c.kv_lora_rank], axis=-1)
-        return LatentCache(
-            rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), rotate(k_rope, by, c.rope_interleave)
-        )
+        return Latents(rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), rotate(k_rope, by, c.rope_interleave))
 
     def _expand(self, c_kv: jax.Array, weight: nnx.Param[Leaf], taps: Taps | None, name: str) -> jax.Array:
         """c_kv (B, T, L) through a weight (H, X, L) to (B, T, H, X)."""
@@ -103,13 +130,9 @@ class Attention(nnx.Module):
         heads, width = leaf.shape[:2]
         return matmul(c_kv, reshape_outputs(leaf, heads * width)).reshape(*c_kv.shape[:2], heads, width)
 
-    def _softmax(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
-        wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)) * self.config.softmax_scale
-        return jax.nn.softmax(jnp.where(visible, wide, -jnp.inf), axis=-1).astype(scores.dtype)
-
     def _output(self, out_BTHV: jax.Array, taps: Taps | None) -> jax.Array:
         return linear(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o, taps, "o")
 
 
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+def _wide(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moejax.errors import InputError
+from moejax.errors import InputError, brief
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # What the model computes only one way; a config that asks for another is refused.
@@ -104,10 +104,58 @@ _WANTED: dict[Any, str] = {
 }
 
 
+# The largest values accepted, about ten times those of any published model, so that work and memory asked for by a
+# config are bounded before a file of weights has confirmed it.
+_LARGEST: dict[str, float] = {
+    "vocab_size": 4_000_000,
+    "hidden_size": 131_072,
+    "intermediate_size": 524_288,
+    "moe_intermediate_size": 131_072,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 2_048,
+    "n_routed_experts": 8_192,
+    "n_shared_experts": 64,
+    "num_experts_per_tok": 256,
+    "n_group": 4_096,
+    "topk_group": 4_096,
+    "routed_scaling_factor": 1_000,
+    "first_k_dense_replace": 1_000,
+    "q_lora_rank": 32_768,
+    "kv_lora_rank": 32_768,
+    "qk_nope_head_dim": 4_096,
+    "qk_rope_head_dim": 4_096,
+    "v_head_dim": 4_096,
+    "max_position_embeddings": 100_000_000,
+    "rms_norm_eps": 1,
+    "rope_theta": 10_000_000_000,
+    "num_nextn_predict_layers": 16,
+    "factor": 10_000,
+    "original_max_position_embeddings": 100_000_000,
+    "beta_fast": 10_000,
+    "beta_slow": 10_000,
+    "mscale": 1_000,
+    "mscale_all_dim": 1_000,
+}
+# The smallest of positive numbers that are not whole, where nearer to zero the model's own numbers overflow.
+_SMALLEST: dict[str, float] = {
+    "routed_scaling_factor": 1e-3,
+    "rms_norm_eps": 1e-20,
+    "rope_theta": 1.001,
+    "factor": 1,
+    "beta_fast": 1e-3,
+    "beta_slow": 1e-3,
+}
+
+
 def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Config:
-    """Read a Hugging Face config. Raises InputError naming the field for whatever the model cannot compute."""
+    """Read a Hugging Face config.
+
+    Raises InputError naming the field for whatever the model cannot compute, and for sizes far beyond those of any
+    published model (`_LARGEST`).
+    """
     if raw.get("model_type") not in MODEL_TYPES:
-        raise InputError(f"{source}: model_type is {raw.get('model_type')!r}; accepted are {', '.join(MODEL_TYPES)}")
+        found, accepted = brief(raw.get("model_type")), ", ".join(MODEL_TYPES)
+        raise InputError(f"{source}: model_type is {found}; accepted are {accepted}")
     _check_fixed(raw, _FIXED, source)
     # transformers 5 writes rope_theta and rope_scaling as one dictionary.
     rope = _dictionary(raw, "rope_parameters", source)
@@ -123,10 +171,10 @@ def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Confi
 
 
 def _dictionary(raw: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
-    value = raw.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise InputError(f"{source}: {name} is {value!r}; it must be a JSON object or null")
-    return value
+    value = raw.get(name)
+    if not isinstance(value, Mapping | None):
+        raise InputError(f"{source}: {name} is {brief(value)}; it must be a JSON object or null")
+    return value or {}
 
 
 def _yarn(rope: Mapping[str, Any], source: str) -> Yarn | None:
@@ -134,7 +182,7 @@ def _yarn(rope: Mapping[str, Any], source: str) -> Yarn | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise InputError(f"{source} is of type {kind!r}; accepted are 'yarn' and none")
+        raise InputError(f"{source} is of type {brief(kind)}; accepted are 'yarn' and none")
     _check_fixed(rope, _FIXED_YARN, source)
     if missing := [name for name in ("factor", "original_max_position_embeddings") if name not in rope]:
         raise InputError(f"{source}: the field {missing[0]} is missing; yarn needs it")
@@ -146,14 +194,19 @@ def _yarn(rope: Mapping[str, Any], source: str) -> Yarn | None:
 def _check_fixed(raw: Mapping[str, Any], fixed: Mapping[str, Any], source: str) -> None:
     for name, only in fixed.items():
         if raw.get(name, only) != only:
-            raise InputError(f"{source}: {name} is {raw[name]!r}; only {only!r} is supported")
+            raise InputError(f"{source}: {name} is {brief(raw[name])}; only {only!r} is supported")
 
 
 def _check_types(config: Config | Yarn, source: str) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type in _WANTED and not _is_of(value, field.type, field.name in _MAY_BE_ZERO):
-            raise InputError(f"{source}: {field.name} is {value!r}; it must be {_WANTED[field.type]}")
+            raise InputError(f"{source}: {field.name} is {brief(value)}; it must be {_WANTED[field.type]}")
+        low, high = _SMALLEST.get(field.name, 0), _LARGEST.get(field.name)
+        if value and high is not None and not low <= value <= high:
+            raise InputError(
+                f"{source}: {field.name} is {brief(value)}; {f'{low:g} to' if low else 'up to'} {high:,} is accepted"
+            )
 
 
 def _is_of(value: Any, kind: Any, may_be_zero: bool) -> bool:

@@ -8,8 +8,9 @@ from flax import nnx
 
 from moejax.formats import Leaf
 from moejax.kernels import matmul, take
-from moejax.model.attention import Attention, LatentCache
+from moejax.model.attention import Attention
 from moejax.model.config import Config
+from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 from moejax.model.moe import Mlp, MoE
 from moejax.model.norm import rms_norm
@@ -41,13 +42,18 @@ class Block(nnx.Module):
         return x_BTD
 
     def attend_cached(
-        self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start: jax.Array
+        self,
+        x_BTD: jax.Array,
+        by: Rotation,
+        cache: LatentCache,
+        start_B: jax.Array,
+        choice_TK: jax.Array | None = None,
     ) -> tuple[jax.Array, LatentCache]:
-        """The same for T tokens behind a cache; returns the output and the new cache."""
+        """The same for T tokens of each sequence behind a cache; returns the output and the new cache."""
         normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
-        attended, cache = self.self_attn.attend_cached(normed, by, cache, start)
+        attended, cache = self.self_attn.attend_cached(normed, by, cache, start_B)
         x_BTD = x_BTD + attended
-        return x_BTD + self._feed_forward(x_BTD, None, None), cache
+        return x_BTD + self._feed_forward(x_BTD, choice_TK, None), cache
 
     def _feed_forward(self, x: jax.Array, choice_TK: jax.Array | None, taps: Taps | None) -> jax.Array:
         normed = rms_norm(x, self.post_attention_norm.get_value(), self.config.rms_norm_eps)
@@ -74,14 +80,27 @@ class MtpBlock(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
         """h_t after the model's final norm and the next token's embedding, both (B, T, D), to the normed h'."""
-        eps = self.config.rms_norm_eps
-        both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
-        joined = linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
+        joined = self._joined(h_BTD, next_BTD, taps)
         block_taps: Taps | None = None if taps is None else {}
         drafted = self.block(joined, by, taps=block_taps)
         if taps is not None:
             taps |= prefixed("block", block_taps)
-        return rms_norm(drafted, self.norm.get_value(), eps)
+        return self._normed(drafted)
+
+    def attend_cached(
+        self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """The same for T tokens of each sequence behind a cache of the block's own."""
+        drafted, cache = self.block.attend_cached(self._joined(h_BTD, next_BTD, None), by, cache, start_B)
+        return self._normed(drafted), cache
+
+    def _joined(self, h_BTD: jax.Array, next_BTD: jax.Array, taps: Taps | None) -> jax.Array:
+        eps = self.config.rms_norm_eps
+        both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
+        return linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
+
+    def _normed(self, drafted_BTD: jax.Array) -> jax.Array:
+        return rms_norm(drafted_BTD, self.norm.get_value(), self.config.rms_norm_eps)
 
 
 class DeepseekV3(nnx.Module):
@@ -133,7 +152,7 @@ class DeepseekV3(nnx.Module):
         return take(self.embed.get_value(), tokens_BT, dtype)
 
     def rotation(self, positions: jax.Array, dtype: jnp.dtype) -> Rotation:
-        """RoPE's rotation for positions (T,)."""
+        """RoPE's rotation for positions (T,) or (B, T)."""
         return rotation(self.config, positions, jnp.promote_types(dtype, jnp.float32))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -152,26 +171,37 @@ class DeepseekV3(nnx.Module):
         return head_logits(drafted, self.head.get_value())
 
     def empty_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> list[LatentCache]:
-        """Zeroed latent caches of all layers, for `length` tokens."""
-        c = self.config
-        shapes = (batch, length, c.kv_lora_rank), (batch, length, c.qk_rope_head_dim)
-        return [LatentCache(*(jnp.zeros(shape, dtype) for shape in shapes)) for _ in self.layers]
+        """Zeroed latent caches of all layers, for `batch` sequences of `length` tokens."""
+        return empty_caches(self.config, batch, length, dtype)
 
     def extend(
         self,
         tokens_BT: jax.Array,
-        cache: list[LatentCache],
-        start: jax.Array,
+        cache: Sequence[LatentCache],
+        start_B: jax.Array,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        choices: Sequence[jax.Array | None] | None = None,
     ) -> tuple[jax.Array, list[LatentCache]]:
-        """Hidden states (B, T, D) of T tokens at positions start, start+1, ... and the cache that now holds them."""
+        """Hidden states (B, T, D) of T tokens at positions start, start+1, ... of each sequence, and the cache that now
+        holds them. The cache must have room for them; `choices` as in `hidden`."""
         x_BTD = self.embedded(tokens_BT, dtype)
-        by = self.rotation(start + jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        by = self.rotation(start_B[:, None] + jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
         new_cache = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BTD, layer_cache = layer.attend_cached(x_BTD, by, layer_cache, start)
-            new_cache.append(layer_cache)
+        for layer, own, choice_TK in zip(self.layers, cache, choices or [None] * len(self.layers), strict=True):
+            x_BTD, own = layer.attend_cached(x_BTD, by, own, start_B, choice_TK)
+            new_cache.append(own)
         return x_BTD, new_cache
+
+    def extend_draft(
+        self, following_BT: jax.Array, hidden_BTD: jax.Array, cache: LatentCache, start_B: jax.Array, depth: int = 0
+    ) -> tuple[jax.Array, LatentCache]:
+        """MTP block `depth`'s normed states (B, T, D) behind its own cache, whose head gives the token after the next.
+
+        `hidden_BTD` is `extend`'s output at positions start, start+1, ..., `following_BT` the token behind each.
+        """
+        by = self.rotation(start_B[:, None] + jnp.arange(following_BT.shape[1]), hidden_BTD.dtype)
+        following = self.embedded(following_BT, hidden_BTD.dtype)
+        return self.mtp[depth].attend_cached(self.normed(hidden_BTD), following, by, cache, start_B)
 
 
 def head_logits(x: jax.Array, head: Leaf) -> jax.Array:

@@ -5,11 +5,14 @@ blocks share one compilation.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from moejax.model.deepseek_v3 import Block, DeepseekV3
+from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
+from moejax.model.latent_cache import LatentCache
+from moejax.model.norm import rms_norm
 from moejax.model.rope import Rotation
 
 
@@ -17,6 +20,24 @@ from moejax.model.rope import Rotation
 def run_block(block: Block, x_BTD: jax.Array, by: Rotation) -> jax.Array:
     """One decoder block, compiled."""
     return block(x_BTD, by)
+
+
+@partial(jax.jit, donate_argnames="cache")
+def run_block_cached(
+    block: Block, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+) -> tuple[jax.Array, LatentCache]:
+    """One decoder block behind its cache, compiled."""
+    return block.attend_cached(x_BTD, by, cache, start_B)
+
+
+@jax.jit
+def run_mtp(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation) -> jax.Array:
+    """One MTP block, compiled: the model's normed output and the next tokens' embeddings to what its head takes."""
+    return mtp(h_BTD, next_BTD, by)
+
+
+# The final norm, compiled.
+run_norm = partial(jax.jit, static_argnames="eps")(rms_norm)
 
 
 def run_blocks(blocks: Sequence[Block], x_BTD: jax.Array, by: Rotation) -> jax.Array:

@@ -1,7 +1,6 @@
 """Device memory of a compressed model while it decodes: weights, latent cache, workspace, and what context fits."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +11,15 @@ from moejax.errors import InputError
 from moejax.formats import payload_bytes
 from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3
-from moejax.model.attention import LatentCache
 from moejax.model.deepseek_v3 import Block, head_logits
+from moejax.model.latent_cache import LatentCache, bytes_per_token, empty_cache
 from moejax.model.rope import Rotation
+from moejax.model.workspace import largest_of_each_kind
 
 # What is computed and cached in.
 DTYPE = jnp.bfloat16
-# Contexts at which the workspace is read off the compiler; between and beyond them it is linear.
-_PROBED_CONTEXTS = (4096, 8192)
+# The context at which the workspace is read off the compiler; attention goes block by block, so it is that of any.
+_PROBED_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,13 @@ class DeviceMemory:
     """Bytes while `batch` sequences of `context` tokens are decoded, one token each a step.
 
     weights: all arrays, MTP blocks left out. cache_per_token: L+R numbers per decoder layer and sequence, in bfloat16.
-    workspace: what a decode step of the widest layer, or the head, takes beside its arguments, fixed and per token of
-    context, as XLA's compiler says for this backend.
+    workspace: what a decode step of the widest layer, or the head, takes beside its arguments, as XLA's compiler says
+    for this backend; it does not grow with the context.
     """
 
     weights: int
     cache_per_token: int
-    workspace_fixed: int
-    workspace_per_token: float
+    workspace: int
     context: int
     batch: int
 
@@ -43,17 +42,12 @@ class DeviceMemory:
         return self.cache_per_token * self.context
 
     @property
-    def workspace(self) -> int:
-        return math.ceil(self.workspace_fixed + self.workspace_per_token * self.context)
-
-    @property
     def total(self) -> int:
         return self.weights + self.cache + self.workspace
 
     def longest_context(self, memory: int, limit: int) -> int:
         """The most tokens of context that fit `memory`, at most `limit`; 0 if not even the weights do."""
-        left = memory - self.weights - self.workspace_fixed
-        return max(0, min(limit, int(left / (self.cache_per_token + self.workspace_per_token))))
+        return max(0, min(limit, (memory - self.weights - self.workspace) // self.cache_per_token))
 
 
 def check_context(context: int, batch: int, limit: int) -> None:
@@ -68,42 +62,25 @@ def device_memory(model: DeepseekV3, context: int, batch: int) -> DeviceMemory:
     """The memory of an abstract model. Compiles a decode step of a layer of each kind, and of the head."""
     c = model.config
     check_context(context, batch, c.max_position_embeddings)
-    blocks = _different_blocks(model.layers)
-    short, long = _PROBED_CONTEXTS
-    taken = [_block_workspace(model, block, short, batch) for block in blocks]
-    # All layers attend alike, and nothing else depends on the context: one of them says how.
-    per_token = (_block_workspace(model, blocks[0], long, batch) - taken[0]) / (long - short)
-    fixed = max(max(taken) - round(per_token * short), _head_workspace(model, batch))
-    per_layer = (c.kv_lora_rank + c.qk_rope_head_dim) * batch * jnp.dtype(DTYPE).itemsize
+    blocks = largest_of_each_kind(list(model.layers))
+    taken = [_block_workspace(model, block, _PROBED_CONTEXT, batch) for block in blocks]
+    workspace = max(*taken, _head_workspace(model, batch))
     weights = payload_bytes([model.embed, *model.layers, model.norm, model.head])
-    return DeviceMemory(weights, per_layer * c.num_hidden_layers, fixed, per_token, context, batch)
-
-
-def _different_blocks(layers: Sequence[Block]) -> list[Block]:
-    """One dense layer and one with experts, as far as there are any: the largest of their kind."""
-    kinds: dict[bool, Block] = {}
-    for i, layer in enumerate(layers):
-        kind = layer.config.is_moe(i)
-        if kind not in kinds or payload_bytes(layer) > payload_bytes(kinds[kind]):
-            kinds[kind] = layer
-    return list(kinds.values())
+    return DeviceMemory(weights, batch * bytes_per_token(c, DTYPE), workspace, context, batch)
 
 
 def _block_workspace(model: DeepseekV3, block: Block, context: int, batch: int) -> int:
     c = model.config
     x_B1D = abstract_array((batch, 1, c.hidden_size), DTYPE)
-    by = jax.eval_shape(lambda: model.rotation(jnp.zeros(1, jnp.int32), jnp.dtype(DTYPE)))
-    cache = LatentCache(
-        abstract_array((batch, context, c.kv_lora_rank), DTYPE),
-        abstract_array((batch, context, c.qk_rope_head_dim), DTYPE),
-    )
-    return _temporary_bytes(_decode, (block, x_B1D, by, cache, abstract_array((), jnp.int32)), donated=3)
+    by = jax.eval_shape(lambda: model.rotation(jnp.zeros((batch, 1), jnp.int32), jnp.dtype(DTYPE)))
+    cache = jax.eval_shape(lambda: empty_cache(c, batch, context, DTYPE))
+    return _temporary_bytes(_decode, (block, x_B1D, by, cache, abstract_array((batch,), jnp.int32)), donated=3)
 
 
 def _decode(
-    block: Block, x_B1D: jax.Array, by: Rotation, cache: LatentCache, start: jax.Array
+    block: Block, x_B1D: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
 ) -> tuple[jax.Array, LatentCache]:
-    return block.attend_cached(x_B1D, by, cache, start)
+    return block.attend_cached(x_B1D, by, cache, start_B)
 
 
 def _head_workspace(model: DeepseekV3, batch: int) -> int:

@@ -183,6 +183,20 @@ class TestExpertMatmul:
         self.check([3, 0, 4, 1, 5, 9], "float32", backend, shape="[8,128]")
 
 
+@pytest.mark.parametrize("backend", implementations("product"))
+class TestProduct:
+    """einsum(equation, a, b), in at least float32."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_attention_scores(self, dtype: str, backend: str) -> None:
+        a, b = random_rows(2 * 3 * 4, 96, dtype=dtype), random_rows(2 * 5, 96, dtype=dtype)
+        multiply = jitted(kernels.product, backend=backend, equation="bthl,bsl->bhts")
+        y = multiply(a=a.reshape(2, 3, 4, 96), b=b.reshape(2, 5, 96))
+        assert y.dtype == jnp.float32
+        wide = (np.asarray(part, np.float64) for part in (a.reshape(2, 3, 4, 96), b.reshape(2, 5, 96)))
+        np.testing.assert_allclose(y, np.einsum("bthl,bsl->bhts", *wide), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", implementations("take"))
 class TestTake:
     """y[..., i] = w[index[...], i]."""

@@ -44,12 +44,17 @@ def prompt(model: DeepseekV3) -> jax.Array:
     return jnp.asarray(np.random.RandomState(0).randint(model.config.vocab_size, size=(BATCH, TOKENS)))
 
 
+def starts(*start: int) -> jax.Array:
+    """One start for all sequences, or one for each."""
+    return jnp.broadcast_to(jnp.asarray(start, jnp.int32), BATCH)
+
+
 def hidden_in_pieces(model: DeepseekV3, tokens_BT: jax.Array, pieces: list[int]) -> jax.Array:
     """The prompt's hidden states, `pieces` tokens at a time through a cache with room to spare."""
     cache, start, parts = model.empty_cache(BATCH, CACHED, jnp.float64), 0, []
     for piece in pieces:
         tokens = tokens_BT[:, start : start + piece]
-        part, cache = extend(model, tokens, cache, jnp.asarray(start), dtype=jnp.float64)
+        part, cache = extend(model, tokens, cache, starts(start), dtype=jnp.float64)
         parts.append(part)
         start += piece
     return jnp.concatenate(parts, axis=1)
@@ -75,8 +80,8 @@ def test_the_cache_holds_latents_and_rope_keys_alone(dense_model: DeepseekV3) ->
     cache = dense_model.empty_cache(BATCH, CACHED, jnp.float64)
     numbers = dense_model.config.kv_lora_rank + dense_model.config.qk_rope_head_dim
     assert len(cache) == len(dense_model.layers)
-    assert all(sum(part.size for part in layer) == BATCH * CACHED * numbers for layer in cache)
-    _, extended = extend(dense_model, prompt(dense_model)[:, :4], cache, jnp.asarray(2), dtype=jnp.float64)
+    assert all(layer.rows.size == BATCH * CACHED * numbers and layer.scale is None for layer in cache)
+    _, extended = extend(dense_model, prompt(dense_model)[:, :4], cache, starts(2), dtype=jnp.float64)
     assert jax.tree.map(jnp.shape, extended) == jax.tree.map(jnp.shape, cache)
     for part in jax.tree.leaves(extended):
         is_written = np.any(part != 0, axis=(0, 2))
@@ -108,7 +113,7 @@ def test_a_token_changes_no_earlier_logits_behind_experts(sparse_model: Deepseek
 def test_a_cache_in_bfloat16_gives_nearly_the_same(dense_model: DeepseekV3) -> None:
     tokens_BT = prompt(dense_model)
     cache = dense_model.empty_cache(BATCH, CACHED, jnp.bfloat16)
-    states, cache = extend(dense_model, tokens_BT, cache, jnp.asarray(0), dtype=jnp.float32)
-    assert states.dtype == jnp.float32 and cache[0].c_kv.dtype == jnp.bfloat16
+    states, cache = extend(dense_model, tokens_BT, cache, starts(0), dtype=jnp.float32)
+    assert states.dtype == jnp.float32 and cache[0].rows.dtype == jnp.bfloat16
     expected = hidden(dense_model, tokens_BT, dtype=jnp.float32)
     assert 1e-4 < float(jnp.max(jnp.abs(states - expected)) / jnp.std(expected)) < 0.05

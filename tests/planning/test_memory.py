@@ -10,17 +10,15 @@ import pytest
 
 from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
-from moejax.evaluate import generate
 from moejax.formats import payload_bytes
 from moejax.kernels import xla
 from moejax.model import DeepseekV3
+from moejax.model.latent_cache import LatentCache
 from moejax.planning import memory
 from moejax.planning.memory import DeviceMemory, check_context, device_memory
 from moejax.resources import tiny_checkpoint
 
-MADE_UP = DeviceMemory(
-    weights=1000, cache_per_token=7, workspace_fixed=100, workspace_per_token=0.5, context=6, batch=1
-)
+MADE_UP = DeviceMemory(weights=1000, cache_per_token=7, workspace=100, context=6, batch=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,22 +55,31 @@ def test_weights_are_those_that_decode(model: DeepseekV3, found: DeviceMemory) -
     assert found.weights == payload_bytes(model) - payload_bytes(model.mtp) > 0
 
 
-def test_the_workspace_grows_by_as_much_with_every_token(model: DeepseekV3, found: DeviceMemory) -> None:
-    """As it was found from two other contexts."""
-    assert found.workspace_per_token > 0
-    widest = max(memory._block_workspace(model, block, 12000, 1) for block in model.layers)
-    assert round(found.workspace_fixed + 12000 * found.workspace_per_token) == pytest.approx(widest, rel=0.01)
+@pytest.mark.parametrize("context", [1024, 50_000])
+def test_the_workspace_does_not_grow_with_the_context(model: DeepseekV3, context: int) -> None:
+    dense = model.layers[0]
+    probed = memory._block_workspace(model, dense, memory._PROBED_CONTEXT, 1)
+    assert memory._block_workspace(model, dense, context, 1) == pytest.approx(probed, rel=0.001) != 0
 
 
-def test_the_whole_decode_step_takes_about_as_much(model: DeepseekV3, found: DeviceMemory) -> None:
-    context = 4096
-    cache = jax.eval_shape(lambda: model.empty_cache(1, context, memory.DTYPE))
-    token, key = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.random.key(0)
-    step = generate._step.lower(model, token, cache, 7, 0, 0.0, key, dtype=jnp.dtype(memory.DTYPE)).compile()
+def test_the_whole_decode_step_takes_its_widest_layers_workspace_at_least_and_all_of_theirs_at_most(
+    model: DeepseekV3, found: DeviceMemory
+) -> None:
+    """XLA unpacks matrices of a single tile ahead, so that layers as small as these do not share theirs."""
+    cache = jax.eval_shape(lambda: model.empty_cache(1, 4096, memory.DTYPE))
+    token, start = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    step = jax.jit(logits_behind, donate_argnames="cache").lower(model, token, cache, start).compile()
     analysis = step.memory_analysis()
     assert analysis is not None
-    taken = analysis.temp_size_in_bytes
-    assert taken == pytest.approx(dataclasses.replace(found, context=context).workspace, rel=0.3)
+    blocks = [memory._block_workspace(model, block, 4096, 1) for block in model.layers]
+    assert found.workspace <= analysis.temp_size_in_bytes <= sum(blocks) + memory._head_workspace(model, 1)
+
+
+def logits_behind(
+    model: DeepseekV3, tokens_BT: jax.Array, cache: list[LatentCache], start_B: jax.Array
+) -> tuple[jax.Array, list[LatentCache]]:
+    x_BTD, cache = model.extend(tokens_BT, cache, start_B, memory.DTYPE)
+    return model.logits(x_BTD), cache
 
 
 def test_several_sequences_have_a_cache_each(
@@ -81,13 +88,13 @@ def test_several_sequences_have_a_cache_each(
     monkeypatch.setattr(memory, "_temporary_bytes", lambda *_, **__: 0)  # what is compiled is another test's matter
     both = device_memory(model, 1000, 2)
     assert (both.weights, both.cache) == (found.weights, 2 * found.cache)
-    assert (both.context, both.batch, both.workspace_per_token) == (1000, 2, 0)
+    assert (both.context, both.batch) == (1000, 2)
     assert both.workspace == 2 * 4000 * 4, "the logits of both"
 
 
-@pytest.mark.parametrize(("memory_bytes", "longest"), [(1159, 7), (1160, 8), (1167, 8), (1107, 0), (1108, 1)])
+@pytest.mark.parametrize(("memory_bytes", "longest"), [(1155, 7), (1156, 8), (1162, 8), (1106, 0), (1107, 1)])
 def test_the_longest_context_at_its_edge(memory_bytes: int, longest: int) -> None:
-    """7.5 bytes a token behind 1100."""
+    """7 bytes a token behind 1100."""
     assert MADE_UP.longest_context(memory_bytes, limit=10**6) == longest
     fits = dataclasses.replace(MADE_UP, context=longest)
     assert fits.total <= memory_bytes or longest == 0
