@@ -101,6 +101,40 @@ CASES: dict[str, ModelCase] = {
     "mtp": ModelCase(BASE | {"num_nextn_predict_layers": 1}, seed=11),
 }
 
+# Decoding is compiled as a whole: one dense layer and one with experts are enough.
+SHALLOW = BASE | {"num_hidden_layers": 2}
+N_GROUP_1 = SHALLOW | {"n_group": 1, "topk_group": 1}
+N_GROUP_8 = SHALLOW | {"n_routed_experts": 24, "n_group": 8, "topk_group": 4}
+# Beyond YaRN's original length; keys and values are worth expanding for a long prompt, as they are in the real model.
+LONG = SHALLOW | {
+    "vocab_size": 53,
+    "kv_lora_rank": 128,
+    "rope_scaling": YARN | {"original_max_position_embeddings": 32},
+    "max_position_embeddings": 128,
+}
+LONG_MSCALE = LONG | {"rope_scaling": LONG["rope_scaling"] | {"mscale": 0.5, "mscale_all_dim": 1.5}}
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """A batch of random prompts of these lengths for a small model, and how many tokens each row gets after its own."""
+
+    model: ModelCase
+    prompts: tuple[int, ...]
+    steps: int
+
+
+DECODE_CASES: dict[str, DecodeCase] = {
+    "n_group_1": DecodeCase(ModelCase(N_GROUP_1, seed=12), prompts=(6, 6), steps=6),
+    "n_group_1_no_q_lora": DecodeCase(ModelCase(N_GROUP_1 | {"q_lora_rank": None}, seed=13), prompts=(6, 6), steps=6),
+    "n_group_4_mtp": DecodeCase(ModelCase(SHALLOW | {"num_nextn_predict_layers": 1}, seed=14), prompts=(6, 6), steps=6),
+    "n_group_4_no_q_lora": DecodeCase(ModelCase(SHALLOW | {"q_lora_rank": None}, seed=15), prompts=(6, 6), steps=6),
+    "n_group_8_padded": DecodeCase(ModelCase(N_GROUP_8, seed=16), prompts=(3, 8, 5), steps=4),
+    "n_group_8_no_q_lora": DecodeCase(ModelCase(N_GROUP_8 | {"q_lora_rank": None}, seed=17), prompts=(6, 6), steps=6),
+    "yarn": DecodeCase(ModelCase(LONG, seed=18), prompts=(92,), steps=8),
+    "yarn_mscale": DecodeCase(ModelCase(LONG_MSCALE, seed=19), prompts=(92,), steps=8),
+}
+
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face DeepSeek-V3 checkpoint, in the order in which they are drawn."""

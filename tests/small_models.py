@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from model_cases import BASE, Tensors, random_tensors
+from model_cases import BASE, Config, Tensors, random_tensors
 from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
@@ -33,6 +33,11 @@ def small_model(mtp: bool = True) -> DeepseekV3:
     """One dense layer, two with experts and an MTP block. Experts, o_proj and head are FP8 with ragged edges."""
     raw = RAW_CONFIG | {"num_nextn_predict_layers": int(mtp)}
     tensors = _with_fp8(random_tensors(raw, seed=1))
+    return model_of(raw, tensors)
+
+
+def model_of(raw: Config, tensors: Tensors) -> DeepseekV3:
+    """The model of a Hugging Face config and its checkpoint's tensors, FP8 ones in blocks of FP8_BLOCK."""
     config = config_from_hf(raw)
     return DeepseekV3(config, HuggingFaceLeaves(config, tensors.__getitem__, lambda: FP8_BLOCK))
 

@@ -18,18 +18,19 @@ and where the model has an MTP block, whose position t predicts token t + 2:
     mtp_experts, mtp_weights  (1, B, T-1, K)
 
 For the trained checkpoint TINY, `tiny.npz` holds the same in float32 for one row of text, without `seed` and `hidden`,
-with `logits` at `positions` only and `logsumexp` (B, T) everywhere.
+with `logits` at `positions` only and `logsumexp` (B, T) everywhere. `exported.npz` holds it in float32, without `seed`
+and `hidden`, for the compressed model that `python tests/exported_case.py EXPORTED` writes (JAX is needed for that, and
+not here), if `--exported EXPORTED` is given. `decode_*.npz` are described in `tools/golden/decode.py`.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -37,16 +38,14 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import nn
-from transformers import DeepseekV3ForCausalLM, modeling_rope_utils
+from transformers import DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from model_cases import CASES, Config, ModelCase, Tensors, write_hf_checkpoint
-
-Golden = dict[str, NDArray[Any]]
+from model_cases import CASES, DECODE_CASES, Config, ModelCase, Tensors, write_hf_checkpoint
+from tools.golden.decode import make_decode_case
+from tools.golden.hugging_face import Golden, RouterRecorder, check_float64, load_model, load_mtp, loaded_in_float64
 
 BATCH, TOKENS = 2, 24
 TINY_TOKENS = 128
@@ -70,78 +69,6 @@ class LeastRecentlyUsed:
         self.items[key] = value
         return value
 '''
-
-
-class RouterRecorder:
-    """Keeps what every router chose, in the order of the calls, while it is used as a context manager.
-
-    Hugging Face returns the chosen experts unsorted; here they are sorted by index.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.experts: list[NDArray[Any]] = []
-        self.weights: list[NDArray[Any]] = []
-        routers = [part for part in module.modules() if isinstance(part, modeling_deepseek_v3.DeepseekV3TopkRouter)]
-        self._hooks = [router.register_forward_hook(self._record) for router in routers]
-
-    def _record(self, router: nn.Module, inputs: tuple[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> None:
-        batch, tokens, _ = inputs[0].shape
-        _, weights, experts = outputs
-        experts, order = experts.sort(dim=-1)
-        self.experts.append(experts.reshape(batch, tokens, -1).numpy().astype(np.uint8))
-        self.weights.append(weights.gather(-1, order).reshape(batch, tokens, -1).numpy())
-
-    def __enter__(self) -> "RouterRecorder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def arrays(self, prefix: str = "") -> Golden:
-        return {f"{prefix}experts": np.stack(self.experts), f"{prefix}weights": np.stack(self.weights)}
-
-
-class _Float64Torch:
-    """The torch module, except that `torch.float32` and `torch.float` mean float64."""
-
-    float32 = float = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@contextmanager
-def float32_means_float64() -> Iterator[None]:
-    """Let Hugging Face's own code run in float64 throughout.
-
-    Its norms, softmax, router and RoPE cast to float32 whatever the model's type, which would leave an error of 1e-7
-    where the tests ask for 1e-9.
-    """
-    with ExitStack() as stack:
-        for module in (modeling_deepseek_v3, modeling_rope_utils):
-            stack.enter_context(patch.object(module, "torch", _Float64Torch()))
-        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
-        yield
-
-
-def load_model(folder: Path, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
-    """Load a checkpoint with eager attention and experts.
-
-    Raises RuntimeError if a tensor is missing, has another shape, or is left over and not of the MTP block.
-    """
-    model, info = DeepseekV3ForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
-    )
-    unused = {name for name in info["unexpected_keys"] if not name.startswith(mtp_prefix(model))}
-    if info["missing_keys"] or info["mismatched_keys"] or unused:
-        raise RuntimeError(f"transformers did not load all of {folder}: {info}")
-    return model.eval()
-
-
-def mtp_prefix(model: DeepseekV3ForCausalLM) -> str:
-    """What the names of the (first) MTP block's tensors start with."""
-    return f"model.layers.{model.config.num_hidden_layers}."
 
 
 def run(model: DeepseekV3ForCausalLM, tokens: torch.Tensor) -> tuple[Golden, torch.Tensor]:
@@ -173,9 +100,7 @@ def run_mtp(model: DeepseekV3ForCausalLM, tokens: torch.Tensor, last: torch.Tens
     `deepseek_nextn.py` reads). The RoPE position is t + 1 in transformers and t in vLLM: the same, as RoPE is relative.
     vLLM also zeroes the embedding at position 0; transformers and SGLang do not, and neither do we.
     """
-    # transformers knows the MTP layer of the 61-layer model only.
-    model._keys_to_ignore_on_load_unexpected = [mtp_prefix(model).replace(".", r"\.")]
-    mtp = MtpModel.from_pretrained(model).eval()
+    mtp = load_mtp(model)
     positions = torch.arange(1, tokens.shape[1])[None]
     cache = MtpCache(config=model.config.get_mtp_config())
     with RouterRecorder(mtp) as router:
@@ -186,14 +111,11 @@ def run_mtp(model: DeepseekV3ForCausalLM, tokens: torch.Tensor, last: torch.Tens
 def make_case(case: ModelCase) -> Golden:
     """The arrays of one small random model, in float64."""
     tokens = torch.tensor(np.random.RandomState(case.seed).randint(case.config["vocab_size"], size=(BATCH, TOKENS)))
-    with tempfile.TemporaryDirectory() as folder, float32_means_float64():
-        write_hf_checkpoint(Path(folder), case.config, case.tensors())
-        model = load_model(Path(folder), torch.float64)
+    with loaded_in_float64(case) as model:
         golden, last = run(model, tokens)
         if case.config["num_nextn_predict_layers"]:
             golden |= run_mtp(model, tokens, last)
-    if any(array.dtype == np.float32 for array in golden.values()):
-        raise RuntimeError("a float32 array in a float64 run")
+    check_float64(golden)
     return {"config": np.array(json.dumps(case.config)), "seed": np.array(case.seed), **golden}
 
 
@@ -217,6 +139,15 @@ def make_tiny(checkpoint: Path) -> Golden:
         "logits": logits[:, TINY_POSITIONS],
         "logsumexp": torch.logsumexp(torch.tensor(logits), dim=-1).numpy(),
     }
+
+
+def make_exported(folder: Path) -> Golden:
+    """The arrays of a model that moejax compressed and exported, in float32."""
+    config = json.loads((folder / "config.json").read_text())
+    tokens = torch.tensor(np.random.RandomState(70).randint(config["vocab_size"], size=(BATCH, TOKENS)))
+    golden, _ = run(load_model(folder, torch.float32), tokens)
+    del golden["hidden"]
+    return {"config": np.array(json.dumps(config)), **golden}
 
 
 def dequantize(checkpoint: Path) -> Tensors:
@@ -246,14 +177,19 @@ def summary(golden: Golden) -> str:
     counts = [np.bincount(layer.ravel(), minlength=config["n_routed_experts"]) for layer in golden["experts"]]
     used = ", ".join(f"{np.count_nonzero(count)}/{len(count)}" for count in counts)
     share = np.max(counts) / counts[0].sum()
-    return f"logits std {golden['logits'].std():.2f}, experts used {used}, largest share {share:.2f}"
+    return f"logits std {np.nanstd(golden['logits']):.2f}, experts used {used}, largest share {share:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the golden files of the tests.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the tiny trained checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder of the .npz files")
-    parser.add_argument("--only", choices=[*CASES, "tiny"], help="write this case only")
+    makers: dict[str, Callable[[], Golden]] = {
+        **{name: partial(make_case, case) for name, case in CASES.items()},
+        **{f"decode_{name}": partial(make_decode_case, case) for name, case in DECODE_CASES.items()},
+    }
+    parser.add_argument("--exported", type=Path, help="folder that tests/exported_case.py wrote")
+    parser.add_argument("--only", nargs="+", choices=[*makers, "tiny", "exported"], help="write these only")
     arguments = parser.parse_args()
 
     transformers.logging.set_verbosity_error()
@@ -262,8 +198,11 @@ def main() -> None:
     # One thread, so that sums are added in the same order each time.
     torch.set_num_threads(1)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in [arguments.only] if arguments.only else [*CASES, "tiny"]:
-        golden = make_tiny(arguments.checkpoint) if name == "tiny" else make_case(CASES[name])
+    makers["tiny"] = partial(make_tiny, arguments.checkpoint)
+    if arguments.exported:
+        makers["exported"] = partial(make_exported, arguments.exported)
+    for name in arguments.only or makers:
+        golden = makers[name]()
         file = arguments.output / f"{name}.npz"
         np.savez_compressed(file, allow_pickle=False, **golden)
         print(f"{file}: {file.stat().st_size} bytes, {summary(golden)}")

@@ -1,12 +1,13 @@
 import json
 import math
+from dataclasses import Field, fields
 from typing import Any
 
 import pytest
 
 from model_cases import BASE, YARN
 from moejax.errors import InputError
-from moejax.model import Yarn, config_from_hf
+from moejax.model import Config, Yarn, config_from_hf
 from moejax.resources import config_path
 
 
@@ -110,6 +111,73 @@ def test_a_value_of_the_wrong_type_or_range_is_refused(name: str, value: object,
 )
 def test_a_wrong_value_in_yarn_is_refused(name: str, value: object) -> None:
     assert f"rope_scaling: {name} is {value!r}; it must be a positive" in refusal(yarn(**{name: value}))
+
+
+NUMBERS = [field for field in fields(Config) if field.type in (int, int | None, float)]
+SHOWN_LENGTH = 250
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: str(field.name))
+@pytest.mark.parametrize("value", [10**9, 10**12, 10**400], ids=["9", "12", "400"])
+def test_a_number_beyond_all_models_is_refused_at_once(field: Field[Any], value: int) -> None:
+    """Nothing is made of such a size, and nothing counts to it: one would never end, and the other did not fit."""
+    if value == 10**9 and field.name == "rope_theta":
+        assert config_from_hf(BASE | {field.name: value}).rope_theta == value
+        return
+    message = refusal(BASE | {field.name: value})
+    assert f"{field.name} is 1000000" in message and len(message) < SHOWN_LENGTH
+
+
+@pytest.mark.parametrize(
+    "name", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"]
+)
+@pytest.mark.parametrize("value", [10**12, 10**400, 1e308, math.inf, math.nan], ids=str)
+def test_a_number_of_yarn_beyond_all_models_is_refused(name: str, value: float) -> None:
+    message = refusal(yarn(**{name: value}))
+    assert f"rope_scaling: {name} is " in message and len(message) < SHOWN_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000; up to 131,072 is accepted"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; 1.001 to 10,000,000,000 is accepted"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps is 1e-300; 1e-20 to 1 is accepted"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor is 0.5; 1 to 10,000 is accepted"),
+        ({"rope_scaling": YARN | {"beta_slow": 1e-320}}, "beta_slow is 1e-320; 0.001 to 10,000 is accepted"),
+    ],
+    ids=str,
+)
+def test_the_accepted_range_is_named(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(BASE | changes)
+
+
+def test_the_largest_accepted_numbers_leave_ten_times_the_room_that_published_models_need() -> None:
+    for name in ("deepseek_v3", "kimi_k2", "moonlight_16b_a3b"):
+        raw = json.loads(config_path("models", name).read_text())
+        for field in NUMBERS:
+            if field.name not in ("rms_norm_eps", "routed_scaling_factor") and raw.get(field.name):
+                config_from_hf(raw | _scaled(raw, field.name))
+
+
+def _scaled(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """Ten times the field, and of those that limit it or are limited by it."""
+    related = {"first_k_dense_replace": ["num_hidden_layers"], "n_group": ["n_routed_experts"]}
+    related |= {"topk_group": ["n_group", "n_routed_experts"], "num_experts_per_tok": ["n_routed_experts"]}
+    return {own: 10 * raw[own] for own in (name, *related.get(name, []))}
+
+
+JUNK = ["x" * 10**6, {"a": ["b"] * 10**5}, ["c"] * 10**5, 10**400, {"a": {"b": {"c": {"d": {"e": 1}}}}}, "a\nb"]
+# What does not say what the model computes, and what may be an object of anything.
+IGNORED = ("architectures", "torch_dtype", "num_key_value_heads", "bos_token_id", "eos_token_id", "rope_scaling")
+
+
+@pytest.mark.parametrize("value", JUNK, ids=["text", "object", "list", "integer", "nested", "two lines"])
+def test_whatever_stands_in_a_field_the_message_is_short(value: object) -> None:
+    for name in BASE.keys() - set(IGNORED):
+        assert len(refusal(BASE | {name: value})) < SHOWN_LENGTH
+    for name in (*YARN, "rope_type", "truncate"):
+        assert len(refusal(yarn(**{name: value}))) < SHOWN_LENGTH
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])

@@ -4,7 +4,6 @@ Top-K is discontinuous, so identity is a matter of float64; in float32 the origi
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from golden_files import Golden, as_choice, load_golden, relative_error
 from model_cases import CASES
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
@@ -20,8 +20,6 @@ from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
 from moejax.model.rope import Rotation
 from quick_jit import quick_jit
-
-Golden = dict[str, NDArray[Any]]
 
 draft_logits = quick_jit(DeepseekV3.draft_logits)
 head_logits = quick_jit(DeepseekV3.logits)
@@ -63,26 +61,12 @@ def run(model: DeepseekV3, golden: Golden, dtype: jax.typing.DTypeLike, replay: 
     return Run(np.stack(hidden), np.asarray(head_logits(model, x_BTD)), experts, weights)
 
 
-def as_choice(experts_BTK: NDArray[Any]) -> jax.Array:
-    return jnp.asarray(experts_BTK.reshape(-1, experts_BTK.shape[-1]), jnp.int32)
-
-
 def sorted_routing(routing: Routing, shape: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Experts in ascending order and their weights, both (B, T, K)."""
     experts_TK, weights_TK = map(np.asarray, routing)
     order_TK = np.argsort(experts_TK, axis=-1)
     experts, weights = (np.take_along_axis(array, order_TK, axis=-1) for array in (experts_TK, weights_TK))
     return experts.reshape(shape), weights.reshape(shape)
-
-
-def load_golden(name: str) -> Golden:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as arrays:
-        return dict(arrays)
-
-
-def relative_error(actual: NDArray[Any], golden: NDArray[Any]) -> float:
-    """The largest error in units of the golden values' standard deviation."""
-    return float(np.max(np.abs(actual.astype(np.float64) - golden)) / np.std(golden))
 
 
 @pytest.mark.usefixtures("x64")
