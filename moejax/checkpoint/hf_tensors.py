@@ -1,86 +1,111 @@
 """A model's weights as the tensors of a Hugging Face checkpoint: the inverse of `HuggingFaceLeaves`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.hf_leaves import derived_leaf
-from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, hf_name
+from moejax.checkpoint.hf_names import DERIVED, MTP_COPIES, SCALE, hf_name
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf, PackedTensor, format_name
-from moejax.model import DeepseekV3, Layout, named_leaves
-from moejax.model.leaves import Weight
+from moejax.model import Config, Layout
+from moejax.model.leaves import Leaves
 
 Array = jax.Array | np.ndarray
 Block = tuple[int, int]
+# What a matrix becomes before it is written, by its leaf's name; of experts, one at a time.
+Convert = Callable[[str, Leaf], Leaf]
 
-# Jitted for its cache: layers of equal shape are traced once.
-_unstack = jax.jit(jnp.unstack)
+
+def as_it_is(_: str, leaf: Leaf) -> Leaf:
+    """The leaf."""
+    return leaf
 
 
-def hf_tensors(model: DeepseekV3) -> Iterator[tuple[str, Array]]:
-    """Every tensor by its name, such that HuggingFaceLeaves(model.config, tensors)(name) is the model's leaf `name`.
+def hf_tensors(
+    config: Config, leaf: Leaves, block: Block | None, convert: Convert = as_it_is
+) -> Iterator[tuple[str, Array]]:
+    """Every tensor by its name, such that HuggingFaceLeaves(config, tensors, block)(name) is convert(name, leaf(name)).
 
-    Lazy, one tensor after the other, and a concrete model's experts are not copied. Works under `jax.eval_shape` too;
-    values of slot tables, derived leaves and scales are then not checked. A block's K is not among the tensors.
+    Leaves that follow from the config (groups, routing scales) are not asked for; `block` is the size of FP8 blocks
+    that the config names. Lazy, one leaf and one expert after the other, and concrete experts are not copied. Under
+    `jax.eval_shape` too, where an expert's place in its bucket is not known: each stands for all, as their shapes are
+    equal; scales that would have to be equal are then not checked.
 
     Raises InputError, once it is a weight's turn, for what no such checkpoint can hold: integer formats, experts of
-    several formats or out of order, another number of experts than the config's, routing that the config does not
-    imply, FP8 blocks of several sizes.
+    several formats, another shape than the config's, FP8 blocks of another size.
     """
-    config, leaves = model.config, named_leaves(model)
-    block = _common_block(leaves)
     for name, shape in Layout(config).shapes().items():
-        tensor, leaf = hf_name(name, config), leaves[name]
-        if leaf.shape != shape:
-            raise InputError(f"{name} has shape {leaf.shape}; a checkpoint of the model's config has {shape} there")
-        if tensor is None:
-            _require_equal(name, leaf, derived_leaf(name, config), "its config implies another value")
-        elif isinstance(leaf, ExpertWeights):
-            for e, expert in enumerate(_experts(name, leaf)):
-                yield from _tensors(name, tensor.format(e), expert)
+        tensor = hf_name(name, config)
+        if tensor is None or name.endswith((*DERIVED, "k_b")):
+            continue
+        own = leaf(name)
+        if own.shape != shape:
+            raise InputError(f"{name} has shape {own.shape}; a checkpoint of the model's config has {shape} there")
+        if isinstance(own, ExpertWeights):
+            for e, expert in enumerate(_experts(name, own, convert)):
+                yield from _tensors(name, tensor.format(e), expert, block)
         elif name.endswith("v_b"):
-            yield from _tensors(name, tensor, _join_kv_b(name, leaves[f"{name.removesuffix('v_b')}k_b"], leaf, block))
-        elif not name.endswith("k_b"):
-            yield from _tensors(name, tensor, leaf)
+            k_name = f"{name.removesuffix('v_b')}k_b"
+            joined = _join_kv_b(name, convert(k_name, leaf(k_name)), convert(name, own), block)
+            yield from _tensors(name, tensor, joined, block)
+        else:
+            yield from _tensors(name, tensor, convert(name, own), block)
     for layer in range(config.num_hidden_layers, config.num_blocks):
         for copy, original in MTP_COPIES.items():
-            yield from _tensors(original, f"model.layers.{layer}.{copy}", leaves[original])
+            own = convert(original, leaf(original))
+            yield from _tensors(original, f"model.layers.{layer}.{copy}", own, block)
 
 
-def _tensors(name: str, tensor: str, leaf: Leaf) -> Iterator[tuple[str, Array]]:
-    if isinstance(leaf, Fp8Blocks):
-        yield tensor, leaf.values
-        yield tensor + SCALE, leaf.scale_inv
-    else:
+def _tensors(name: str, tensor: str, leaf: Leaf, block: Block | None) -> Iterator[tuple[str, Array]]:
+    if not isinstance(leaf, Fp8Blocks):
         yield tensor, _dense(name, leaf)
+        return
+    if leaf.block != block:
+        accepted = f"names blocks of {block[0]} x {block[1]}" if block else "names no FP8 blocks"
+        raise InputError(f"{name} is {leaf.format_name}; its config {accepted}")
+    yield tensor, leaf.values
+    yield tensor + SCALE, leaf.scale_inv
 
 
 def _dense(name: str, leaf: Leaf) -> jax.Array:
     if isinstance(leaf, PackedTensor):
-        raise InputError(f"{name} is {format_name(leaf)}; a Hugging Face checkpoint holds dense weights and FP8 blocks")
+        raise InputError(
+            f"{name} is {format_name(leaf)}; a Hugging Face checkpoint holds dense weights and FP8 blocks, "
+            "which --dequantize bfloat16 makes of it"
+        )
     return leaf
 
 
-def _experts(name: str, experts: ExpertWeights) -> Iterator[Leaf]:
-    """Every expert's matrix in order: views of a concrete bucket."""
-    if len(experts.buckets) > 1:
-        formats = ", ".join(format_name(bucket) for bucket in experts.buckets)
-        raise InputError(f"{name} has experts in {formats}; a Hugging Face checkpoint holds them in one format")
-    _require_equal(name, experts.index_E, np.arange(experts.num_experts), "its experts are out of order")
-    arrays, structure = jax.tree.flatten(experts.buckets[0])
-    for expert in zip(*(_unstack(a) if _is_traced(a) else np.asarray(a) for a in arrays), strict=True):
-        yield jax.tree.unflatten(structure, expert)
+def _experts(name: str, experts: ExpertWeights, convert: Convert) -> Iterator[Leaf]:
+    """Every expert's matrix in order, made of a view of its bucket where that is concrete."""
+    buckets = [jax.tree.map(_viewed, bucket) for bucket in experts.buckets]
+
+    def one(bucket: int, index: int) -> Leaf:
+        return convert(name, jax.tree.map(lambda a: a[index], buckets[bucket]))
+
+    firsts = [one(bucket, 0) for bucket in range(len(buckets))]
+    if len({format_name(first) for first in firsts}) > 1:
+        formats = ", ".join(map(format_name, firsts))
+        raise InputError(
+            f"{name} has experts in {formats}; a Hugging Face checkpoint holds them in one format, "
+            "which --dequantize bfloat16 makes of them"
+        )
+    if _is_traced(experts.bucket_E):
+        yield from repeat(firsts[0], experts.num_experts)
+        return
+    for bucket, index in zip(np.asarray(experts.bucket_E), np.asarray(experts.index_E), strict=True):
+        yield one(bucket, index)
 
 
-def _join_kv_b(name: str, k_b: Leaf, v_b: Leaf, common: Block | None) -> Leaf:
+def _join_kv_b(name: str, k_b: Leaf, v_b: Leaf, block: Block | None) -> Leaf:
     """kv_b_proj (H*(N+V), L) of k_b (H, N, L) and v_b (H, V, L)."""
     if format_name(k_b) != format_name(v_b):
         raise InputError(f"{name} is {format_name(v_b)} and its k_b {format_name(k_b)}; kv_b_proj needs one format")
     if isinstance(k_b, Fp8Blocks) and isinstance(v_b, Fp8Blocks):
-        return _join_fp8_kv_b(name, k_b, v_b, common or k_b.block)
+        return v_b if block is None else _join_fp8_kv_b(name, k_b, v_b, block)
     return _join_heads(_dense(name, k_b), _dense(name, v_b))
 
 
@@ -92,7 +117,8 @@ def _join_fp8_kv_b(name: str, k_b: Fp8Blocks, v_b: Fp8Blocks, block: Block) -> F
     finer = _join_heads(k_b.scale_inv, v_b.scale_inv)
     scale_inv = finer[:: block[0] // rows]
     repeated = jnp.repeat(scale_inv, block[0] // rows, axis=0)[: finer.shape[0]]
-    _require_equal(name, finer, repeated, f"a block of {block[0]} rows has one scale")
+    if not _is_traced(finer) and not np.array_equal(finer, repeated):
+        raise InputError(f"{name} cannot be written as Hugging Face tensors: a block of {block[0]} rows has one scale")
     return Fp8Blocks(_join_heads(k_b.values, v_b.values), scale_inv, block)
 
 
@@ -100,23 +126,8 @@ def _join_heads(k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.concatenate([k, v], axis=1).reshape(-1, k.shape[-1])
 
 
-def _common_block(leaves: Mapping[str, Weight]) -> Block | None:
-    """The one size of FP8 blocks that a config can name; kv_b's, split finer, apart."""
-    common: Block | None = None
-    for name, leaf in leaves.items():
-        part = leaf.buckets[0] if isinstance(leaf, ExpertWeights) else leaf
-        if not isinstance(part, Fp8Blocks) or name.endswith(("k_b", "v_b")):
-            continue
-        if common is not None and part.block != common:
-            raise InputError(f"{name} is {part.format_name}; others have blocks of {common[0]} x {common[1]}")
-        common = part.block
-    return common
-
-
-def _require_equal(name: str, found: jax.Array, wanted: jax.Array | np.ndarray, why: str) -> None:
-    """Raise InputError where concrete values differ."""
-    if not _is_traced(found) and not np.array_equal(found, wanted):
-        raise InputError(f"{name} cannot be written as Hugging Face tensors: {why}")
+def _viewed(array: jax.Array) -> Array:
+    return array if _is_traced(array) else np.asarray(array)
 
 
 def _is_traced(array: jax.Array) -> bool:

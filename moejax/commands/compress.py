@@ -50,6 +50,7 @@ def run_compress(
     calibration: Path | None,
     calibration_chunks: int,
     text: Path | None,
+    drop_mtp: bool,
     json: Path | None,
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
@@ -60,15 +61,19 @@ def run_compress(
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
-    checkpoint, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "default")
+    whole, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "default")
+    checkpoint = job.drop_mtp(whole) if drop_mtp else whole
+    dropped = whole.config.num_blocks - checkpoint.config.num_blocks
     given = None if plan is None else from_json(read_toml(plan))
-    limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
+    limit = None if budget is None else parse_budget(budget, whole.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
-    bf16 = format_size(2 * checkpoint.num_elements)
+    bf16 = format_size(2 * whole.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
+    if dropped:
+        print(f"MTP blocks dropped: {dropped}")
     print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
-    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe if given is None else None)
+    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe if given is None else None, dropped)
     if given is not None:
         result = job.carry_out(
             checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar
@@ -76,7 +81,7 @@ def run_compress(
     else:
         prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, own_recipe, made, progress_bar)
         result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
-    _report(checkpoint, output, budget_bytes, result, texts.evaluation, cost_of_the_run(started), json)
+    _report(whole, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
 
 
 def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, budget: int | None) -> int:
@@ -106,6 +111,7 @@ def _report(
     budget: int,
     result: job.Result,
     text: Text,
+    dropped_mtp: int,
     cost: dict[str, Any],
     json: Path | None,
 ) -> None:
@@ -126,6 +132,7 @@ def _report(
     written = {
         **size,
         "budget_bytes": budget,
+        "dropped_mtp_blocks": dropped_mtp,
         **figures.evaluation_figures(result.evaluation, text),
         **figures.plan_figures(result.plan),
         **figures.search_figures(result.planned),

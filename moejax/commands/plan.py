@@ -21,6 +21,7 @@ def run_plan(
     context: int | None,
     batch: int,
     recipe: str,
+    drop_mtp: bool,
     output: Path | None,
     json: Path | None,
 ) -> None:
@@ -38,6 +39,7 @@ def run_plan(
         context=context,
         batch=batch,
         recipe=read_recipe(recipe),
+        drop_mtp=drop_mtp,
     )
     columns = ("layer", "experts kept", "of each group", "experts per token", "gate mass kept", "choices kept")
     if forecast.layers:

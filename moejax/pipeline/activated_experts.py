@@ -50,14 +50,17 @@ def candidates(recipe: Recipe, config: Config, kept: Sequence[int]) -> list[tupl
 def try_activated_experts(
     probe: Probe, compressed: DeepseekV3, plan: Plan, recipe: Recipe, progress: Progress
 ) -> list[ActivatedExperts]:
-    """The recipe's K', each without and with the least-squares routing scale; the best first."""
+    """The recipe's K', each without and, if it lets it, with the least-squares routing scale; the best first."""
     blocks = masked_blocks(probe, compressed, plan)
     experts = compressed.config.n_routed_experts
     kept = [experts if own.keep is None else len(own.keep) for own, _ in zip(plan.blocks, blocks, strict=False)]
     tried = []
     for per_layer in progress(candidates(recipe, compressed.config, kept), "trying experts per token"):
-        fitted = tuple(_fitted_scale(probe, i, *own) for i, own in enumerate(zip(blocks, per_layer, strict=True)))
-        for scales in dict.fromkeys([(1.0,) * len(blocks), fitted]):
+        scalings = [(1.0,) * len(blocks)]
+        if recipe.fit_routing_scale:
+            own_blocks = enumerate(zip(blocks, per_layer, strict=True))
+            scalings.append(tuple(_fitted_scale(probe, i, *own) for i, own in own_blocks))
+        for scales in dict.fromkeys(scalings):
             adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
             tried.append(ActivatedExperts(per_layer, scales, divergence_of(probe, compressed, adjusted)))
     return sorted(tried, key=lambda choice: choice.divergence)

@@ -1,7 +1,7 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.text import Text
-from moejax.model import DeepseekV3
+from moejax.model import DeepseekV3, config_from_hf
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     candidates,
@@ -26,7 +26,7 @@ from moejax.pipeline.joint_probes import measure_curves
 from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
 from moejax.pipeline.options import options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files, without_mtp
 from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
@@ -102,6 +102,12 @@ def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
     return checkpoint
 
 
+def drop_mtp(checkpoint: HuggingFaceCheckpoint) -> HuggingFaceCheckpoint:
+    """The checkpoint as if its MTP blocks were not there: no leaf, no plan and no config that follows has them."""
+    raw_config = without_mtp(checkpoint.raw_config)
+    return replace(checkpoint, raw_config=raw_config, config=config_from_hf(raw_config, str(checkpoint.path)))
+
+
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
     """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
     shapes alone decide."""
@@ -136,13 +142,18 @@ def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int 
     return size if budget is None else budget
 
 
-def provenance(calibration: Text, chunks: int, recipe: Recipe | None) -> dict[str, Any]:
-    """What a manifest says about how the checkpoint was made; without a recipe if the plan was given."""
-    made = {
+def provenance(calibration: Text, chunks: int, recipe: Recipe | None, dropped_mtp: int = 0) -> dict[str, Any]:
+    """What a manifest says about how the checkpoint was made; without a recipe if the plan was given, and of MTP blocks
+    only if some were dropped."""
+    made: dict[str, Any] = {
         "moejax": __version__,
         "calibration": {"source": calibration.source, "sha256": calibration.sha256, "chunks": chunks},
     }
-    return made if recipe is None else made | {"criterion": recipe.criterion}
+    if recipe is not None:
+        made["criterion"] = recipe.criterion
+    if dropped_mtp:
+        made["dropped_mtp_blocks"] = dropped_mtp
+    return made
 
 
 def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tuple[np.ndarray, np.ndarray]:

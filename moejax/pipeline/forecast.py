@@ -45,12 +45,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan and what it makes of the model. elements: numbers of the original checkpoint, two bytes each in BF16."""
+    """A plan and what it makes of the model. elements: numbers of the original checkpoint, two bytes each in BF16.
+    dropped_mtp: how many of its MTP blocks were left out."""
 
     plan: Plan
     config: Config
     budget: int
     elements: int
+    dropped_mtp: int
     before: Parameters
     after: Parameters
     kinds: tuple[KindSummary, ...]

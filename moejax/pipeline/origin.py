@@ -1,7 +1,7 @@
 """What is compressed: a model and its statistics, concrete or in shapes alone, and the exact bytes of what becomes of
 it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,11 @@ def abstract_origin(model: DeepseekV3, raw_config: dict[str, Any], copied: Seque
     """The same in shapes alone: sizes do not depend on what was calibrated on."""
     statistics = jax.eval_shape(lambda m: calibrate(m, np.zeros((1, 8), np.int32)), model)
     return Origin(model, statistics, raw_config, copied, {})
+
+
+def without_mtp(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The Hugging Face config of the same model without its MTP blocks."""
+    return {**raw_config, "num_nextn_predict_layers": 0}
 
 
 def copied_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from moejax.pipeline.activated_experts import candidates
 from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
 from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
 from moejax.pipeline.options import limited_counts, options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files, without_mtp
 from moejax.pipeline.recipe import Recipe
 from moejax.planning import Plan
 from moejax.planning.allocate import smallest_choice
@@ -51,6 +51,7 @@ def plan(
     context: int | None = None,
     batch: int = 1,
     recipe: Recipe | None = None,
+    drop_mtp: bool = False,
 ) -> Forecast:
     """Plan a model for a budget and say what it would cost.
 
@@ -63,10 +64,11 @@ def plan(
       memory: of the device, in bytes or as a text.
       context: tokens of every sequence that it decodes; without it 4096, or the model's limit. batch: sequences.
       recipe: what may be done; without it the default recipe.
+      drop_mtp: leave MTP blocks out; budgets such as "6x" are still of the original with them.
 
     Raises InputError for what cannot be read or met.
     """
-    asked = read_request(config, expert_scores, recipe or Recipe())
+    asked = read_request(config, expert_scores, recipe or Recipe(), drop_mtp)
     limit = parse_size(memory) if isinstance(memory, str) else memory
     size = parse_budget(budget, asked.elements) if isinstance(budget, str) else budget
     longest = asked.config.max_position_embeddings
@@ -79,12 +81,12 @@ def plan(
 class Request:
     """A model in shapes alone, with what is known of it, and the solver's problem; budgets can share it.
 
-    elements: numbers of the original checkpoint. unlimited: costs whatever number of experts is pruned. smallest: bytes
-    of the smallest plan.
+    original: with the MTP blocks that `shapes` may lack. unlimited: costs whatever number of experts is pruned.
+    smallest: bytes of the smallest plan.
     """
 
     shapes: "_Shapes"
-    elements: int
+    original: DeepseekV3
     recipe: Recipe
     scores: ExpertScores
     sensitivity: Sensitivity
@@ -95,6 +97,16 @@ class Request:
     @property
     def config(self) -> Config:
         return self.shapes.origin.model.config
+
+    @property
+    def elements(self) -> int:
+        """Numbers of the original checkpoint."""
+        return num_elements(self.original.config)
+
+    @property
+    def dropped_mtp(self) -> int:
+        """How many MTP blocks are left out."""
+        return self.original.config.num_blocks - self.config.num_blocks
 
 
 class _Shapes:
@@ -113,21 +125,28 @@ class _Shapes:
         return self.origin.bytes_of(plan, self.abstract(plan)).total
 
 
-def read_request(config: str | Path, expert_scores: Path | str | None, recipe: Recipe) -> Request:
+def read_request(
+    config: str | Path, expert_scores: Path | str | None, recipe: Recipe, drop_mtp: bool = False
+) -> Request:
     """Read what `plan` is given by name."""
     name = str(config)
     is_file = name.endswith(".json")
     file = Path(config) if is_file else config_path("models", name)
     raw_config = read_json_object(file)
-    origin = abstract_origin(
-        abstract_original(raw_config, str(file)), raw_config, copied_files(file.parent) if is_file else []
-    )
+    original = model = abstract_original(raw_config, str(file))
+    if drop_mtp:
+        raw_config = without_mtp(raw_config)
+        model = abstract_original(raw_config, str(file))
+    origin = abstract_origin(model, raw_config, copied_files(file.parent) if is_file else [])
     known = config_path("sensitivity", "deepseek_v3")
     sensitivity = sensitivity_from_json(read_json_object(known), str(known))
-    return request(origin, recipe, _read_scores(name, expert_scores, origin.model.config), sensitivity)
+    scores = _read_scores(name, expert_scores, origin.model.config)
+    return request(original, origin, recipe, scores, sensitivity)
 
 
-def request(origin: Origin, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity) -> Request:
+def request(
+    original: DeepseekV3, origin: Origin, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
+) -> Request:
     """The problem of a model in shapes alone. Raises InputError if the recipe does not suit it."""
     config = origin.model.config
     candidates(recipe, config, [config.n_routed_experts])
@@ -137,7 +156,7 @@ def request(origin: Origin, recipe: Recipe, scores: ExpertScores, sensitivity: S
     problem = Problem(costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config))
     smallest = problem.smallest()
     problem = replace(problem, overhead=smallest.bytes - choice_bytes(costs, smallest_choice(costs)))
-    return Request(shapes, num_elements(config), recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
+    return Request(shapes, original, recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
 
 
 def _per_token(recipe: Recipe, config: Config, kept: int) -> int:
@@ -159,7 +178,7 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
     """Solve for a budget and put the figures together."""
     problem = asked.problem
     origin = asked.shapes.origin
-    check_budget(asked.smallest, budget, payload_bytes(origin.model))
+    check_budget(asked.smallest, budget, payload_bytes(asked.original))
     fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
     compressed = asked.shapes.abstract(fitted.plan)
     leaves = named_leaves(compressed)
@@ -168,6 +187,7 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
         config=asked.config,
         budget=budget,
         elements=asked.elements,
+        dropped_mtp=asked.dropped_mtp,
         before=count_parameters(origin.model),
         after=count_parameters(compressed),
         kinds=tuple(summarize(leaves.items())),

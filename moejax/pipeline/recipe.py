@@ -26,6 +26,8 @@ class Recipe:
     which runtimes with equal groups need.
     share_kept: r, to keep ceil(r E) experts in every layer; None leaves the number to the solver, layer by layer.
     experts_per_token: "measured" tries several K'; "paper" takes round(r K) with the share r kept; or K' itself.
+    fit_routing_scale: whether routing scales that are fitted layer by layer are tried too; formats of other programs
+    may have no place for them.
     """
 
     formats: tuple[GroupFormat, ...] = _DEFAULT_FORMATS
@@ -36,6 +38,7 @@ class Recipe:
     groups: Groups = "ragged"
     share_kept: float | None = None
     experts_per_token: int | Literal["measured", "paper"] = "measured"
+    fit_routing_scale: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,4 +94,5 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = {
         lambda value: value in ("measured", "paper") or _is_integer(value),
         "'measured', 'paper' or a positive integer",
     ),
+    "fit_routing_scale": (lambda value: isinstance(value, bool), "true or false"),
 }

@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,12 +31,6 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:
     """The figures of one evaluation; those that need an original are absent without one."""
     figures = {name: value for name, value in asdict(evaluation).items() if value is not None}
@@ -48,6 +40,8 @@ def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:
 def evaluation_rows(evaluation: Evaluation, predicted: float | None = None) -> Rows:
     """Perplexity, and the divergence from the original if there is one, beside what was predicted if anything was."""
     rows = [("tokens scored", str(evaluation.tokens)), ("perplexity", f"{evaluation.ppl:.4f}")]
+    if evaluation.mtp_ppl is not None:
+        rows += [("perplexity of the token after the next", f"{evaluation.mtp_ppl:.4f}")]
     if evaluation.base_ppl is not None:
         rows += [
             ("perplexity of the original", f"{evaluation.base_ppl:.4f}"),

@@ -23,6 +23,8 @@ def _parameter_rows(forecast: Forecast) -> Rows:
     rows = [("parameters", f"{_billions(before.total)} -> {_billions(after.total)}")]
     if has_mtp:
         rows.append(("parameters with MTP", f"{_billions(before.with_mtp)} -> {_billions(after.with_mtp)}"))
+    if forecast.dropped_mtp:
+        rows.append(("MTP blocks dropped", str(forecast.dropped_mtp)))
     rows.append(("active per token", f"{_billions(before.active)} -> {_billions(after.active)}"))
     layers = _decoder_layers(forecast)
     if layers:
@@ -150,6 +152,7 @@ def forecast_figures(forecast: Forecast) -> dict[str, Any]:
             "manifest": forecast.bytes.manifest,
             "tokenizer": forecast.bytes.copied,
         },
+        "dropped_mtp_blocks": forecast.dropped_mtp,
         "parameters": {"before": _counts(forecast.before), "after": _counts(forecast.after)},
         "layers": [
             {

@@ -8,6 +8,7 @@ import pytest
 
 from fp8_checkpoint import BF16, BIAS, CONFIG, EXPERT, FP8, KV_A, NORM, SCALE, as_fp8, fp8_config
 from model_cases import Config, Tensors, random_tensors, write_hf_checkpoint
+from moejax.checkpoint import hf_leaves
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.formats import ExpertWeights, Fp8Blocks, dense, describe
 from moejax.model import Layout
@@ -119,3 +120,21 @@ def test_the_largest_fp8_values_are_finite(tmp_path: Path, tensors: Tensors) -> 
     stored[KV_A][0, :2] = [448, -448]
     kv_a = write(tmp_path, fp8_config(CONFIG, [128, 128]), stored).leaf("layers.0.self_attn.kv_a")
     np.testing.assert_array_equal(kv_a.values[0, :2].astype(np.float32), [448, -448])
+
+
+@pytest.mark.parametrize("is_fp8", [True, False])
+def test_experts_are_read_into_memory_that_jax_takes_without_a_copy(
+    tmp_path: Path, tensors: Tensors, is_fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, _ = as_fp8(tensors, [128, 128])
+    checkpoint = write(tmp_path, fp8_config(CONFIG, [128, 128]) if is_fp8 else CONFIG, stored if is_fp8 else tensors)
+    given: list[np.ndarray[Any, Any]] = []
+    aligned = hf_leaves._aligned
+
+    def noted(*arguments: Any) -> np.ndarray[Any, Any]:
+        given.append(aligned(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(hf_leaves, "_aligned", noted)
+    arrays = jax.tree.leaves(checkpoint.leaf("layers.1.mlp.experts.up").buckets)
+    assert [array.unsafe_buffer_pointer() for array in arrays] == [memory.ctypes.data for memory in given]

@@ -4,11 +4,17 @@ import pytest
 
 from moejax.errors import InputError
 from moejax.model import config_from_hf
-from moejax.pipeline.activated_experts import ActivatedExperts, candidates, with_activated_experts
+from moejax.pipeline.activated_experts import (
+    ActivatedExperts,
+    candidates,
+    try_activated_experts,
+    with_activated_experts,
+)
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import divergence_of, masked_blocks
 from moejax.planning import BlockPlan, Plan
+from moejax.progress import silent
 from moejax.transforms.compress import compress
 from moejax.transforms.experts_per_token import paper_rule
 from small_checkpoint import CONFIG as RAW_CONFIG
@@ -32,6 +38,13 @@ def test_the_best_comes_first_and_fitted_scales_make_up_for_fewer_experts(job: J
     scales = {choice.experts_per_token: choice.routing_scales[1:] for choice in activated if choice.is_scaled}
     # A token's weights sum to the same for any K, and the outputs of fewer experts cancel less.
     assert all(fewer < full for fewer, full in zip(scales[2, 2, 2], scales[3, 3, 3], strict=True))
+
+
+def test_a_recipe_may_do_without_fitted_scales(prepared: Prepared, job: Job) -> None:
+    recipe, plan = Recipe(experts_per_token=2, fit_routing_scale=False), job.planned.candidates[0].plan
+    compressed = compress(prepared.model, plan, prepared.trial.statistics)
+    (choice,) = try_activated_experts(prepared.trial.probe, compressed, plan, recipe, silent)
+    assert choice.experts_per_token == (2, 2, 2) and not choice.is_scaled
 
 
 @pytest.mark.parametrize("n", [0, -1])

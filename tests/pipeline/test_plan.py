@@ -169,6 +169,16 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused(config_file: Path) -> 
         read_request(config_file, None, Recipe(share_kept=0.25))
 
 
+def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:
+    """The model has one block less; what it is measured against keeps it."""
+    whole, without = (read_request(config_file, None, Recipe(), drop_mtp=drop) for drop in (False, True))
+    assert (whole.dropped_mtp, without.dropped_mtp) == (0, 1)
+    assert whole.elements == without.elements and whole.smallest > without.smallest
+    smallest = without.problem.smallest().plan
+    assert len(smallest.blocks) == without.config.num_hidden_layers == without.config.num_blocks
+    assert without.shapes.origin.raw_config["num_nextn_predict_layers"] == 0
+
+
 def test_tokenizer_files_beside_a_config_are_counted(config_file: Path, small: Path) -> None:
     alone = read_request(config_file, None, Recipe()).smallest
     beside = read_request(small / "config.json", None, Recipe()).smallest

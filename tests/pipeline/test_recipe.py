@@ -36,8 +36,9 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
     file.write_text(
         'formats = ["int4g64"]\nmin_bits_outer = 8\nmin_bits_block = 1\ncriterion = "msan"\n'
         'protect_super_experts = false\ngroups = "equal"\nshare_kept = 1\nexperts_per_token = 6\n'
+        "fit_routing_scale = false\n"
     )
-    assert read_recipe(str(file)) == Recipe((IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6)
+    assert read_recipe(str(file)) == Recipe((IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6, False)
 
 
 BAD: list[tuple[str, Any, str]] = [
@@ -64,6 +65,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("experts_per_token", 2.0, "'measured', 'paper' or a positive integer"),
     ("experts_per_token", True, "'measured', 'paper' or a positive integer"),
     ("experts_per_token", "fewer", "'measured', 'paper' or a positive integer"),
+    ("fit_routing_scale", 0, "true or false is accepted"),
 ]
 
 

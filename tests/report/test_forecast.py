@@ -38,6 +38,13 @@ def test_rows_of_parameters(forecast: Forecast, rows: dict[str, str]) -> None:
     assert rows["original choices that survive"] == f"{3 * survive:.2f} of 3 ({100 * survive:.1f} %)"
 
 
+def test_dropped_mtp_blocks_are_named(forecast: Forecast, rows: dict[str, str]) -> None:
+    assert "MTP blocks dropped" not in rows and forecast_figures(forecast)["dropped_mtp_blocks"] == 0
+    dropped = replace(forecast, dropped_mtp=1)
+    assert dict(forecast_rows(dropped))["MTP blocks dropped"] == "1"
+    assert forecast_figures(dropped)["dropped_mtp_blocks"] == 1
+
+
 def test_rows_of_bytes_add_up(forecast: Forecast, rows: dict[str, str]) -> None:
     names = ("weights", "scales", "padding of words", "descriptions of arrays", "manifest", "tokenizer files")
     parts = [int(rows[f"  {name}"].removesuffix(" bytes")) for name in names]
