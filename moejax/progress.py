@@ -1,6 +1,7 @@
 """How long jobs tell what they are at, in a place every folder may import."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 Step = TypeVar("Step")
@@ -15,3 +16,16 @@ class Progress(Protocol):
 def silent(steps: Iterable[Step], _: str, /) -> Iterable[Step]:
     """The steps, and not a word."""
     return steps
+
+
+@contextmanager
+def counted(progress: Progress, steps: int, description: str) -> Iterator[Callable[[], None]]:
+    """For a job whose steps are not one loop's: a function to call before each of them."""
+    told = iter(progress(range(steps), description))
+
+    def begin() -> None:
+        next(told, None)
+
+    yield begin
+    for _ in told:
+        pass

@@ -1,8 +1,9 @@
 """The model's leaves from Hugging Face tensors: FP8 kept as it is, kv_b split, experts put side by side."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from moejax.checkpoint.hf_names import DERIVED, SCALE, hf_name
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf
 from moejax.model.config import Config
 from moejax.model.leaves import Weight
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,23 @@ class HuggingFaceLeaves:
         return Fp8Blocks(values, jnp.asarray(self.read(tensor + SCALE)), self.block())
 
     def _experts(self, tensor: str) -> ExpertWeights:
-        leaves = [self._leaf(tensor.format(e)) for e in range(self.config.n_routed_experts)]
-        bucket = jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)
-        slots = jnp.arange(len(leaves), dtype=jnp.int32)
+        names = [tensor.format(e) for e in range(self.config.n_routed_experts)]
+        values = self._stacked(names)
+        bucket: Leaf = values
+        if values.dtype == jnp.float8_e4m3fn:
+            bucket = Fp8Blocks(values, self._stacked([name + SCALE for name in names]), self.block())
+        slots = jnp.arange(len(names), dtype=jnp.int32)
         return ExpertWeights((bucket,), jnp.zeros_like(slots), slots)
+
+    def _stacked(self, tensors: Sequence[str]) -> jax.Array:
+        """Equal tensors as one array (E, ...), with no more than one of them in memory beside it."""
+        first = self.read(tensors[0])
+        if isinstance(first, jax.Array):
+            return jnp.stack([self.read(tensor) for tensor in tensors])
+        stacked = _aligned((len(tensors), *first.shape), first.dtype)
+        for e, tensor in enumerate(tensors):
+            stacked[e] = self.read(tensor)
+        return jax.device_put(stacked)
 
     def _split_kv_b(self, tensor: str, is_key: bool) -> Leaf:
         """k_b (H, N, L) or v_b (H, V, L) of kv_b_proj (H*(N+V), L), FP8 scales following their rows exactly."""
@@ -75,3 +91,11 @@ def derived_leaf(name: str, config: Config) -> jax.Array:
 def kv_b_block(block: tuple[int, int], config: Config) -> tuple[int, int]:
     """The FP8 blocks of k_b and v_b, where kv_b_proj's are `block`: the most rows that no border lies within."""
     return math.gcd(block[0], config.qk_nope_head_dim, config.v_head_dim), block[1]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array to be filled and given away: begun where JAX on a CPU wants it, or it would copy it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

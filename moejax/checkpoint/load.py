@@ -47,3 +47,8 @@ def open_checkpoint(name: str | Path | None = None) -> Checkpoint:
 def load_model(checkpoint: Checkpoint) -> DeepseekV3:
     """The whole model, its weights in the checkpoint's own formats."""
     return DeepseekV3(checkpoint.config, checkpoint.leaf, checkpoint.experts_per_token)
+
+
+def abstract_model(checkpoint: Checkpoint) -> DeepseekV3:
+    """`load_model` in shapes alone; no weight is read."""
+    return DeepseekV3(checkpoint.config, dict(checkpoint.abstract_leaves()).__getitem__, checkpoint.experts_per_token)

@@ -10,8 +10,9 @@ from moejax.checkpoint.tokenizer import Tokenizer
 from moejax.checkpoint.toml_file import read_toml
 from moejax.errors import InputError
 from moejax.evaluate.text import Text, chunks, default_evaluation_text, read_text
+from moejax.machine import available_memory, peak_memory
 from moejax.pipeline.recipe import Recipe, recipe_from_toml
-from moejax.report import figures
+from moejax.planning.size import parse_size
 from moejax.resources import config_path
 
 # Enough of the default text for stable figures in a minute on two cores.
@@ -37,6 +38,11 @@ def read_recipe(name: str) -> Recipe:
     return recipe_from_toml(read_toml(file), str(file))
 
 
+def memory_limit(text: str | None) -> int:
+    """The bytes that this process may hold at most: a size, or what the machine has available."""
+    return available_memory() if text is None else parse_size(text)
+
+
 def cost_of_the_run(started: float) -> dict[str, Any]:
     """Seconds since `started` and the peak memory of the process."""
-    return {"seconds": time.monotonic() - started, "peak_memory_bytes": figures.peak_memory_bytes()}
+    return {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}

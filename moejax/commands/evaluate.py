@@ -1,36 +1,148 @@
 """`moejax evaluate`."""
 
+import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
+
 from moejax.checkpoint.hf_names import num_elements
-from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
+from moejax.checkpoint.predictions import Origin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.store import folder_bytes
+from moejax.checkpoint.streamed import PartsOnDisk
 from moejax.checkpoint.tokenizer import load_tokenizer
-from moejax.commands.common import cost_of_the_run, evaluation_text, tokenize
+from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limit, tokenize
 from moejax.errors import InputError
-from moejax.evaluate import divergence
+from moejax.evaluate.divergence import Predictions, evaluate
+from moejax.evaluate.memory import Needs, needs
+from moejax.evaluate.text import Text
+from moejax.formats import Leaf, abstract_leaf
+from moejax.machine import resident_memory
+from moejax.model import DeepseekV3
+from moejax.model.parts import Parts
+from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 
+_BATCH = 8
+# The least that a refusal asks for is a multiple of this: what a process holds at its start varies by less.
+_MEMORY_STEP = 50_000_000
 
-def run_evaluate(name: str | None, against: str | None, text: Path | None, dtype: str, json: Path | None) -> None:
+Original = Checkpoint | SavedPredictions | None
+Read = Callable[[Checkpoint], DeepseekV3 | Parts]
+
+
+def run_evaluate(
+    name: str | None,
+    against: str | None,
+    save_base: Path | None,
+    text: Path | None,
+    memory: str | None,
+    dtype: str,
+    json: Path | None,
+) -> None:
     """Perplexity and divergence."""
     started = time.monotonic()
     figures.require_writable(json)
+    limit = memory_limit(memory)
     checkpoint = open_checkpoint(name)
-    tokenizer = load_tokenizer(checkpoint.path)
     source = evaluation_text(text)
-    evaluated = tokenize(source, tokenizer)
-    original = open_checkpoint(against) if against else None
-    if original is not None and original.config.vocab_size != checkpoint.config.vocab_size:
-        raise InputError(
-            f"{against} has {original.config.vocab_size} tokens and {checkpoint.path} "
-            f"{checkpoint.config.vocab_size}; two models of one vocabulary are needed"
+    chunks = tokenize(source, load_tokenizer(checkpoint.path))
+    original = _original(against, checkpoint, source, chunks, dtype)
+    if save_base is not None and isinstance(original, SavedPredictions):
+        raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
+    read, wave = _within(limit, checkpoint, original, chunks, dtype)
+    with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep:
+        evaluation = evaluate(
+            read(checkpoint),
+            chunks,
+            _base(original, read),
+            dtype=dtype,
+            batch=_BATCH,
+            wave=wave,
+            keep=keep,
+            progress=progress_bar,
         )
-    base = load_model(original) if original is not None else None
-    evaluation = divergence.evaluate(load_model(checkpoint), evaluated, base, dtype=dtype, progress=progress_bar)
     print_table(f"{checkpoint.path} on {source.source}", ("figure", "value"), figures.evaluation_rows(evaluation))
     size = figures.size_figures(folder_bytes(checkpoint.path), num_elements(checkpoint.config))
     written = {**size, **figures.evaluation_figures(evaluation, source), **cost_of_the_run(started)}
     figures.write_json(json, written)
+
+
+def _original(against: str | None, checkpoint: Checkpoint, text: Text, chunks: np.ndarray, dtype: str) -> Original:
+    """What --against names: a checkpoint, or predictions of the same chunks in the same dtype."""
+    if against is None:
+        return None
+    if not Path(against).is_file():
+        original = open_checkpoint(against)
+        _require_one_vocabulary(against, original.config.vocab_size, checkpoint)
+        return original
+    saved = open_predictions(Path(against))
+    _require_one_vocabulary(against, abstract_leaf(saved.head_spec).shape[0], checkpoint)
+    if not np.array_equal(saved.tokens_NT, chunks):
+        raise InputError(
+            f"{against} holds predictions of {saved.origin.text} (SHA-256 {saved.origin.text_sha256}) in "
+            f"{len(saved.tokens_NT)} chunks of {saved.tokens_NT.shape[1]} tokens; {text.source} ({text.sha256}) gives "
+            f"others, and the same text and tokenizer are needed"
+        )
+    if saved.dtype != dtype:
+        raise InputError(f"{against} holds predictions in {saved.dtype}; --dtype {saved.dtype} compares with them")
+    return saved
+
+
+def _require_one_vocabulary(against: str, found: int, checkpoint: Checkpoint) -> None:
+    own = checkpoint.config.vocab_size
+    if found != own:
+        raise InputError(
+            f"{against} has {found} tokens and {checkpoint.path} {own}; two models of one vocabulary are needed"
+        )
+
+
+def _within(limit: int, checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> tuple[Read, int]:
+    """How checkpoints are read so that this process holds no more than `limit` bytes, and the chunks of a wave."""
+    asked = _needs(checkpoint, original, chunks, dtype)
+    held = resident_memory()
+    if held + asked.in_memory <= limit:
+        return load_model, _BATCH
+    wave = min(asked.chunks_per_wave(limit - held), -(-len(chunks) // asked.batch) * asked.batch)
+    if not wave:
+        least = -(-(held + asked.part_by_part(asked.batch)) // _MEMORY_STEP) * _MEMORY_STEP
+        raise InputError(
+            f"{checkpoint.path} cannot be evaluated in {format_size(limit)}, not even block by block; "
+            f"--memory {least / 1e9:.2f}GB would do"
+        )
+    passes = -(-len(chunks) // wave)
+    print(
+        f"{format_size(held + asked.in_memory)} for everything does not fit {format_size(limit)}: "
+        f"read block by block from disk, {passes} time{'s' * (passes > 1)} over",
+        file=sys.stderr,
+    )
+    return PartsOnDisk, wave
+
+
+def _needs(checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> Needs:
+    base: DeepseekV3 | Leaf | None = None
+    if isinstance(original, SavedPredictions):
+        base = abstract_leaf(original.head_spec)
+    elif original is not None:
+        base = abstract_model(original)
+    return needs(abstract_model(checkpoint), base, chunks.shape[1], min(_BATCH, len(chunks)), dtype)
+
+
+def _base(original: Original, read: Read) -> DeepseekV3 | Parts | Predictions | None:
+    if isinstance(original, SavedPredictions):
+        return Predictions(original.states_NSD, original.head())
+    return None if original is None else read(original)
+
+
+def _saving(
+    path: Path | None, saved: Checkpoint | SavedPredictions, text: Text, chunks: np.ndarray, dtype: str
+) -> AbstractContextManager[Callable[[np.ndarray], None] | None]:
+    """The file of a checkpoint's predictions, if one is wanted."""
+    if path is None or isinstance(saved, SavedPredictions):
+        return nullcontext()
+    origin = Origin(str(saved.path), text.source, text.sha256)
+    return saved_predictions(path, origin, chunks, PartsOnDisk(saved).head, dtype)

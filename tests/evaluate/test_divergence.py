@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.tokenizer import load_tokenizer
-from moejax.evaluate.divergence import compare, evaluate, head_log_probabilities
+from moejax.evaluate.divergence import Predictions, compare, evaluate, head_log_probabilities
 from moejax.evaluate.text import chunks
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
 from quick_jit import quick_jit
-from small_models import CHUNKS, CONFIG, first_layers
+from small_models import CHUNKS, CONFIG, first_layers, small_model
 
 Array = NDArray[Any]
 
@@ -65,6 +65,15 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 PERPLEXITY = 12.356730
 
 quick_logits = quick_jit(DeepseekV3.__call__)
+quick_hidden = quick_jit(DeepseekV3.hidden)
+quick_draft_logits = quick_jit(DeepseekV3.draft_logits)
+
+
+def figures_of(*arguments: Any, **options: Any) -> dict[str, float]:
+    """Those that there are of models without an MTP block."""
+    figures = asdict(evaluate(*arguments, **options))
+    assert figures.pop("mtp_ppl") is None
+    return figures
 
 
 @cache
@@ -126,11 +135,35 @@ def test_a_model_does_not_differ_from_itself() -> None:
 
 
 def test_batches_do_not_change_figures_and_the_last_may_be_smaller() -> None:
-    by_two, by_one = (asdict(evaluate(other_model(), CHUNKS[:3], first_layers(1), batch=batch)) for batch in (2, 1))
+    by_two, by_one = (figures_of(other_model(), CHUNKS[:3], first_layers(1), batch=batch) for batch in (2, 1))
     assert by_two == pytest.approx(by_one, rel=1e-4)
 
 
-def test_progress_is_told_of_every_batch() -> None:
+def test_waves_of_chunks_do_not_change_a_bit_of_the_figures() -> None:
+    """Nor do waves that are no whole number of batches, a base that was kept, or one that is kept while evaluating."""
+    kept: list[Array] = []
+    expected = figures_of(other_model(), CHUNKS, first_layers(1), batch=2, keep=kept.append)
+    for wave in (1, 3, 4, 100):
+        assert figures_of(other_model(), CHUNKS, first_layers(1), batch=2, wave=wave) == expected
+    again: list[Array] = []
+    base = Predictions(np.concatenate(kept), first_layers(1).head.get_value())
+    assert figures_of(other_model(), CHUNKS, base, batch=2, wave=4, keep=again.append) == expected
+    evaluate(first_layers(1), CHUNKS, batch=2, wave=4, keep=again.append)
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate([*kept, *kept]))
+
+
+def test_the_token_after_the_next_is_predicted_at_the_scored_positions() -> None:
+    model, tokens = small_model(), jnp.asarray(CHUNKS)
+    hidden = quick_hidden(model, tokens)
+    log_probs = log_softmax(np.asarray(quick_draft_logits(model, tokens, hidden)))
+    nll = [-log_probs[n, t, CHUNKS[n, t + 2]] for n in range(N) for t in range(FIRST - 1, T - 2)]
+    assert len(nll) == N * (SCORED - 1)
+    figures = evaluate(model, CHUNKS, batch=2)
+    assert figures.mtp_ppl == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+    assert figures.tokens == N * SCORED and figures.base_ppl is None
+
+
+def test_progress_is_told_of_every_batch_of_every_block() -> None:
     told = []
 
     def progress(steps: Any, name: str) -> Any:
@@ -138,7 +171,8 @@ def test_progress_is_told_of_every_batch() -> None:
         return steps
 
     evaluate(first_layers(1), CHUNKS, batch=2, progress=progress)
-    assert told == [(2, "evaluating")]
+    # One dense block and the comparison, of two batches.
+    assert told == [(4, "evaluating")]
 
 
 @pytest.mark.parametrize(("length", "scored"), [(512, 255), (64, 31), (7, 3), (4, 1)])

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+from moejax.machine import peak_memory
 from moejax.pipeline.forecast import Forecast
 from moejax.pipeline.plan import Request, forecast, read_request, split
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.predict import LossCurves
 from moejax.planning.size import format_size, parse_size
-from moejax.report.figures import peak_memory_bytes
 
 BUDGETS = ("80GB", "96GB", "103GB", "131GB", "151GB")
 MEMORY = 128_000_000_000
@@ -46,7 +46,7 @@ def main() -> None:
     print("|" + "---|" * 12)
     for label in options.budgets:
         print(row(label, forecast(request, parse_size(label), MEMORY, 4096, 1)), flush=True)
-        print(f"{label}: {time.monotonic() - started:.0f} s, {format_size(peak_memory_bytes())}", file=sys.stderr)
+        print(f"{label}: {time.monotonic() - started:.0f} s, {format_size(peak_memory())}", file=sys.stderr)
     if options.public:
         print_public(request)
     if options.plot:

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.errors import InputError
-from moejax.evaluate.divergence import evaluate, log_probabilities
+from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
@@ -47,7 +46,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     checkpoint = job.require_original(open_checkpoint(options.checkpoint))
     prepared, held_out = prepare(checkpoint, options)
-    base = [jax.block_until_ready(log_probabilities(prepared.model, batch, "float32")) for batch in batches(held_out)]
+    states: list[np.ndarray] = []
+    evaluate(prepared.model, held_out, batch=BATCH, keep=states.append, progress=progress_bar)
+    base = Predictions(np.concatenate(states), prepared.model.head.get_value())
     rows = []
     with (options.output / "rows.jsonl").open("w") as log:
         for case in cases(prepared, options):
@@ -131,7 +132,7 @@ def carry_out(
     prepared: job.Prepared,
     case: Case,
     held_out: np.ndarray,
-    base: list[jax.Array],
+    base: Predictions,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Write a plan's checkpoint, read it back and measure it."""
@@ -152,10 +153,6 @@ def carry_out(
         "experts": " ".join(map(str, kept)),
         "seconds": time.monotonic() - started,
     }
-
-
-def batches(held_out: np.ndarray) -> Iterator[jax.Array]:
-    return (jax.numpy.asarray(held_out[i : i + BATCH]) for i in range(0, len(held_out), BATCH))
 
 
 def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,0 +1,110 @@
+"""What an evaluation takes of memory, from shapes: with models whole in memory, or part by part."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.evaluate.divergence import compare, log_probabilities
+from moejax.formats import Leaf, payload_bytes
+from moejax.formats.abstract import abstract_array
+from moejax.model import DeepseekV3
+from moejax.model.parts import Parts, PartsInMemory
+from moejax.model.rope import Rotation, rotation
+from moejax.model.steps import run_block, run_mtp
+from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that an evaluation takes beside what the process holds already.
+
+    whole: the models, and the step that takes most beside. part: the part, read from a checkpoint, that takes most with
+    the step it is read for. per_chunk: states that are kept of every chunk of a wave; chunks go in batches of `batch`.
+    """
+
+    whole: int
+    part: int
+    per_chunk: int
+    batch: int
+
+    @property
+    def in_memory(self) -> int:
+        """With all models in memory, batch after batch."""
+        return with_margin(self.whole) + self.per_chunk * self.batch
+
+    def part_by_part(self, chunks: int) -> int:
+        """With so many chunks in a wave."""
+        return with_margin(self.part) + self.per_chunk * chunks
+
+    def chunks_per_wave(self, free: int) -> int:
+        """How many chunks, in whole batches, `free` bytes are enough for; 0 if not for one batch."""
+        left = free - self.part_by_part(0)
+        return max(0, left // (self.per_chunk * self.batch)) * self.batch
+
+
+def needs(
+    model: DeepseekV3,
+    base: DeepseekV3 | Leaf | None,
+    length: int,
+    batch: int,
+    dtype: jax.typing.DTypeLike,
+) -> Needs:
+    """Of an abstract model and its original, or the head of its original's `Predictions`, on chunks of `length` tokens.
+
+    Compiles a step of every kind, which then need not be compiled again.
+    """
+    models = [PartsInMemory(own) for own in (model, base) if isinstance(own, DeepseekV3)]
+    steps = [step for own in models for step in _steps(own, length, batch, dtype)]
+    heads = [own.head() for own in models]
+    kept = [] if base is None or isinstance(base, DeepseekV3) else [base]
+    scoring = _scoring_bytes([*heads, *kept], length, batch, dtype)
+    states = length * max(own.config.hidden_size for own in models) * jnp.dtype(dtype).itemsize
+    drafts = model.config.num_nextn_predict_layers > 0
+    return Needs(
+        whole=payload_bytes([model, base]) + max(scoring, *(workspace for _, workspace in steps)),
+        part=payload_bytes(kept)
+        + max(payload_bytes(heads) + scoring, *(weights + workspace for weights, workspace in steps)),
+        # A block's outputs, what the MTP block needs of embeddings, and of scored positions: what the base's head
+        # takes, the model's, and the MTP block's.
+        per_chunk=states * (1 + drafts) + states // 2 * (1 + (base is not None) + drafts),
+        batch=batch,
+    )
+
+
+def _steps(parts: Parts, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
+    """Of the parts that are asked for one by one: bytes while they are read, and of the step each is read for."""
+    config = parts.config
+    x_BTD = abstract_array((batch, length, config.hidden_size), dtype)
+    by = _abstract_rotation(parts, length, dtype)
+    yield reading_bytes(parts.embedding()), 2 * _array_bytes(x_BTD)
+    blocks = [parts.block(index) for index in range(config.num_hidden_layers)]
+    workspace = max(step_bytes(run_block, block, x_BTD, by) for block in largest_of_each_kind(blocks))
+    yield from ((reading_bytes(block), workspace) for block in blocks)
+    if config.num_nextn_predict_layers:
+        h_BTD = abstract_array((batch, length - 1, config.hidden_size), dtype)
+        mtp, by = parts.mtp(0), _abstract_rotation(parts, length - 1, dtype)
+        yield reading_bytes(mtp), step_bytes(run_mtp, mtp, h_BTD, h_BTD, by)
+
+
+def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typing.DTypeLike) -> int:
+    """Of log-probabilities through every head, and of comparing them."""
+    scored = length - 1 - length // 2
+    states = [abstract_array((batch, scored, head.shape[-1]), dtype) for head in heads]
+    making = max(step_bytes(log_probabilities, own, head) for own, head in zip(states, heads, strict=True))
+    if len(heads) == 1:
+        return making
+    log_probs = abstract_array((batch, scored, heads[0].shape[0]), jnp.float32)
+    comparing = step_bytes(compare, log_probs, log_probs, abstract_array((batch, length), jnp.int32))
+    return _array_bytes(log_probs) + max(making, _array_bytes(log_probs) + comparing)
+
+
+def _abstract_rotation(parts: Parts, length: int, dtype: jax.typing.DTypeLike) -> Rotation:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jax.eval_shape(lambda: rotation(parts.config, jnp.arange(length), wide))
+
+
+def _array_bytes(array: jax.Array) -> int:
+    return payload_bytes([array])

@@ -1,0 +1,85 @@
+"""Chunks through a model block by block, against the whole model."""
+
+import gc
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.evaluate.forward import final_states
+from moejax.formats import Leaf
+from moejax.model import Config, DeepseekV3
+from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.parts import PartsInMemory
+from quick_jit import quick_jit
+from small_models import CHUNKS, CONFIG, small_model
+
+BATCHES = [CHUNKS[:2], CHUNKS[2:]]
+T = CHUNKS.shape[1]
+L = CONFIG.num_hidden_layers
+
+quick_hidden = quick_jit(DeepseekV3.hidden)
+
+
+@dataclass
+class Watched:
+    """Parts of a model, copied when asked for: no part may be asked for while another one lives."""
+
+    parts: PartsInMemory
+    asked: list[str] = field(default_factory=list)
+    lent: list[Any] = field(default_factory=list)
+
+    @property
+    def config(self) -> Config:
+        return self.parts.config
+
+    def embedding(self) -> Leaf:
+        return self._lend("embedding", self.parts.embedding())
+
+    def block(self, index: int) -> Block:
+        return self._lend(f"block {index}", self.parts.block(index))
+
+    def norm(self) -> jax.Array:
+        return self._lend("norm", self.parts.norm())
+
+    def head(self) -> Leaf:
+        return self._lend("head", self.parts.head())
+
+    def mtp(self, index: int) -> MtpBlock:
+        return self._lend(f"mtp {index}", self.parts.mtp(index))
+
+    def _lend(self, name: str, part: Any) -> Any:
+        alive = [own for own, array in self.lent if array() is not None]
+        assert not alive or alive == ["norm"], f"{alive} when {name} was asked for"
+        self.asked.append(name)
+        copy = jax.tree.map(jnp.copy, part)
+        self.lent += [(name, weakref.ref(array)) for array in jax.tree.leaves(copy)]
+        return copy
+
+
+def test_final_states_are_those_of_the_whole_model_and_one_part_is_there_at_a_time() -> None:
+    model = small_model()
+    ticks: list[None] = []
+    parts = Watched(PartsInMemory(model))
+    gc.disable()  # what is let go must not wait for it
+    try:
+        states = final_states(parts, BATCHES, jnp.float32, True, lambda: ticks.append(None))
+    finally:
+        gc.enable()
+    assert parts.asked == ["embedding", *(f"block {i}" for i in range(L)), "norm", "mtp 0"]
+    assert len(ticks) == (L + 1) * len(BATCHES)
+    tokens = jnp.asarray(CHUNKS)
+    normed = np.asarray(model.normed(quick_hidden(model, tokens)))
+    np.testing.assert_allclose(np.concatenate(states.scored), normed[:, T // 2 : T - 1], rtol=1e-4, atol=1e-5)
+    following, by = model.embedded(tokens[:, 1:]), model.rotation(jnp.arange(T - 1), jnp.dtype(jnp.float32))
+    drafted = np.asarray(quick_jit(lambda *given: given[0](*given[1:]))(model.mtp[0], normed[:, :-1], following, by))
+    np.testing.assert_allclose(np.concatenate(states.drafted), drafted[:, T // 2 : T - 2], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_drafted_that_is_not_asked_for() -> None:
+    parts = Watched(PartsInMemory(small_model()))
+    assert final_states(parts, BATCHES, jnp.float32, False, lambda: None).drafted == []
+    assert "mtp 0" not in parts.asked

@@ -1,0 +1,61 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from moejax import machine
+
+MEMINFO = "MemTotal:       1000 kB\nMemFree:        100 kB\nMemAvailable:    600 kB\nHugePages_Total:       0\n"
+STATUS = "Name:\tpython\nVmHWM:\t     50 kB\nVmRSS:\t     40 kB\nThreads:\t2\n"
+KB = 1024
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up /proc and /sys/fs/cgroup: a cgroup two levels down, none of which has a limit."""
+    monkeypatch.setattr(machine, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
+    (tmp_path / "proc" / "self" / "status").write_text(STATUS)
+    (tmp_path / "proc" / "self" / "cgroup").write_text("1:name=systemd:/x\n0::/outer/inner\n")
+    write_cgroup(tmp_path / "cgroup" / "outer", "max", 0, 0)
+    write_cgroup(tmp_path / "cgroup" / "outer" / "inner", "max", 0, 0)
+    return tmp_path
+
+
+def write_cgroup(folder: Path, limit: int | str, current: int, inactive_file: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{current}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive_file}\n")
+
+
+def test_what_this_process_holds_and_has_held(system: Path) -> None:
+    assert (machine.resident_memory(), machine.peak_memory()) == (40 * KB, 50 * KB)
+
+
+def test_what_is_free_is_the_machines_without_limits(system: Path) -> None:
+    assert machine.available_memory() == (600 + 40) * KB
+
+
+@pytest.mark.parametrize("group", ["outer", "outer/inner"])
+def test_the_tightest_cgroup_counts_and_its_file_cache_can_go(system: Path, group: str) -> None:
+    write_cgroup(system / "cgroup" / group, 300 * KB, 250 * KB, 70 * KB)
+    assert machine.available_memory() == (300 - 250 + 70 + 40) * KB
+    write_cgroup(system / "cgroup" / group, 300 * KB, 400 * KB, 0)
+    assert machine.available_memory() == 40 * KB
+
+
+def test_a_system_without_these_files_has_all_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    assert machine.available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 10_000_000 < machine.resident_memory() == machine.peak_memory() < 1e12
+
+
+def test_this_process_holds_what_it_fills() -> None:
+    before = machine.resident_memory()
+    filled = bytearray(b"x") * 50_000_000
+    assert before + 40_000_000 < machine.resident_memory() <= machine.peak_memory()
+    assert machine.resident_memory() <= machine.available_memory()
+    del filled
