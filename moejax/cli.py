@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from moejax.errors import InputError
 
@@ -20,7 +20,17 @@ TextArg = Annotated[Path | None, arg(help="UTF-8 text to evaluate on; without it
 BudgetArg = Annotated[str | None, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")]
 RecipeArg = Annotated[str, arg(help="a recipe that comes with moejax (default, equal_groups) or a TOML file")]
 PlanArg = Annotated[Path | None, arg(help="carry out this plan, written by `moejax plan`, instead of measuring one")]
+MemoryArg = Annotated[
+    str | None,
+    arg(help="the most memory to take: 1.5GB, 96GiB; a larger model is read block by block; without it, what is free"),
+]
+DropMtpArg = Annotated[bool, FlagCreatePairsOff, arg(help="leave the blocks of multi-token prediction out")]
 DtypeArg = Annotated[Literal["float32", "bfloat16"], arg(help="what is computed in")]
+
+CacheDtypeArg = Annotated[
+    Literal["float32", "bfloat16", "int8"] | None, arg(help="what the latent cache is kept in; without it, --dtype")
+]
+PrefillChunkArg = Annotated[int, arg(help="tokens of a prompt that go through the model at once")]
 
 
 @app.command
@@ -38,43 +48,91 @@ def compress(
     ] = None,
     calibration_chunks: Annotated[int, arg(help="chunks of 512 tokens to calibrate on, spread over the text")] = 128,
     text: TextArg = None,
+    drop_mtp: DropMtpArg = False,
     json: JsonArg = None,
 ) -> None:
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
 
-    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, json)
+    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, drop_mtp, json)
 
 
 @app.command
 def evaluate(
     checkpoint: CheckpointArg = None,
     *,
-    against: Annotated[str | None, arg(help="the original, to measure the divergence from")] = None,
+    against: Annotated[
+        str | None, arg(help="the original, to measure the divergence from: a checkpoint, or what --save-base wrote")
+    ] = None,
+    save_base: Annotated[
+        Path | None,
+        arg(help="write the predictions of the original (of the checkpoint, without --against) for a later --against"),
+    ] = None,
     text: TextArg = None,
+    memory: MemoryArg = None,
     dtype: DtypeArg = "float32",
     json: JsonArg = None,
 ) -> None:
     """Perplexity of a checkpoint, and how far its predictions are from another's."""
     from moejax.commands.evaluate import run_evaluate
 
-    run_evaluate(checkpoint, against, text, dtype, json)
+    run_evaluate(checkpoint, against, save_base, text, memory, dtype, json)
 
 
 @app.command
 def generate(
     checkpoint: CheckpointArg = None,
     *,
-    prompt: Annotated[str, arg(help="the text to continue")],
+    prompt: Annotated[str, arg(help="what the user says; the text to continue where there is no chat template")],
+    system: Annotated[str | None, arg(help="what the chat template's system says before the prompt")] = None,
+    raw: Annotated[
+        bool, FlagCreatePairsOff, arg(help="continue the prompt as it is, without the chat template")
+    ] = False,
     tokens: Annotated[int, arg(help="how many tokens to generate at most")] = 128,
     temperature: Annotated[float, arg(help="0 takes the likeliest token; above 0 tokens are drawn")] = 0.0,
+    top_k: Annotated[int, arg(help="draw from this many of the likeliest tokens; 0 from all")] = 0,
+    top_p: Annotated[float, arg(help="draw from the fewest likeliest tokens whose probabilities reach this")] = 1.0,
+    min_p: Annotated[float, arg(help="draw from tokens of this share of the likeliest one's probability")] = 0.0,
     seed: Annotated[int, arg(help="the same seed draws the same tokens")] = 0,
+    stop: Annotated[
+        tuple[str, ...], arg(help="texts of single tokens that end the text, beside the checkpoint's")
+    ] = (),
+    speculate: Annotated[
+        bool, FlagCreatePairsOff, arg(help="draft with the MTP block; the text is that of temperature 0")
+    ] = False,
+    memory: MemoryArg = None,
     dtype: DtypeArg = "float32",
+    cache_dtype: CacheDtypeArg = None,
+    prefill_chunk: PrefillChunkArg = 512,
+    json: JsonArg = None,
 ) -> None:
     """Continue a prompt."""
-    from moejax.commands.generate import run_generate
+    from moejax.commands.generate import Request, run_generate
+    from moejax.generate.decode import Decoding
+    from moejax.generate.sampling import Sampling
 
-    run_generate(checkpoint, prompt, tokens, temperature, seed, dtype)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    request = Request(prompt, system, raw, tokens, sampling, seed, stop, speculate)
+    run_generate(checkpoint, request, Decoding(dtype, cache_dtype, prefill_chunk), memory, json)
+
+
+@app.command
+def bench(
+    checkpoint: CheckpointArg = None,
+    *,
+    prompt: Annotated[int, arg(help="tokens of a prompt")] = 256,
+    tokens: Annotated[int, arg(help="tokens decoded behind it")] = 64,
+    repeats: Annotated[int, arg(help="runs whose median counts, after one that compiles")] = 3,
+    dtype: DtypeArg = "float32",
+    cache_dtype: CacheDtypeArg = None,
+    prefill_chunk: PrefillChunkArg = 512,
+    json: JsonArg = None,
+) -> None:
+    """How fast a checkpoint reads and writes on this machine, and what memory it takes."""
+    from moejax.commands.bench import run_bench
+    from moejax.generate.decode import Decoding
+
+    run_bench(checkpoint, prompt, tokens, repeats, Decoding(dtype, cache_dtype, prefill_chunk), json)
 
 
 @app.command
@@ -91,13 +149,14 @@ def plan(
     ] = None,
     batch: Annotated[int, arg(help="sequences decoded at once")] = 1,
     recipe: RecipeArg = "default",
+    drop_mtp: DropMtpArg = False,
     output: Annotated[Path | None, arg(help="write the plan to this TOML file, for `moejax compress --plan`")] = None,
     json: JsonArg = None,
 ) -> None:
     """What would fit, and what would it cost: a plan for a model from its config alone, exact in bytes."""
     from moejax.commands.plan import run_plan
 
-    run_plan(config, budget, expert_scores, memory, context, batch, recipe, output, json)
+    run_plan(config, budget, expert_scores, memory, context, batch, recipe, drop_mtp, output, json)
 
 
 @app.command
@@ -106,6 +165,23 @@ def inspect(checkpoint: CheckpointArg = None, *, json: JsonArg = None) -> None:
     from moejax.commands.inspect import run_inspect
 
     run_inspect(checkpoint, json)
+
+
+@app.command
+def export(
+    checkpoint: CheckpointArg = None,
+    *,
+    to: Annotated[Literal["hf"], arg(help="hf: config.json and safetensors, as Hugging Face's loaders read them")],
+    output: Annotated[Path, arg(help="the folder to write; it must not exist")],
+    dequantize: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        arg(help="write every matrix in this dtype; without it weights stay as they are, FP8 too"),
+    ] = None,
+) -> None:
+    """Write a checkpoint, compressed or not, for other runtimes."""
+    from moejax.commands.export import run_export
+
+    run_export(checkpoint, output, dequantize)
 
 
 def main() -> None:

@@ -234,9 +234,9 @@ def test_a_model_of_another_vocabulary(small: Path, heldout_text: Path, tiny: Pa
     [
         ("--tokens=0", "--tokens is 0; at least 1 is needed"),
         ("--tokens=-3", "--tokens is -3; at least 1 is needed"),
-        ("--temperature=-1", "--temperature is -1.0; 0 or a positive number is needed"),
-        ("--temperature=nan", "--temperature is nan; 0 or a positive number is needed"),
-        ("--temperature=inf", "--temperature is inf; 0 or a positive number is needed"),
+        ("--temperature=-1", "temperature is -1.0; 0 or a positive number is needed"),
+        ("--temperature=nan", "temperature is nan; 0 or a positive number is needed"),
+        ("--temperature=inf", "temperature is inf; 0 or a positive number is needed"),
         ("--tokens=3000", "and 3000 more exceed the context of 2048 tokens"),
     ],
 )

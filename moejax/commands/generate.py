@@ -1,44 +1,163 @@
 """`moejax generate`."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from moejax.checkpoint.chat_template import ChatTemplate, encode_chat, load_chat_template
+from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
+from moejax.checkpoint.streamed import PartsOnDisk
+from moejax.checkpoint.tokenizer import Tokenizer, load_tokenizer, text_pieces
+from moejax.commands.common import memory_limit
 from moejax.errors import InputError
-from moejax.evaluate.generate import generate
+from moejax.generate.decode import Decoding, Runner, check_request, generate
+from moejax.generate.from_disk import PartByPart
+from moejax.generate.memory import ample_bytes, decoding_needs
+from moejax.generate.sampling import Sampling, check_sampling
+from moejax.generate.speculative import Speculation, require_mtp
+from moejax.generate.speed import Timed
+from moejax.machine import peak_memory, resident_memory
+from moejax.model import DeepseekV3
+from moejax.planning.size import format_size
+from moejax.report import figures
 
 
-def run_generate(name: str | None, prompt: str, tokens: int, temperature: float, seed: int, dtype: str) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    prompt: what a user says, or, if `raw` or where the checkpoint has no chat template, the text to continue. system:
+    what is said before it. stop: texts of single tokens that end the continuation, beside the checkpoint's own.
+    """
+
+    prompt: str
+    system: str | None
+    raw: bool
+    tokens: int
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    speculate: bool
+
+
+def run_generate(name: str | None, request: Request, decoding: Decoding, memory: str | None, json: Path | None) -> None:
     """Text, as it comes."""
-    if tokens < 1:
-        raise InputError(f"--tokens is {tokens}; at least 1 is needed")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"--temperature is {temperature}; 0 or a positive number is needed")
+    figures.require_writable(json)
+    limit = memory_limit(memory)
+    _check(request)
     checkpoint = open_checkpoint(name)
+    if request.speculate:
+        require_mtp(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.path)
-    ids = tokenizer.encode(prompt)
-    if tokenizer.bos_token_id is not None:
-        ids = np.concatenate([[tokenizer.bos_token_id], ids])
-    stop = tokenizer.eos_token_ids
-    continuation = generate(
-        load_model(checkpoint), ids, tokens, temperature=temperature, seed=seed, stop=stop, dtype=dtype
-    )
-    print(prompt, end="", flush=True)
-    for piece in _pieces(tokenizer, continuation):
+    stop = [*tokenizer.eos_token_ids, *(_single_token(tokenizer, text) for text in request.stop)]
+    template = None if request.raw else load_chat_template(checkpoint.path)
+    ids = _prompt_ids(request, template, tokenizer)
+    check_request(checkpoint.config, [ids], request.tokens)
+    model = _within(limit, checkpoint, len(ids), request, decoding)
+    continuation = _continuation(model, ids, request, stop, decoding)
+    timed = Timed(continuation)
+    if template is None:
+        print(request.prompt, end="", flush=True)
+    for piece in text_pieces(tokenizer, timed):
         print(piece, end="", flush=True)
     print()
+    facts = _facts(timed, len(ids), continuation)
+    print(_summary(facts), file=sys.stderr)
+    figures.write_json(json, facts)
 
 
-def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Text as it becomes whole: a character may take several tokens, and until the last it decodes to U+FFFD."""
-    ids: list[int] = []
-    shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
+def _check(request: Request) -> None:
+    if request.tokens < 1:
+        raise InputError(f"--tokens is {request.tokens}; at least 1 is needed")
+    check_sampling(request.sampling)
+    if request.speculate and request.sampling.temperature != 0:
+        raise InputError(
+            f"--speculate gives the likeliest tokens, --temperature {request.sampling.temperature} draws them; "
+            "one of them is needed"
+        )
+
+
+def _single_token(tokenizer: Tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise InputError(f"--stop {text!r} is {len(ids)} tokens; the text of a single one is needed")
+    return int(ids[0])
+
+
+def _prompt_ids(request: Request, template: ChatTemplate | None, tokenizer: Tokenizer) -> np.ndarray:
+    if template is not None:
+        said = {"system": request.system, "user": request.prompt}
+        messages = [{"role": role, "content": content} for role, content in said.items() if content is not None]
+        return encode_chat(tokenizer, template, messages)
+    if request.system is not None:
+        raise InputError("--system needs a chat template, which the checkpoint does not have or --raw leaves out")
+    ids = tokenizer.encode(request.prompt)
+    return ids if tokenizer.bos_token_id is None else np.concatenate([[tokenizer.bos_token_id], ids])
+
+
+def _continuation(
+    model: DeepseekV3 | Runner, ids: np.ndarray, request: Request, stop: list[int], decoding: Decoding
+) -> Iterable[int]:
+    if request.speculate and isinstance(model, DeepseekV3):
+        return Speculation(model, ids, request.tokens, stop, decoding)
+    return generate(
+        model, ids, request.tokens, sampling=request.sampling, seed=request.seed, stop=stop, decoding=decoding
+    )
+
+
+def _within(
+    limit: int, checkpoint: Checkpoint, prompt_tokens: int, request: Request, decoding: Decoding
+) -> DeepseekV3 | Runner:
+    """The model, in memory if this process then holds no more than `limit` bytes, else part by part."""
+    model, held = abstract_model(checkpoint), resident_memory()
+    if held + ample_bytes(model, prompt_tokens, request.tokens, decoding) <= limit:
+        return load_model(checkpoint)
+    needs = decoding_needs(model, prompt_tokens, request.tokens, decoding)
+    if held + needs.whole <= limit:
+        return load_model(checkpoint)
+    if request.speculate:
+        raise InputError(
+            f"{checkpoint.path} does not fit {format_size(limit)}, and --speculate needs it in memory; "
+            f"{format_size(held + needs.whole)} would do"
+        )
+    if held + needs.part > limit:
+        raise InputError(
+            f"{checkpoint.path} cannot be run in {format_size(limit)}, not even block by block; "
+            f"{format_size(held + needs.part)} would do"
+        )
+    print(
+        f"{format_size(held + needs.whole)} for everything does not fit {format_size(limit)}: "
+        "read block by block from disk for every token, which is slow",
+        file=sys.stderr,
+    )
+    return PartByPart(PartsOnDisk(checkpoint))
+
+
+def _facts(timed: Timed, prompt_tokens: int, continuation: Iterable[int]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "tokens": timed.count,
+        "seconds_to_first_token": timed.first_seconds,
+        "decode_tokens_per_s": timed.decode_tokens_per_s,
+        "peak_memory_bytes": peak_memory(),
+    }
+    if isinstance(continuation, Speculation):
+        facts |= {"drafted": continuation.drafted, "accepted": continuation.accepted}
+    return facts
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    """One line behind the text."""
+    parts = [f"{facts['prompt_tokens']} prompt tokens, {facts['tokens']} generated"]
+    if facts["seconds_to_first_token"] is not None:
+        parts.append(f"the first after {facts['seconds_to_first_token']:.2f} s (compiling included)")
+    if facts["decode_tokens_per_s"] is not None:
+        parts.append(f"then {facts['decode_tokens_per_s']:.1f} tokens/s")
+    if "drafted" in facts:
+        rate = 100 * facts["accepted"] / max(facts["drafted"], 1)
+        parts.append(f"{rate:.0f} % of {facts['drafted']} drafts accepted")
+    return "; ".join(parts)

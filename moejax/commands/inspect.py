@@ -7,6 +7,8 @@ from moejax.checkpoint.load import Checkpoint, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
+from moejax.generate.decode import CACHE_DTYPES
+from moejax.model.latent_cache import bytes_per_token
 from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table
@@ -28,12 +30,19 @@ def run_inspect(name: str | None, json: Path | None) -> None:
         "experts_per_token": sorted(set(checkpoint.experts_per_token)),
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
+        "cache_bytes_per_token": {dtype: bytes_per_token(config, dtype) for dtype in CACHE_DTYPES},
     }
     if isinstance(checkpoint, NativeCheckpoint):
         facts["made_by"] = checkpoint.provenance
-    print_table("checkpoint", ("fact", "value"), [(key, str(value)) for key, value in facts.items()])
+    print_table("checkpoint", ("fact", "value"), [(key, _shown(value)) for key, value in facts.items()])
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
     figures.write_json(json, {**facts, **figures.kind_figures(kinds)})
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and all(isinstance(number, int) for number in value.values()):
+        return ", ".join(f"{number} in {key}" for key, number in value.items())
+    return str(value)
 
 
 def _experts_per_layer(checkpoint: Checkpoint) -> list[int]:
