@@ -15,8 +15,9 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.commands import inspect
 from small_checkpoint import words
 
-# The keys of `--json` that do not change (those of a divergence are there with `--against`).
-FIGURES = {"bytes", "ratio", "bits_per_weight", "text", "tokens", "ppl", "seconds", "peak_memory_bytes"}
+# The keys of `--json` that do not change (those of a divergence are there with `--against`, `mtp_ppl` where the model
+# has an MTP block).
+FIGURES = {"bytes", "ratio", "bits_per_weight", "text", "tokens", "ppl", "mtp_ppl", "seconds", "peak_memory_bytes"}
 DIVERGENCE = {"base_ppl", "ln_ppl_ratio", "kld_mean", "kld_p999", "same_top1"}
 
 

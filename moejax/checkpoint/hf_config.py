@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.errors import InputError
+from moejax.errors import InputError, brief
 
 DENSE_DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes of tensors that are not in FP8."""
+
+_MAX_BLOCK = 8_192  # published: 128
 
 
 def dense_dtype(raw_config: Mapping[str, Any], source: str) -> str:
@@ -17,7 +19,7 @@ def dense_dtype(raw_config: Mapping[str, Any], source: str) -> str:
     field = "dtype" if "dtype" in raw_config else "torch_dtype"
     dtype = raw_config.get(field)
     if dtype not in DENSE_DTYPES:
-        raise InputError(f"{source}: {field} is {dtype!r}; accepted are {', '.join(DENSE_DTYPES)}")
+        raise InputError(f"{source}: {field} is {brief(dtype)}; accepted are {', '.join(DENSE_DTYPES)}")
     return dtype
 
 
@@ -31,7 +33,7 @@ def linear_block(raw_config: Mapping[str, Any], source: str) -> tuple[int, int] 
         return None
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     if method != "fp8":
-        raise InputError(f"{source}: quantization_config.quant_method is {method!r}; only 'fp8' is supported")
+        raise InputError(f"{source}: quantization_config.quant_method is {brief(method)}; only 'fp8' is supported")
     return fp8_block(raw_config, source)
 
 
@@ -39,9 +41,9 @@ def fp8_block(raw_config: Mapping[str, Any], source: str) -> tuple[int, int]:
     """Rows and inputs of an FP8 block. Raises InputError if the config does not give them."""
     quantization = raw_config.get("quantization_config")
     block = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= _MAX_BLOCK for n in block)):
         raise InputError(
-            f"{source}: quantization_config.weight_block_size is {block!r}; "
-            "FP8 weights need two positive integers, such as [128, 128]"
+            f"{source}: quantization_config.weight_block_size is {brief(block)}; "
+            f"FP8 weights need two positive integers up to {_MAX_BLOCK}, such as [128, 128]"
         )
     return block[0], block[1]

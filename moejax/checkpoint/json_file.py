@@ -1,37 +1,57 @@
-"""JSON objects, and bytes, from files that may be missing, damaged or huge."""
+"""JSON objects, and bytes, from files that may be missing, damaged, huge, or no files at all."""
 
 import json
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import InputError
+from moejax.errors import InputError, brief
 
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 64_000_000
 """The largest JSON text read, in bytes; the tensor index of a 671B checkpoint takes 9 million."""
+
+MAX_JSON_VALUES = 1_000_000
+"""The most values a JSON text may hold: parsed, one takes up to 300 bytes, and the text of one can be 3 bytes long.
+
+A safetensors header has 8 for a tensor and an index has 1; the whole of a 671B checkpoint has 91 thousand tensors.
+"""
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Reads `file` as one JSON object.
 
-    Raises InputError if the file cannot be read, is larger than `MAX_JSON_BYTES`, or is no JSON object.
+    Raises InputError if it is no regular file, cannot be read, or holds no JSON object as `parse_json_object` needs it.
     """
     return parse_json_object(read_bounded(file, MAX_JSON_BYTES, "JSON"), file)
 
 
 def read_bounded(file: Path, most: int, kind: str) -> bytes:
-    """Reads `file`. Raises InputError, naming its `kind`, if it cannot be read or has more than `most` bytes."""
+    """Reads `file`. Raises InputError, naming its `kind`, if it cannot be read or has more than `most` bytes.
+
+    Only regular files, and links to them, are opened: a pipe would wait for a writer, a device may never end.
+    """
     try:
-        size = file.stat().st_size
-        if size > most:
-            raise InputError(f"{file}: {size} bytes of {kind} are more than the {most} that are accepted")
-        return file.read_bytes()
+        status = file.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise InputError(f"{file}: is a pipe, socket or device; a readable {kind} file is needed")
+        if status.st_size > most:
+            raise InputError(f"{file}: {status.st_size} bytes of {kind} are more than the {most} that are accepted")
+        with file.open("rb") as stream:
+            return stream.read(status.st_size)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); a readable {kind} file is needed") from error
 
 
 def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
-    """Parses `text`, found in `file`, as one JSON object in which no object has a key twice; else raises InputError."""
+    """Parses `text`, found in `file`, as one JSON object in which no object has a key twice; else raises InputError.
+
+    So it does for text of more than `MAX_JSON_VALUES` values, before it is parsed.
+    """
+    # Every value but the first of its object or list follows a comma; commas and brackets within strings count too.
+    values = 1 + sum(map(text.count, (b",", b"[", b"{")))
+    if values > MAX_JSON_VALUES:
+        raise InputError(f"{file}: up to {values} values of JSON are more than the {MAX_JSON_VALUES} that are accepted")
     try:
         value = json.loads(text, object_pairs_hook=_object_without_duplicates)
     except (ValueError, RecursionError) as error:  # ValueError includes wrong UTF-8
@@ -46,5 +66,5 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} stands twice in one object")
+        raise ValueError(f"the key {brief(key)} stands twice in one object")
     return result

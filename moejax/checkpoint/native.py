@@ -9,23 +9,31 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint import store
 from moejax.checkpoint.json_file import read_json_object
-from moejax.errors import InputError
+from moejax.checkpoint.leaf_checks import check_arrays, check_indices
+from moejax.errors import InputError, brief
 from moejax.formats import abstract_experts, abstract_leaf, describe
 from moejax.model import Config, DeepseekV3, Layout, config_from_hf, named_leaves
 from moejax.model.leaves import Weight
 from moejax.progress import Progress, silent
 
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+COPIED_FILES = (
+    "tokenizer.json",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 # What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
 # decided what to calibrate on.
 PROVENANCE_BYTES = 2048
@@ -117,7 +125,10 @@ class NativeCheckpoint:
     _opened: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def leaf(self, name: str) -> Weight:
-        """The weight called `name`. Raises InputError if its bytes are not those that the manifest names."""
+        """The weight called `name`.
+
+        Raises InputError if its bytes are not those that the manifest names, or name experts or groups that are none.
+        """
         abstract = self.abstract(name)
         item, within = item_of(name)
         arrays, checksums = self._arrays_of_item(item), self.items[item][within][1]
@@ -127,9 +138,11 @@ class NativeCheckpoint:
                 raise InputError(
                     f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew"
                 )
-        restored = [jnp.asarray(arrays[array_name]) for array_name in names]
-        _check_shapes(self.path, name, restored, jax.tree.leaves(abstract))
-        return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+        restored = [jax.device_put(arrays[array_name]) for array_name in names]
+        check_arrays(self.path, name, restored, jax.tree.leaves(abstract))
+        weight = jax.tree.unflatten(jax.tree.structure(abstract), restored)
+        check_indices(self.path, name, weight, self.config)
+        return weight
 
     def abstract(self, name: str) -> Weight:
         """The weight called `name` in shapes alone. Raises InputError if the manifest does not describe it."""
@@ -147,6 +160,7 @@ class NativeCheckpoint:
 
     def _arrays_of_item(self, item: str) -> dict[str, np.ndarray]:
         if item not in self._opened:
+            self._opened.clear()  # mapped pages count as the process's own memory
             self._opened[item] = store.read_item(self.path, item, _item_arrays(self.items[item]))
         return self._opened[item]
 
@@ -159,18 +173,26 @@ def open_native(path: Path) -> NativeCheckpoint:
         raise InputError(f"{source}: not a moejax manifest of version {FORMAT_VERSION}, the only one that is read")
     try:
         items = {
-            item: {name: (str(spec), str(checksums)) for name, (spec, checksums) in leaves.items()}
+            item: {name: (_of(str, spec), _of(str, checksums)) for name, (spec, checksums) in leaves.items()}
             for item, leaves in raw["items"].items()
         }
-        per_token = tuple(int(k) for k in raw["experts_per_token"])
-        config = config_from_hf(raw["config"], str(source))
-        checkpoint = NativeCheckpoint(path, raw["config"], config, per_token, items, raw["plan"], raw["provenance"])
+        per_token = tuple(_of(int, k) for k in raw["experts_per_token"])
+        config = config_from_hf(_of(dict, raw["config"]), str(source))
+        plan, provenance = _of(dict, raw["plan"]), _of(dict, raw["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: damaged ({error!r}); a manifest that compress wrote is needed") from None
+    checkpoint = NativeCheckpoint(path, raw["config"], config, per_token, items, plan, provenance)
     _check_against_config(checkpoint)
     return checkpoint
+
+
+def _of(kind: type[T], value: object) -> T:
+    """The value, if it is of exactly that type: `true` is no number, and nothing is converted."""
+    if type(value) is not kind:
+        raise TypeError(f"{brief(value)} is no {kind.__name__}")
+    return value
 
 
 def _check_against_config(checkpoint: NativeCheckpoint) -> None:
@@ -183,8 +205,11 @@ def _check_against_config(checkpoint: NativeCheckpoint) -> None:
         may_be_pruned = name.endswith(tuple(f".mlp.{weight}" for weight in _PER_EXPERT)) and len(own) == len(shape)
         if own != shape and not (may_be_pruned and own[1:] == shape[1:] and own[0] <= shape[0]):
             raise InputError(f"{source}: the weight {name} has shape {own}; the config asks for {shape}")
+        _check_spec(checkpoint, name)
     known = {item_of(name) for name in expected}
     for item, leaves in checkpoint.items.items():
+        if item not in {item for item, _ in known}:
+            raise InputError(f"{source}: the item {item} is none of a model with this config")
         for within in leaves:
             if (item, within) not in known:
                 raise InputError(f"{source}: the weight {within} of {item} is none of a model with this config")
@@ -203,7 +228,18 @@ def _check_experts(checkpoint: NativeCheckpoint) -> None:
                 f"{source}: the weight {layer}{other} is of {counts[other]} experts; its router has {survivors}"
             )
         if not 1 <= k <= survivors:
-            raise InputError(f"{source}: experts_per_token of {layer}router is {k}; 1 to {survivors} are accepted")
+            raise InputError(
+                f"{source}: experts_per_token of {layer}router is {brief(k)}; 1 to {survivors} are accepted"
+            )
+
+
+def _check_spec(checkpoint: NativeCheckpoint, name: str) -> None:
+    source, leaf, (item, within) = checkpoint.path / MANIFEST, checkpoint.abstract(name), item_of(name)
+    spec, checksums = checkpoint.items[item][within]
+    if ("i32" in spec) != name.endswith("group_id"):
+        raise InputError(f"{source}: the weight {name} is {spec}; i32 is what group_id alone is made of")
+    if len(checksums) != 8 * len(jax.tree.leaves(leaf)):
+        raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays")
 
 
 def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[str, str]) -> bytes:
@@ -257,11 +293,3 @@ def _abstract(within: str, spec: str) -> Weight:
 
 def _item_arrays(leaves: Mapping[str, tuple[str, str]]) -> list[str]:
     return [array for name, (spec, _) in leaves.items() for array in _arrays(name, _abstract(name, spec))]
-
-
-def _check_shapes(path: Path, name: str, arrays: list[jax.Array], abstract: list[jax.ShapeDtypeStruct]) -> None:
-    for array, expected in zip(arrays, abstract, strict=True):
-        if array.shape != expected.shape or array.dtype != expected.dtype:
-            raise InputError(
-                f"{path}: {name} holds {array.dtype}{array.shape}; its manifest names {expected.dtype}{expected.shape}"
-            )

@@ -16,11 +16,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moejax.checkpoint.json_file import parse_json_object, read_json_object
-from moejax.errors import InputError
+from moejax.errors import InputError, brief
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+MAX_HEADER_BYTES = 10_000_000
+"""The largest header read; DeepSeek-V3's files have headers of 100 thousand bytes, Kimi-K2's of 300 thousand."""
+
+# What NumPy can hold, even where an axis of size zero lets the file hold any other.
+_MAX_AXES, _MAX_ELEMENTS = 8, 2**48
+_MAX_FILE_NAME = 255  # the usual limit of file systems, in bytes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -55,6 +62,18 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def load(self, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or some rows of its first axis, in memory of its own: pages of a map would stay in memory too.
+
+        Raises InputError if the file has been cut off since its header was read.
+        """
+        first, last, _ = rows.indices(self.shape[0] if self.shape else 1)
+        size = self.nbytes // max(1, self.shape[0] if self.shape else 1)
+        values = np.fromfile(self.file, np.uint8, (last - first) * size, offset=self.offset + first * size)
+        if values.size != (last - first) * size:
+            raise InputError(f"{self.file}: is shorter than its header says; fetch or write it again")
+        return values.view(self.dtype).reshape((last - first, *self.shape[1:]) if self.shape else ())
+
 
 @dataclass(frozen=True)
 class SafetensorsFolder:
@@ -77,14 +96,15 @@ class SafetensorsFolder:
 def open_folder(path: Path) -> SafetensorsFolder:
     """Reads the headers of the checkpoint in the folder `path`: one `model.safetensors`, or shards with an index.
 
-    Raises InputError if the folder or a file is missing, a file is corrupt or truncated, a tensor's dtype is not in
-    `DTYPES`, or the files do not hold exactly the tensors that the index gives them.
+    Raises InputError if the folder or a file is missing, a file is corrupt or truncated, a header is larger than
+    `MAX_HEADER_BYTES`, a tensor's dtype is not in `DTYPES`, or the files do not hold exactly the tensors that the index
+    gives them.
     """
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder; give the folder of a Hugging Face checkpoint")
-    if (path / SINGLE_FILE).exists():
-        return SafetensorsFolder(path, _read_header(path / SINGLE_FILE))
-    if not (path / INDEX_FILE).exists():
+    if (path / SINGLE_FILE).is_file():
+        return SafetensorsFolder(path, read_header(path / SINGLE_FILE))
+    if not (path / INDEX_FILE).is_file():
         raise InputError(f"{path}: has neither {SINGLE_FILE} nor {INDEX_FILE}; one of them is needed")
     return SafetensorsFolder(path, _read_shards(path, _read_weight_map(path / INDEX_FILE)))
 
@@ -109,7 +129,9 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # here: its import takes half a second, and folders do not need it
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "tiktoken*"])
+        )
     except Exception as error:  # the hub's client has no common base class for what can go wrong
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
@@ -124,8 +146,8 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise InputError(f"{index_file}: lacks the object `weight_map` from tensor names to file names")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise InputError(f"{index_file}: gives tensor {tensor} the file {shard!r}, which is not a file name")
+        if not isinstance(shard, str) or not 0 < len(shard.encode(errors="replace")) <= _MAX_FILE_NAME:
+            raise InputError(f"{index_file}: gives tensor {tensor} the file {brief(shard)}, which is not a file name")
         if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
             raise InputError(f"{index_file}: gives tensor {tensor} the file {shard}, which is outside the folder")
     for shard in sorted(set(weight_map.values())):
@@ -138,7 +160,7 @@ def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo
     """Reads every shard's header and compares it with the index, in both directions."""
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, info in _read_header(path / shard).items():
+        for name, info in read_header(path / shard).items():
             if name in tensors:
                 raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} and in {shard}; one is needed")
             if name not in weight_map:
@@ -150,26 +172,37 @@ def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """Returns where the tensors of one safetensors file lie, once the safetensors library has found it sound.
 
-    The library refuses headers over 100 MB or beyond the file, and byte ranges that overlap, leave gaps, disagree with
-    shape and dtype, or do not end with the file; but it does not give the ranges away.
+    The library refuses byte ranges that overlap, leave gaps, disagree with shape and dtype, or do not end with the
+    file; but it does not give the ranges away.
     """
     try:
-        with safe_open(file, framework="numpy"):
-            pass
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > MAX_HEADER_BYTES:
+                raise SafetensorError(f"header too large: {header_bytes} bytes, {MAX_HEADER_BYTES} are accepted")
+            with safe_open(file, framework="numpy"):
+                pass
+            header = parse_json_object(stream.read(header_bytes), file)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: is not a sound safetensors file ({error}); fetch or write it again") from error
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = parse_json_object(stream.read(header_bytes), file)
     header.pop("__metadata__", None)
     return {name: _tensor_info(file, 8 + header_bytes, name, fields) for name, fields in header.items()}
 
 
-def _tensor_info(file: Path, data_start: int, name: str, fields: dict[str, Any]) -> TensorInfo:
-    if fields["dtype"] not in DTYPES:
-        raise InputError(f"{file}: tensor {name} has dtype {fields['dtype']}; accepted are {', '.join(DTYPES)}")
+def _tensor_info(file: Path, data_start: int, name: str, fields: Any) -> TensorInfo:
+    dtype = fields.get("dtype") if isinstance(fields, dict) else None
+    if not isinstance(dtype, str):  # the library takes lists for objects, and objects for names of dtypes
+        raise InputError(f"{file}: tensor {name} is described by {brief(fields)}; an object with its dtype is needed")
+    if dtype not in DTYPES:
+        raise InputError(f"{file}: tensor {name} has dtype {dtype}; accepted are {', '.join(DTYPES)}")
     start, _ = fields["data_offsets"]
-    return TensorInfo(tuple(fields["shape"]), DTYPES[fields["dtype"]], file, data_start + start)
+    info = TensorInfo(tuple(fields["shape"]), DTYPES[dtype], file, data_start + start)
+    if len(info.shape) > _MAX_AXES or math.prod(size or 1 for size in info.shape) > _MAX_ELEMENTS:
+        raise InputError(
+            f"{file}: tensor {name} has shape {brief(list(info.shape))}; up to {_MAX_AXES} axes are accepted, and "
+            f"{_MAX_ELEMENTS} elements where no axis is empty"
+        )
+    return info

@@ -67,7 +67,14 @@ def test_both_names_of_the_dtype_are_read(field: str, dtype: str) -> None:
         ({"quantization_config": {"weight_block_size": [128, 128]}}, "quant_method is None; only 'fp8'"),
         ({"quantization_config": "int4"}, "quant_method is 'int4'; only 'fp8'"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"weight_block_size is None; .* such as \[128, 128\]"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [10**400, 1]}},
+            "positive integers up to",
+        ),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 8193]}}, "is .128, 8193.; FP8 wei"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [True, 128]}}, "is .True, 128.; FP8"),
         ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; up to 1,000 is accepted"),
     ],
     ids=str,
 )

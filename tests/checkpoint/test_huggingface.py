@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from fp8_checkpoint import BF16, BIAS, CONFIG, EXPERT, FP8, KV_A, NORM, SCALE, a
 from model_cases import Config, Tensors, random_tensors, write_hf_checkpoint
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.errors import InputError
+
+ROUTER = "model.layers.1.mlp.gate.weight"
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,38 @@ def test_experts_of_one_projection_must_have_one_dtype(tmp_path: Path, tensors: 
     del stored[EXPERT + SCALE]
     message = refusal(tmp_path / "b", fp8_config(CONFIG, [128, 128]), stored | {EXPERT: values[EXPERT]})
     assert f"the tensor {EXPERT} has dtype float32; float8_e4m3fn is needed, as {first} has" in message
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32])
+def test_the_routing_bias_is_of_any_dense_dtype_and_keeps_it(tmp_path: Path, tensors: Tensors, dtype: Any) -> None:
+    stored = tensors | {BIAS: tensors[BIAS].astype(dtype)}
+    write_hf_checkpoint(tmp_path, CONFIG, stored)
+    bias = open_huggingface(tmp_path).leaf("layers.1.mlp.bias")
+    assert bias.dtype == dtype and np.asarray(bias).tobytes() == stored[BIAS].tobytes()
+
+
+@pytest.mark.parametrize("count", [32, 56])
+def test_frequencies_as_kimi_k2_holds_them_are_left_out(tmp_path: Path, tensors: Tensors, count: int) -> None:
+    frequency = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    extra = {frequency.format(layer): np.full(count, np.nan, np.float32) for layer in (0, 1)}
+    write_hf_checkpoint(tmp_path / "a", CONFIG, tensors | extra)
+    write_hf_checkpoint(tmp_path / "b", CONFIG, tensors)
+    checkpoint, without = open_huggingface(tmp_path / "a"), open_huggingface(tmp_path / "b")
+    assert checkpoint.num_elements == without.num_elements
+    assert [name for name, _ in checkpoint.abstract_leaves()] == [name for name, _ in without.abstract_leaves()]
+    name = "model.rotary_emb.inv_freq"
+    assert f"the tensor {name} is none of" in refusal(tmp_path / "c", CONFIG, tensors | {name: extra.popitem()[1]})
+
+
+def test_a_config_of_more_tensors_than_there_are_is_refused_at_the_first(tmp_path: Path, tensors: Tensors) -> None:
+    """The others, 24 million, are not listed: that would take gigabytes."""
+    router = {ROUTER: np.ones((8192, CONFIG["hidden_size"]), np.float32), BIAS: np.ones(8192, np.float32)}
+    write_hf_checkpoint(tmp_path, CONFIG | {"num_hidden_layers": 1000, "n_routed_experts": 8192}, tensors | router)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"the tensor model.layers.1.mlp.experts.4.gate_proj.weight is missing"):
+        open_huggingface(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
 
 
 def test_a_config_and_a_folder_that_cannot_be_read_are_named(tmp_path: Path, tensors: Tensors) -> None:

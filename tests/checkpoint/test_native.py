@@ -1,5 +1,6 @@
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -332,6 +333,27 @@ NORM = ("items", "layer_1", "input_norm")
         (at("items", "layer_1", value="x"), "damaged"),
         (at(*NORM, value=3), "damaged"),
         (at(*NORM, value=["f32[64]"]), "damaged"),
+        (at(*NORM, value="ab"), "the weight layers.1.input_norm: 'a' describes no leaf"),
+        (at(*NORM, value=[["f32[64]"], "0" * 8]), "damaged (TypeError(\"['f32[64]'] is no str\"))"),
+        (at(*NORM, 1, value=12345678), "damaged (TypeError('12345678 is no str'))"),
+        (at(*NORM, 1, value=""), "layers.1.input_norm needs a checksum of 8 digits for each of its arrays"),
+        (at(*NORM, 1, value="0" * 16), "layers.1.input_norm needs a checksum of 8 digits for each of its arrays"),
+        (at(*NORM, 0, value="i32[64]"), "layers.1.input_norm is i32[64]; i32 is what group_id alone is made of"),
+        (at("items", "layer_1", "mlp.group_id", 0, value="f32[5]"), "layers.1.mlp.group_id is f32[5]; i32 is what"),
+        (at("plan", value=[]), "damaged (TypeError('[] is no dict'))"),
+        (at("provenance", value=None), "damaged (TypeError('None is no dict'))"),
+        (at("config", value="deepseek_v3"), "damaged"),
+        (at("config", "num_hidden_layers", value=10**9), "num_hidden_layers is 1000000000; up to 1,000 is accepted"),
+        (at("experts_per_token", 1, value="2"), "damaged"),
+        (at("experts_per_token", 1, value=True), "damaged (TypeError('True is no int'))"),
+        (at("experts_per_token", 1, value=2.0), "damaged"),
+        (at("experts_per_token", 1, value=10**400), "experts_per_token of layers.1.mlp.router is 1000000000"),
+        (at("experts_per_token", value=[2] * 10**5), "experts_per_token needs 4 entries"),
+        (at("items", "../outer", value={}), "the item ../outer is none of a model with this config"),
+        (at("items", "layer_1", "../norm", value=["f32[64]", "0" * 8]), "the weight ../norm of layer_1 is none of"),
+        (at(*NORM, 0, value="f32[" + "9" * 5000 + "]"), "layers.1.input_norm: 'f32[999"),
+        (at(*NORM, 0, value="f32[999999999999999]"), "layers.1.input_norm has shape (999999999999999,)"),
+        (at(*GATE, 0, value="+".join(["f32[1,64,64]"] * 10**5)), "layers.1.mlp.experts.gate: 'f32[1,64,64]+f32"),
         (at("experts_per_token", value=None), "damaged"),
         (at("experts_per_token", value=["two"] * 4), "damaged"),
         (at("experts_per_token", value=[2, 1, 2]), "experts_per_token needs 4 entries"),
@@ -342,7 +364,7 @@ NORM = ("items", "layer_1", "input_norm")
         (without("items", "outer"), "the weight embed is missing"),
         (without(*NORM), "the weight layers.1.input_norm is missing"),
         (at("items", "layer_1", "more", value=["f32[64]", "0" * 8]), "the weight more of layer_1 is none of a model"),
-        (at("items", "layer_9", value={"x": ["f32[64]", "0" * 8]}), "the weight x of layer_9 is none of a model"),
+        (at("items", "layer_9", value={"x": ["f32[64]", "0" * 8]}), "the item layer_9 is none of a model"),
         (at(*NORM, 0, value="f32[65]"), "layers.1.input_norm has shape (65,); the config asks for (64,)"),
         (at(*NORM, 0, value="f32[]"), "layers.1.input_norm has shape (); the config asks for (64,)"),
         (at(*NORM, 0, value="int9g64[64,64]"), "layers.1.input_norm: unknown format 'int9g64'"),
@@ -351,7 +373,7 @@ NORM = ("items", "layer_1", "input_norm")
         (at(*GATE, 0, value="f32[5]"), "layers.1.mlp.experts.gate: 'f32[5]' describes no experts"),
         (at(*GATE, 0, value="f32[3,64,64]+f32[2,64,32]"), "layers.1.mlp.experts.gate: 'f32[3,64,64]+f32[2,64,32]'"),
         (at(*GATE, 0, value="f32[9,64,64]"), "layers.1.mlp.experts.gate has shape (9, 64, 64)"),
-        (at(*GATE, 0, value="f32[4,64,64]"), "layers.1.mlp.experts.gate is of 4 experts; its router has 5"),
+        (at(*GATE, value=["f32[4,64,64]", "0" * 24]), "layers.1.mlp.experts.gate is of 4 experts; its router has 5"),
         (at("items", "layer_2", "mlp.group_id", 0, value="i32[7]"), "layers.2.mlp.group_id is of 7 experts"),
     ],
 )
@@ -369,8 +391,8 @@ def test_a_damaged_manifest_is_refused_when_opened(
     ("change", "reason"),
     [
         (at(*NORM, 0, value="f16[64]"), "layers.1.input_norm holds float32(64,); its manifest names float16(64,)"),
-        (at(*NORM, 1, value=""), "the bytes of layers.1.input_norm are not those"),
-        (at("items", "layer_1", "self_attn.o", 0, value="bf16[64,64]"), "items/layer_1: leaf self_attn.o"),
+        (at(*NORM, 1, value="0" * 8), "the bytes of layers.1.input_norm are not those"),
+        (at("items", "layer_1", "self_attn.o", value=["bf16[64,64]", "0" * 8]), "items/layer_1: leaf self_attn.o"),
     ],
 )
 def test_a_manifest_that_does_not_describe_the_arrays_is_refused_when_they_are_read(
@@ -382,7 +404,45 @@ def test_a_manifest_that_does_not_describe_the_arrays_is_refused_when_they_are_r
     refused(lambda: open_native(own_copy).leaf("layers.1.input_norm"), reason)
 
 
+@pytest.mark.parametrize(
+    ("within", "array", "reason"),
+    [
+        ("mlp.experts.gate", "mlp.experts.gate.bucket_E", "does not give each of its experts a place of its own"),
+        ("mlp.experts.up", "mlp.experts.up.index_E", "does not give each of its experts a place of its own"),
+        ("mlp.group_id", "mlp.group_id", "names a group that is none of the 2"),
+    ],
+)
+def test_slots_and_groups_out_of_range_are_refused_though_their_checksum_is_right(
+    own_copy: Path, within: str, array: str, reason: str
+) -> None:
+    chunk, manifest = own_copy / "items" / "layer_1" / array / "0", json.loads((own_copy / "manifest.json").read_text())
+    values = np.frombuffer(chunk.read_bytes(), np.int32).copy()
+    right = f"{zlib.crc32(values.tobytes()):08x}"
+    values[0] = 7
+    chunk.write_bytes(values.tobytes())
+    leaf = manifest["items"]["layer_1"][within]
+    assert right in leaf[1]
+    leaf[1] = leaf[1].replace(right, f"{zlib.crc32(values.tobytes()):08x}")
+    (own_copy / "manifest.json").write_text(json.dumps(manifest))
+    refused(lambda: open_native(own_copy).leaf(f"layers.1.{within}"), f"{own_copy}: layers.1.{within} {reason}")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
 def test_a_manifest_that_is_no_json_object_is_refused(own_copy: Path, content: bytes) -> None:
     (own_copy / "manifest.json").write_bytes(content)
     refused(lambda: open_native(own_copy), str(own_copy / "manifest.json"))
+
+
+def test_no_more_than_one_item_is_kept_open(tmp_path: Path) -> None:
+    write_native(random_model(), tmp_path / "out", DESCRIPTION, [], BUDGET)
+    checkpoint = open_native(tmp_path / "out")
+    for name in Layout(CONFIG).shapes():
+        checkpoint.leaf(name)
+        mapped = {line.split("items/")[1].split("/")[0] for line in maps() if str(tmp_path) in line}
+        assert mapped <= {native.item_of(name)[0]}, name
+
+
+def maps() -> list[str]:
+    """The files mapped into this process, where the system tells."""
+    file = Path("/proc/self/maps")
+    return file.read_text().splitlines() if file.exists() else []

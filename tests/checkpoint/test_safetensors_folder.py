@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 from safetensors.numpy import save_file
 
-from moejax.checkpoint.safetensors_folder import DTYPES, open_folder, read_config_json, resolve_checkpoint
+from moejax.checkpoint.safetensors_folder import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    open_folder,
+    read_config_json,
+    resolve_checkpoint,
+)
 from moejax.errors import InputError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -67,7 +75,18 @@ def test_reads_what_the_library_writes_however_it_is_sharded(tensors: list[tuple
             info = opened.tensors[f"layer.{number}"]
             assert (info.shape, info.dtype, info.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
             assert info.file.name == f"model-{shard}.safetensors"
-            assert same_bits(opened.read(f"layer.{number}"), tensor)
+            assert same_bits(opened.read(f"layer.{number}"), tensor) and same_bits(info.load(), tensor)
+            if tensor.ndim:
+                assert same_bits(info.load(slice(1, 3)), tensor[1:3])
+
+
+def test_a_file_cut_off_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    save_file({"w": WEIGHT}, tmp_path / "model.safetensors")
+    info = open_folder(tmp_path).tensors["w"]
+    os.truncate(info.file, info.file.stat().st_size - 1)
+    assert same_bits(info.load(slice(0, 2)), WEIGHT[:2])
+    with pytest.raises(InputError, match=r"model\.safetensors: is shorter than its header says"):
+        info.load()
 
 
 def test_a_single_file_needs_no_index_and_is_mapped_read_only(tmp_path: Path) -> None:
@@ -117,6 +136,10 @@ def test_folder_without_checkpoint(tmp_path: Path) -> None:
         ('{"weight_map": {"norm": 3}}', "tensor norm the file 3, which is not a file name"),
         ('{"weight_map": {"norm": "../x.safetensors"}}', "tensor norm the file ../x.safetensors, which is outside"),
         ('{"weight_map": {"norm": "/x.safetensors"}}', "tensor norm the file /x.safetensors, which is outside"),
+        ('{"weight_map": {"norm": "x/../../y.safetensors"}}', r"tensor norm the file x/\.\./.*, which is outside"),
+        ('{"weight_map": {"norm": ""}}', "tensor norm the file '', which is not a file name"),
+        (f'{{"weight_map": {{"norm": "{"x" * 256}"}}}}', "tensor norm the file 'x+...x+', which is not a file name"),
+        (r'{"weight_map": {"norm": "\u0000"}}', r"names the file \\x00, which is not in the folder"),
         ('{"weight_map": {"norm": "x.safetensors"}}', "names the file x.safetensors, which is not in the folder"),
         ('{"weight_map": {"norm": "a", "norm": "b"}}', "'norm' stands twice"),
     ],
@@ -171,6 +194,17 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**F32, "data_offsets": [8, 16]}}, "not a sound safetensors file"),
         ({"a": {**F32, "dtype": "F99"}}, "not a sound safetensors file.*F99"),
         ({"a": {**F32, "dtype": "C64", "shape": [1]}}, "tensor a has dtype C64; accepted are BOOL, U8"),
+        ({"a": {**F32, "shape": [-1, -2]}}, "not a sound safetensors file"),
+        ({"a": {**F32, "shape": [2**63, 2]}}, "not a sound safetensors file"),
+        ({"a": {**F32, "shape": [2**62, 2**62, 2**62, 2]}}, "not a sound safetensors file"),
+        ({"a": {**F32, "shape": [10**400]}}, "not a sound safetensors file"),
+        ({"a": {**F32, "data_offsets": [0, 2**63]}}, "not a sound safetensors file"),
+        ({"a": {**F32, "data_offsets": [0, 4]}, "b": {**F32, "data_offsets": [2, 8]}}, "not a sound safetensors file"),
+        # What the library lets pass: other forms of the same, shapes that NumPy cannot hold.
+        ({"a": ["F32", [2], [0, 8]]}, r"tensor a is described by \['F32', \[2\], \[0, 8\]\]; an object"),
+        ({"a": {**F32, "dtype": {"F32": None}}}, "tensor a is described by .*; an object with its dtype is needed"),
+        ({"a": {**F32, "shape": [1] * 80 + [2]}}, r"tensor a has shape \[1, 1, .*\]; up to 8 axes are accepted"),
+        ({"a": F32, "b": {"dtype": "U8", "shape": [0, 2**62], "data_offsets": [8, 8]}}, "tensor b has shape .*; up to"),
         (f'{{"a": {json.dumps(F32)}, "a": {json.dumps({**F32, "dtype": "I32"})}}}'.encode(), "'a' stands twice"),
     ],
 )
@@ -181,13 +215,35 @@ def test_corrupt_header(tmp_path: Path, header: dict[str, Any] | bytes, reason: 
     assert str(tmp_path / "model.safetensors") in str(error.value)
 
 
-@pytest.mark.parametrize("header_bytes", [1 << 62, 200_000_000])
+@pytest.mark.parametrize("header_bytes", [1 << 62, 200_000_000, MAX_HEADER_BYTES + 1])
 def test_huge_header(tmp_path: Path, header_bytes: int) -> None:
     with (tmp_path / "model.safetensors").open("wb") as stream:
         stream.write(header_bytes.to_bytes(8, "little"))
         stream.truncate(300_000_000)  # a sparse file: it takes no space
-    with pytest.raises(InputError, match="header too large"):
+    with pytest.raises(InputError, match=r"not a sound safetensors file .header too large: .* 10000000 are accepted"):
         open_folder(tmp_path)
+
+
+def test_a_header_of_too_many_tensors(tmp_path: Path) -> None:
+    empty = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    header = "{" + ",".join(f'"{number:x}":{empty}' for number in range(150_000)) + "}"
+    write_raw(tmp_path / "model.safetensors", header.encode(), b"")
+    with pytest.raises(InputError, match="up to 1050001 values of JSON are more than the 1000000"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, FIRST])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    two_shards(tmp_path)
+    for make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero"), Path.mkdir):
+        (tmp_path / name).unlink(missing_ok=True)
+        make(tmp_path / name)
+        if name == "model.safetensors":  # there are shards still
+            assert len(open_folder(tmp_path).tensors) == 3
+        else:
+            with pytest.raises(InputError, match=f"neither .* nor {name}|{name}, which is not in the folder"):
+                open_folder(tmp_path)
+        shutil.rmtree(tmp_path / name) if make is Path.mkdir else (tmp_path / name).unlink()
 
 
 def test_config(tmp_path: Path) -> None:
@@ -218,7 +274,7 @@ def test_resolve_fetches_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve_checkpoint("deepseek-ai/DeepSeek-V3") == tmp_path
-    assert calls == [("deepseek-ai/DeepSeek-V3", ["*.safetensors", "*.json", "tokenizer*"])]
+    assert calls == [("deepseek-ai/DeepSeek-V3", ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "tiktoken*"])]
 
 
 @pytest.mark.parametrize("reason", [ConnectionError("offline\nmore lines"), ValueError("offline"), OSError("offline")])

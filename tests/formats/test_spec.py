@@ -58,6 +58,15 @@ def test_experts() -> None:
     assert shapes_and_dtypes(abstract) == shapes_and_dtypes(weights)
 
 
+def test_refuses_more_buckets_than_there_are_formats() -> None:
+    with pytest.raises(InputError, match=r"bf16\[1,2,3\]' describes no leaf"):
+        abstract_experts("+".join(["bf16[1,2,3]"] * 10**5))
+
+
+def test_a_shape_of_any_size_takes_no_memory() -> None:
+    assert abstract_leaf("int4g64[999999999999999,64]").shape == (999_999_999_999_999, 64)
+
+
 @pytest.mark.parametrize("spec", ["bf16[8,64]", "bf16[2,8,64]+int4g64[2,64,64]", "bf16[2,8,64]+int4g64[8,64]"])
 def test_refuses_what_describes_no_experts(spec: str) -> None:
     with pytest.raises(InputError, match="describes no experts"):
@@ -73,15 +82,18 @@ def test_scales_of_partial_fp8_blocks() -> None:
 
 NO_LEAVES = ["bf16", "bf16[2", "bf16[2,]", "bf16[-1]", "[2,3]", "", "bf16[2]x", "int4g64[128]", "fp8b128x128[]"]
 
+NO_LEAVES += ["bf16[" + "9" * 5000 + "]", "bf16[1" + ",1" * 8 + "]", "x" * 10**6, "bf16[٣]", "bf16[2]\n"]
 
-@pytest.mark.parametrize("spec", NO_LEAVES)
+
+@pytest.mark.parametrize("spec", NO_LEAVES, ids=lambda spec: spec[:20].encode("unicode_escape").decode())
 def test_refuses_what_describes_no_leaf(spec: str) -> None:
-    with pytest.raises(InputError, match="describes no leaf"):
+    with pytest.raises(InputError, match="describes no leaf") as error:
         abstract_leaf(spec)
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize(
-    "name", ["int9g64", "int0g64", "int4g48", "int4", "uint4g64", "ternaryg48", "q4_k", "fp8b0x128"]
+    "name", ["int9g64", "int0g64", "int4g48", "int4", "uint4g64", "ternaryg48", "q4_k", "fp8b0x128", "fp8b100000x1"]
 )
 def test_refuses_unknown_formats(name: str) -> None:
     with pytest.raises(InputError, match=f"unknown format '{name}'"):
