@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.generate.sampling import GREEDY, Sampling, check_sampling, sample
+from moejax.generate.sampling import GREEDY, Draw, Sampling, check_sampling, sample
 from moejax.model import Config, DeepseekV3
 from moejax.model.latent_cache import LatentCache, empty_caches
 
@@ -45,24 +45,23 @@ class Decoding:
         return self.cache_dtype or self.dtype
 
 
+class Rows(NamedTuple):
+    """T tokens of each sequence at positions start, start+1, ..., and the index of the one behind which a token is
+    drawn: (B, T), (B,), (B,)."""
+
+    tokens_BT: jax.Array
+    start_B: jax.Array
+    last_B: jax.Array
+
+
 class Runner(Protocol):
     """A model that can be decoded: in memory, or read from disk for every step."""
 
     @property
     def config(self) -> Config: ...
 
-    def step(
-        self,
-        tokens_BT: jax.Array,
-        cache: list[LatentCache],
-        start_B: jax.Array,
-        last_B: jax.Array,
-        sampling: Sampling,
-        keys_B: jax.Array,
-        dtype: str,
-    ) -> tuple[jax.Array, list[LatentCache]]:
-        """T tokens of each sequence at positions start, start+1, ... into the cache, and the token drawn behind the one
-        at index `last` of them, (B,)."""
+    def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
+        """The rows into the cache, and the token drawn behind each, (B,)."""
         ...
 
 
@@ -76,33 +75,17 @@ class InMemory:
     def config(self) -> Config:
         return self.model.config
 
-    def step(
-        self,
-        tokens_BT: jax.Array,
-        cache: list[LatentCache],
-        start_B: jax.Array,
-        last_B: jax.Array,
-        sampling: Sampling,
-        keys_B: jax.Array,
-        dtype: str,
-    ) -> tuple[jax.Array, list[LatentCache]]:
-        return _step(self.model, tokens_BT, cache, start_B, last_B, sampling, keys_B, dtype)
+    def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
+        return _step(self.model, rows, cache, draw, dtype)
 
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="cache")
 def _step(
-    model: DeepseekV3,
-    tokens_BT: jax.Array,
-    cache: list[LatentCache],
-    start_B: jax.Array,
-    last_B: jax.Array,
-    sampling: Sampling,
-    keys_B: jax.Array,
-    dtype: str,
+    model: DeepseekV3, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str
 ) -> tuple[jax.Array, list[LatentCache]]:
-    x_BTD, cache = model.extend(tokens_BT, cache, start_B, dtype)
-    x_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-    return sample(model.logits(x_B1D)[:, 0], sampling, keys_B), cache
+    x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)
+    x_B1D = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)
+    return sample(model.logits(x_B1D)[:, 0], draw), cache
 
 
 def generate(
@@ -187,12 +170,12 @@ def _decode(
     seeds_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     going, position_B, token_B = np.ones(len(prompts), bool), jnp.asarray(lengths), None
     for n in range(max_tokens):
-        keys_B = _keys(seeds_B, n)
+        draw = Draw(sampling, _keys(seeds_B, n))
         if token_B is None:
-            token_B, cache = _prefill(runner, prompts, cache, sampling, keys_B, decoding)
+            token_B, cache = _prefill(runner, prompts, cache, draw, decoding)
         else:
-            first_B = jnp.zeros_like(position_B)
-            token_B, cache = runner.step(token_B[:, None], cache, position_B, first_B, sampling, keys_B, decoding.dtype)
+            rows = Rows(token_B[:, None], position_B, jnp.zeros_like(position_B))
+            token_B, cache = runner.step(rows, cache, draw, decoding.dtype)
             position_B = position_B + 1
         tokens = np.asarray(token_B).tolist()
         going &= [token not in stop for token in tokens]
@@ -205,8 +188,7 @@ def _prefill(
     runner: Runner,
     prompts: Sequence[Sequence[int] | np.ndarray],
     cache: list[LatentCache],
-    sampling: Sampling,
-    keys_B: jax.Array,
+    draw: Draw,
     decoding: Decoding,
 ) -> tuple[jax.Array, list[LatentCache]]:
     """All prompts into the cache, chunk by chunk, and the token drawn behind each.
@@ -222,10 +204,8 @@ def _prefill(
             own = prompt[start : start + size]
             row[: len(own)] = own
         last_B = np.clip(lengths - 1 - start, 0, size - 1).astype(np.int32)
-        start_B = jnp.full(len(prompts), start, jnp.int32)
-        drawn_B, cache = runner.step(
-            jnp.asarray(tokens_BT), cache, start_B, jnp.asarray(last_B), sampling, keys_B, decoding.dtype
-        )
+        rows = Rows(jnp.asarray(tokens_BT), jnp.full(len(prompts), start, jnp.int32), jnp.asarray(last_B))
+        drawn_B, cache = runner.step(rows, cache, draw, decoding.dtype)
         token_B = jnp.where(jnp.asarray((lengths - 1) // chunk == start // chunk), drawn_B, token_B)
     return token_B, cache
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.formats import Leaf
-from moejax.generate.sampling import Sampling, sample
+from moejax.generate.decode import Rows
+from moejax.generate.sampling import Draw, sample
 from moejax.kernels import take
 from moejax.model import Config
 from moejax.model.deepseek_v3 import head_logits
@@ -31,29 +32,18 @@ class PartByPart:
     def config(self) -> Config:
         return self.parts.config
 
-    def step(
-        self,
-        tokens_BT: jax.Array,
-        cache: list[LatentCache],
-        start_B: jax.Array,
-        last_B: jax.Array,
-        sampling: Sampling,
-        keys_B: jax.Array,
-        dtype: str,
-    ) -> tuple[jax.Array, list[LatentCache]]:
-        x_BTD = take(self.parts.embedding(), tokens_BT, dtype).block_until_ready()
-        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
+        x_BTD = take(self.parts.embedding(), rows.tokens_BT, dtype).block_until_ready()
+        positions_BT = rows.start_B[:, None] + jnp.arange(rows.tokens_BT.shape[1])
         by = rotation(self.config, positions_BT, jnp.promote_types(dtype, jnp.float32))
         for index, own in enumerate(cache):
-            x_BTD, cache[index] = run_block_cached(self.parts.block(index), x_BTD, by, own, start_B)
+            x_BTD, cache[index] = run_block_cached(self.parts.block(index), x_BTD, by, own, rows.start_B)
             x_BTD.block_until_ready()  # before the next block is read
-        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+        x_BD = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)[:, 0]
         eps = self.config.rms_norm_eps
-        return _next_token(x_BD, self.parts.norm(), self.parts.head(), sampling, keys_B, eps=eps), cache
+        return _next_token(x_BD, self.parts.norm(), self.parts.head(), draw, eps=eps), cache
 
 
 @partial(jax.jit, static_argnames="eps")
-def _next_token(
-    x_BD: jax.Array, norm: jax.Array, head: Leaf, sampling: Sampling, keys_B: jax.Array, eps: float
-) -> jax.Array:
-    return sample(head_logits(rms_norm(x_BD, norm, eps), head), sampling, keys_B)
+def _next_token(x_BD: jax.Array, norm: jax.Array, head: Leaf, draw: Draw, eps: float) -> jax.Array:
+    return sample(head_logits(rms_norm(x_BD, norm, eps), head), draw)

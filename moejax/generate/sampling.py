@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,13 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Draw(NamedTuple):
+    """How the next tokens are drawn, and a key for each sequence, (B,)."""
+
+    sampling: Sampling
+    keys_B: jax.Array
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raise InputError for values that no distribution has."""
     limits = {
@@ -44,11 +52,11 @@ def check_sampling(sampling: Sampling) -> None:
             raise InputError(f"{name} is {getattr(sampling, name)}; {wanted} is needed")
 
 
-def sample(logits_BC: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
+def sample(logits_BC: jax.Array, draw: Draw) -> jax.Array:
     """The next token of each sequence, int32 (B,), each drawn with its own key."""
     drawn_B = jax.lax.cond(
-        jnp.asarray(sampling.temperature) > 0,
-        lambda: jax.vmap(partial(_draw, sampling=sampling))(logits_BC, keys_B),
+        jnp.asarray(draw.sampling.temperature) > 0,
+        lambda: jax.vmap(partial(_draw, sampling=draw.sampling))(logits_BC, draw.keys_B),
         lambda: jnp.argmax(logits_BC, axis=-1),
     )
     return drawn_B.astype(jnp.int32)

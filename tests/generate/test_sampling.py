@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moejax.errors import InputError
-from moejax.generate.sampling import GREEDY, Sampling, check_sampling, sample
+from moejax.generate.sampling import GREEDY, Draw, Sampling, check_sampling, sample
 
 VOCABULARY = 13
 DRAWS = 400
 
-draw = jax.jit(sample)
+draw = jax.jit(lambda logits_BC, sampling, keys_B: sample(logits_BC, Draw(sampling, keys_B)))
 
 
 def allowed(logits_C: NDArray[np.float64], temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -70,7 +70,7 @@ def test_greedy_takes_the_likeliest_whatever_the_key() -> None:
 
 def test_other_values_compile_nothing_anew() -> None:
     logits_BC, keys = jnp.zeros((1, VOCABULARY)), jax.random.split(jax.random.key(0), 1)
-    fresh: Any = jax.jit(lambda *arguments: sample(*arguments))
+    fresh: Any = jax.jit(lambda logits_BC, sampling, keys_B: sample(logits_BC, Draw(sampling, keys_B)))
     for sampling in (GREEDY, Sampling(0.7), Sampling(1.3, 4, 0.9, 0.1)):
         fresh(logits_BC, sampling, keys)
     assert fresh._cache_size() == 1
