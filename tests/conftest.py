@@ -7,9 +7,11 @@ import re
 # Before the first import of JAX: with libtpu installed, it would look for a TPU first and log that there is none.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import jax
 import pytest
 
 from command_line import refused, run
@@ -19,6 +21,18 @@ from small_checkpoint import random_scores, words, write_published_checkpoint, w
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("moejax")
+
+
+# A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.
+_MAPPINGS, _MANY_MAPPINGS = Path("/proc/self/maps"), 40_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings() -> Iterator[None]:
+    """Forgets what was compiled, between modules, before mappings run out: XLA would crash."""
+    yield
+    if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moejax.checkpoint.tiktoken_model import PATTERN
+from moejax.tokenizer.tiktoken_model import PATTERN
 
 SPECIAL = ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<think>", "</think>", "<|im_middle|>")
 """The first special tokens; `<think>` and `</think>` are not called special, so they are part of the text."""

@@ -9,13 +9,13 @@ import numpy as np
 from moejax.calibrate import calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.native import Description, native_bytes, write_native
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, default_evaluation_text
 from moejax.model import DeepseekV3
 from moejax.planning import BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS, to_json
 from moejax.resources import config_path, tiny_checkpoint
+from moejax.tokenizer import load_tokenizer
 from moejax.transforms.compress import compress
 
 # One block: a quarter of its experts pruned, the others and the attention's output rounded.

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.tokenizer import Tokenizer
 from moejax.checkpoint.toml_file import read_toml
 from moejax.errors import InputError
 from moejax.evaluate.text import Text, chunks, default_evaluation_text, read_text
@@ -14,6 +13,7 @@ from moejax.machine import available_memory, peak_memory
 from moejax.pipeline.recipe import Recipe, recipe_from_toml
 from moejax.planning.size import parse_size
 from moejax.resources import config_path
+from moejax.tokenizer import Tokenizer
 
 # Enough of the default text for stable figures in a minute on two cores.
 _EVALUATION_BYTES = 200_000

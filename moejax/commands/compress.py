@@ -11,7 +11,6 @@ from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.store import require_free
 from moejax.checkpoint.summary import summarize
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
 from moejax.errors import InputError
@@ -23,6 +22,7 @@ from moejax.planning.size import format_size, parse_budget
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 from moejax.report.pruning import pruning_figures, pruning_rows
+from moejax.tokenizer import load_tokenizer
 
 # Enough of the default text for stable figures in a minute on two cores.
 _CALIBRATION_BYTES = 1_500_000

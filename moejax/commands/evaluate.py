@@ -13,7 +13,6 @@ from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_
 from moejax.checkpoint.predictions import Origin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.streamed import PartsOnDisk
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limit, tokenize
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
@@ -26,6 +25,7 @@ from moejax.model.parts import Parts
 from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
+from moejax.tokenizer import load_tokenizer
 
 _BATCH = 8
 # The least that a refusal asks for is a multiple of this: what a process holds at its start varies by less.

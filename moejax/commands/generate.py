@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.chat_template import ChatTemplate, encode_chat, load_chat_template
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.streamed import PartsOnDisk
-from moejax.checkpoint.tokenizer import Tokenizer, load_tokenizer, text_pieces
 from moejax.commands.common import memory_limit
 from moejax.errors import InputError
 from moejax.generate.decode import Decoding, Runner, check_request, generate
@@ -24,6 +22,7 @@ from moejax.machine import peak_memory, resident_memory
 from moejax.model import DeepseekV3
 from moejax.planning.size import format_size
 from moejax.report import figures
+from moejax.tokenizer import ChatTemplate, Tokenizer, encode_chat, load_chat_template, load_tokenizer, text_pieces
 
 
 @dataclass(frozen=True)

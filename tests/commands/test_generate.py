@@ -10,9 +10,9 @@ import pytest
 
 from command_line import moejax, refused, run
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.commands import generate as command
 from moejax.generate.decode import generate
+from moejax.tokenizer import load_tokenizer
 from small_checkpoint import words
 
 PROMPT = words(seed=5, count=6)

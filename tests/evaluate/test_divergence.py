@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.divergence import Predictions, compare, evaluate, head_log_probabilities
 from moejax.evaluate.text import chunks
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
+from moejax.tokenizer import load_tokenizer
 from quick_jit import quick_jit
 from small_models import CHUNKS, CONFIG, first_layers, small_model
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint.load import open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline.compress import (
     Prepared,
@@ -20,6 +19,7 @@ from moejax.pipeline.compress import (
 )
 from moejax.pipeline.recipe import Recipe
 from moejax.progress import silent
+from moejax.tokenizer import load_tokenizer
 from small_job import Job
 
 Tokenize = Callable[[Path], np.ndarray]

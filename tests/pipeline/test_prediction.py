@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint.load import open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
@@ -21,6 +20,7 @@ from moejax.planning.fit import PRUNING_WEIGHTS
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors
 from moejax.progress import silent
+from moejax.tokenizer import load_tokenizer
 
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 CALIBRATED, PROBED, EVALUATED = 16, 2, 8

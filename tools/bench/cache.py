@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.divergence import compare, log_probabilities
 from moejax.evaluate.text import chunks, read_text
 from moejax.generate.decode import CACHE_DTYPES
 from moejax.model import DeepseekV3
 from moejax.model.latent_cache import bytes_per_token
+from moejax.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from moejax.calibrate import calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.evaluate.text import chunks, read_text
 from moejax.formats import IntFormat
 from moejax.pipeline.compress import require_original, split_calibration
@@ -27,6 +26,7 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Trial
 from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.report.console import progress_bar
+from moejax.tokenizer import load_tokenizer
 from moejax.transforms.prune import CRITERIA
 
 ROUNDED = IntFormat(2, 128)

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.tokenizer import load_tokenizer
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
@@ -34,6 +33,7 @@ from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors
 from moejax.report.console import progress_bar
+from moejax.tokenizer import load_tokenizer
 
 # The baseline that prunes first: by frequency, at the paper's share.
 FREQUENCY = Recipe(criterion="frequency", share_kept=0.75)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moejax.checkpoint.json_file import read_bounded
-from moejax.checkpoint.tokenizer import TOKENIZER_CONFIG, Tokenizer, read_if_there, special_token
-from moejax.checkpoint.utf8 import is_text
 from moejax.errors import InputError
+from moejax.tokenizer.tokenizer import TOKENIZER_CONFIG, Tokenizer, read_if_there, special_token
+from moejax.tokenizer.utf8 import is_text
 
 Message = Mapping[str, Any]
 """A turn of a conversation: its `role`, its `content`, and whatever else the template reads."""

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.checkpoint import chat_template
-from moejax.checkpoint.chat_template import ChatTemplate, Message, encode_chat, load_chat_template
 from moejax.checkpoint.native import COPIED_FILES
-from moejax.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import InputError
+from moejax.tokenizer import chat_template
+from moejax.tokenizer.chat_template import ChatTemplate, Message, encode_chat, load_chat_template
+from moejax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from small_tokenizers import SPECIAL, write_tiktoken
 
 # Reasoning is left out, the system's text stands first, tools are asked for: DeepSeek's templates do this.

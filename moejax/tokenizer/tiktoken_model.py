@@ -18,8 +18,8 @@ from typing import Any
 import tiktoken
 
 from moejax.checkpoint.json_file import read_bounded
-from moejax.checkpoint.utf8 import decode_pieces, is_text
 from moejax.errors import InputError, brief
+from moejax.tokenizer.utf8 import decode_pieces, is_text
 
 MAX_BYTES = 32_000_000
 """The largest `tiktoken.model` read; Kimi-K2's 163,584 tokens take 2.8 million bytes."""

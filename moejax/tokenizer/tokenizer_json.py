@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from moejax.checkpoint.json_file import MAX_JSON_BYTES, parse_json_object, read_bounded
-from moejax.checkpoint.utf8 import decode_pieces
 from moejax.errors import InputError
+from moejax.tokenizer.utf8 import decode_pieces
 
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from moejax.checkpoint.json_file import MAX_JSON_BYTES
-from moejax.checkpoint.tokenizer_json import TokenizerJson, read_tokenizer_json
 from moejax.errors import InputError
+from moejax.tokenizer.tokenizer_json import TokenizerJson, read_tokenizer_json
 from small_tokenizers import SPECIAL, byte_level, ranks, sentence_piece
 
 PATH = Path("folder/tokenizer.json")

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.checkpoint.utf8 import decode_pieces, is_text
+from moejax.tokenizer.utf8 import decode_pieces, is_text
 
 
 @given(st.lists(st.binary(max_size=5) | st.text(max_size=3).map(str.encode) | st.sampled_from([b"\xf0\x9f", b"\x98"])))

@@ -9,9 +9,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.checkpoint.tokenizer import load_tokenizer, text_pieces
 from moejax.errors import InputError
 from moejax.resources import tiny_checkpoint
+from moejax.tokenizer.tokenizer import load_tokenizer, text_pieces
 from small_tokenizers import byte_level, ranks, write_tiktoken
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from moejax.checkpoint import tiktoken_model
-from moejax.checkpoint.tiktoken_model import MAX_BYTES, PATTERN, RESERVED, TiktokenModel, read_tiktoken_model
 from moejax.errors import InputError
+from moejax.tokenizer import tiktoken_model
+from moejax.tokenizer.tiktoken_model import MAX_BYTES, PATTERN, RESERVED, TiktokenModel, read_tiktoken_model
 from small_tokenizers import SPECIAL, byte_level, ranks, write_tiktoken
 
 FIRST = len(ranks())

@@ -9,10 +9,10 @@ import numpy as np
 
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.native import MANIFEST
-from moejax.checkpoint.tiktoken_model import read_tiktoken_model
-from moejax.checkpoint.tokenizer_json import read_tokenizer_json
-from moejax.checkpoint.utf8 import is_text
 from moejax.errors import InputError, brief
+from moejax.tokenizer.tiktoken_model import read_tiktoken_model
+from moejax.tokenizer.tokenizer_json import read_tokenizer_json
+from moejax.tokenizer.utf8 import is_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_JSON, _TIKTOKEN_MODEL = "tokenizer.json", "tiktoken.model"
