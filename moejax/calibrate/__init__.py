@@ -1,6 +1,6 @@
 """One pass over calibration text: statistics of every weight's input, layer by layer."""
 
 from moejax.calibrate.observe import calibrate
-from moejax.calibrate.statistics import BlockStatistics, ExpertStatistics, Statistics
+from moejax.calibrate.statistics import BlockStatistics, ExpertStatistics, Inputs, Statistics
 
-__all__ = ["BlockStatistics", "ExpertStatistics", "Statistics", "calibrate"]
+__all__ = ["BlockStatistics", "ExpertStatistics", "Inputs", "Statistics", "calibrate"]

@@ -1,12 +1,14 @@
 """Running the model over calibration text and summing what its weights see."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate.statistics import BlockStatistics, Statistics, expert_statistics
+from moejax.calibrate.products import input_products, products
+from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, Statistics, expert_statistics
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
@@ -17,36 +19,48 @@ from moejax.progress import Progress, silent
 Observer = Callable[[jax.Array, jax.Array], tuple[jax.Array, BlockStatistics]]
 
 
-def calibrate(model: DeepseekV3, chunks: np.ndarray, batch: int = 8, progress: Progress = silent) -> Statistics:
+def calibrate(
+    model: DeepseekV3,
+    chunks: np.ndarray,
+    batch: int = 8,
+    progress: Progress = silent,
+    *,
+    hessians: bool = False,
+    expert_bytes: int = EXPERT_PRODUCTS_BYTES,
+) -> Statistics:
     """Statistics of every weight's input over token chunks (N, T), in float32.
 
     Layer after layer over all chunks, so that one block at a time is needed; the hidden states of all chunks are kept.
+    With `hessians` they include E[x x^T] of every input; experts have their own where a block's take no more than
+    `expert_bytes`, else share their layer's.
     """
     batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
     embedded = [embed(model, tokens, jnp.float32) for tokens in batches]
     states, by = [x_BTD for x_BTD, _ in embedded], embedded[0][1]
+    max_bytes = expert_bytes if hessians else None
     blocks = []
     for layer in progress(model.layers, "calibrating"):
-        states, statistics = _observe_all(_layer_observer(layer, by), states, batches)
+        states, statistics = _observe_all(_layer_observer(layer, by, max_bytes), states, batches)
         blocks.append(statistics)
     normed = [model.normed(x_BTD) for x_BTD in states]
     for mtp in model.mtp:
-        _, statistics = _observe_all(_mtp_observer(mtp, model, by), normed, batches)
+        _, statistics = _observe_all(_mtp_observer(mtp, model, by, max_bytes), normed, batches)
         blocks.append(statistics)
     return Statistics(
         blocks=tuple(blocks),
         tokens=jnp.asarray(chunks.size, jnp.float32),
         head_input2=sum((jnp.sum(x_BTD**2, axis=(0, 1)) for x_BTD in normed), jnp.zeros(normed[0].shape[-1])),
         count_C=jnp.bincount(jnp.asarray(chunks.reshape(-1)), length=model.config.vocab_size),
+        head_products=sum(map(products, normed[1:]), products(normed[0])) if hessians else None,
     )
 
 
-def _layer_observer(layer: Block, by: Rotation) -> Observer:
-    return lambda x_BTD, _: _observe_block(layer, x_BTD, by)
+def _layer_observer(layer: Block, by: Rotation, max_bytes: int | None) -> Observer:
+    return lambda x_BTD, _: _observe_block(layer, x_BTD, by, max_bytes)
 
 
-def _mtp_observer(mtp: MtpBlock, model: DeepseekV3, by: Rotation) -> Observer:
-    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, model.embedded(tokens_BT), by)
+def _mtp_observer(mtp: MtpBlock, model: DeepseekV3, by: Rotation, max_bytes: int | None) -> Observer:
+    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, model.embedded(tokens_BT), by, max_bytes)
 
 
 def _observe_all(
@@ -57,29 +71,39 @@ def _observe_all(
     for x_BTD, tokens_BT in zip(states, batches, strict=True):
         y_BTD, statistics = observe(x_BTD, tokens_BT)
         outputs.append(y_BTD)
-        total = statistics if total is None else total.merged(statistics)
+        total = statistics if total is None else _merged(total, statistics)
     assert total is not None
     return outputs, total
 
 
-@jax.jit
-def _observe_block(block: Block, x_BTD: jax.Array, by: Rotation) -> tuple[jax.Array, BlockStatistics]:
+# In place: experts' Hessians can be most of what is in memory.
+_merged = partial(jax.jit, donate_argnums=0)(BlockStatistics.merged)
+
+
+@partial(jax.jit, static_argnames="max_bytes")
+def _observe_block(
+    block: Block, x_BTD: jax.Array, by: Rotation, max_bytes: int | None
+) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
     y_BTD = block(x_BTD, by, taps=taps)
-    return y_BTD, _summed(taps, block, x_BTD)
+    return y_BTD, _summed(taps, block, x_BTD, max_bytes)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="max_bytes")
 def _observe_mtp(
-    mtp: MtpBlock, h_BTD: jax.Array, embedded_BTD: jax.Array, by: Rotation
+    mtp: MtpBlock, h_BTD: jax.Array, embedded_BTD: jax.Array, by: Rotation, max_bytes: int | None
 ) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
     h_BTD, by = h_BTD[:, :-1], jax.tree.map(lambda angle: angle[:-1], by)
     y_BTD = mtp(h_BTD, embedded_BTD[:, 1:], by, taps)
-    return y_BTD, _summed({name.removeprefix("block."): x for name, x in taps.items()}, mtp.block, h_BTD)
+    return y_BTD, _summed({name.removeprefix("block."): x for name, x in taps.items()}, mtp.block, h_BTD, max_bytes)
 
 
-def _summed(taps: Taps, block: Block, x_BTD: jax.Array) -> BlockStatistics:
-    experts = expert_statistics(taps.pop("mlp.experts"), block.mlp.num_experts) if isinstance(block.mlp, MoE) else None
+def _summed(taps: Taps, block: Block, x_BTD: jax.Array, max_bytes: int | None) -> BlockStatistics:
+    """Hessians left out where `max_bytes`, an upper bound to what experts' own take, is None."""
+    experts = None
+    if isinstance(block.mlp, MoE):
+        experts = expert_statistics(taps.pop("mlp.experts"), block.mlp.num_experts, max_bytes)
     input2 = {name: jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(range(x.ndim - 1))) for name, x in taps.items()}
-    return BlockStatistics(jnp.asarray(x_BTD.shape[0] * x_BTD.shape[1], jnp.float32), input2, experts)
+    tokens = jnp.asarray(x_BTD.shape[0] * x_BTD.shape[1], jnp.float32)
+    return BlockStatistics(tokens, input2, experts, None if max_bytes is None else input_products(taps))

@@ -1,13 +1,13 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Statistics
+from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
 from moejax.errors import InputError
 from moejax.formats import (
     ExpertWeights,
@@ -27,7 +27,10 @@ from moejax.progress import Progress, silent
 from moejax.transforms.check_plan import check_plan
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import prune
-from moejax.transforms.quantize import quantize
+from moejax.transforms.rounding import round_weight
+
+# The inputs of one projection of the expert whose number is `e`.
+InputsOf = Callable[..., Inputs]
 
 
 def compress(model: DeepseekV3, plan: Plan, statistics: Statistics, *, progress: Progress = silent) -> DeepseekV3:
@@ -37,8 +40,8 @@ def compress(model: DeepseekV3, plan: Plan, statistics: Statistics, *, progress:
     """
     check_plan(plan, model.config)
     leaves = {name: leaf for name, leaf in named_leaves(model).items() if name in ("embed", "norm", "head")}
-    leaves["embed"] = requantize(leaves["embed"], jnp.ones(model.config.hidden_size), plan.embed)
-    leaves["head"] = requantize(leaves["head"], statistics.head_input2 / statistics.tokens, plan.head)
+    leaves["embed"] = requantize(leaves["embed"], Inputs(jnp.ones(model.config.hidden_size)), plan.embed)
+    leaves["head"] = requantize(leaves["head"], statistics.head_inputs(), plan.head)
     blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
     names = [f"layers.{i}" for i in range(len(model.layers))] + [f"mtp.{m}.block" for m in range(len(model.mtp))]
     experts_per_token = []
@@ -50,7 +53,7 @@ def compress(model: DeepseekV3, plan: Plan, statistics: Statistics, *, progress:
     for m, (mtp, sums) in enumerate(zip(model.mtp, statistics.blocks[len(model.layers) :], strict=True)):
         own = {name: leaf for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
         target = plan.blocks[len(model.layers) + m].formats.get("eh_proj", KEEP)
-        own["eh_proj"] = requantize(own["eh_proj"], sums.input_second_moment("eh_proj"), target)
+        own["eh_proj"] = requantize(own["eh_proj"], sums.inputs("eh_proj"), target)
         leaves |= {f"mtp.{m}.{name}": leaf for name, leaf in own.items()}
     return DeepseekV3(model.config, leaves.__getitem__, experts_per_token)
 
@@ -65,7 +68,7 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics) -
         if name not in statistics.input2:
             raise InputError(f"the plan gives a format to {name!r}, which is no matrix of its block")
         if name in leaves:  # an MTP block's eh_proj lies outside its decoder block
-            leaves[name] = requantize(leaves[name], statistics.input_second_moment(name), target)
+            leaves[name] = requantize(leaves[name], statistics.inputs(name), target)
     for projection, formats in plan.experts.items():
         name = f"mlp.experts.{projection}"
         leaves[name] = _quantize_experts(leaves[name], formats, projection, plan, statistics)
@@ -73,11 +76,11 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics) -
     return Block(block.config, leaves.__getitem__, isinstance(mlp, MoE), experts_per_token)
 
 
-def requantize(leaf: Leaf, second_moment: jax.Array, target: str) -> Leaf:
+def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:
         return leaf
-    return quantize(dense(leaf, jnp.float32), second_moment, parse_group_format(target))
+    return round_weight(dense(leaf, jnp.float32), inputs, parse_group_format(target))
 
 
 def _quantize_experts(
@@ -85,22 +88,27 @@ def _quantize_experts(
 ) -> ExpertWeights:
     """Survivors of one format lie in one bucket; each is rounded by itself."""
     assert statistics.experts is not None and plan.keep is not None
-    moment_EI = jnp.take(statistics.experts.input_second_moment(projection), np.asarray(plan.keep), axis=0)
     own_name = format_name(weights.buckets[0])  # an original's experts are of one format
     names = [own_name if target == KEEP else target for target in formats]
     members_of = [np.flatnonzero(np.asarray(names) == name) for name in sorted(set(names))]
-    round_each = _round_each_traced if isinstance(moment_EI, jax.core.Tracer) else _round_each
-    buckets = round_each(weights, moment_EI, members_of, [formats[members[0]] for members in members_of])
+    round_each = _round_each_traced if isinstance(weights.index_E, jax.core.Tracer) else _round_each
+    inputs_of = partial(_expert_inputs, statistics.experts, projection=projection)
+    targets = [formats[members[0]] for members in members_of]
+    buckets = round_each(weights, inputs_of, np.asarray(plan.keep), members_of, targets)
     return experts_in_buckets(buckets, members_of)
 
 
 def _round_each(
-    weights: ExpertWeights, moment_EI: jax.Array, members_of: Sequence[np.ndarray], targets: Sequence[str]
+    weights: ExpertWeights,
+    inputs_of: InputsOf,
+    keep: np.ndarray,
+    members_of: Sequence[np.ndarray],
+    targets: Sequence[str],
 ) -> list[Leaf]:
     """A bucket of every format, its matrices one at a time: compiled once per shape, however many there are."""
 
     def rounded(e: int, target: str) -> Leaf:
-        return _requantize(weights.expert(e), moment_EI[e], target)
+        return _requantize(weights.expert(e), inputs_of(e=keep[e]), target)
 
     buckets = []
     for members, target in zip(members_of, targets, strict=True):
@@ -110,23 +118,32 @@ def _round_each(
 
 
 def _round_each_traced(
-    weights: ExpertWeights, moment_EI: jax.Array, members_of: Sequence[np.ndarray], targets: Sequence[str]
+    weights: ExpertWeights,
+    inputs_of: InputsOf,
+    keep: np.ndarray,
+    members_of: Sequence[np.ndarray],
+    targets: Sequence[str],
 ) -> list[Leaf]:
     """The same in a trace: one loop per bucket, so that what is traced does not grow with the number of experts."""
     order = np.concatenate(members_of)
-    (matrices,), moment_EI = select_experts(weights, order).buckets, jnp.take(moment_EI, order, axis=0)
+    (matrices,), original = select_experts(weights, order).buckets, jnp.asarray(keep[order])
     buckets, start = [], 0
     for members, target in zip(members_of, targets, strict=True):
         cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + len(members))
         own = jax.tree.map(cut, matrices)
         if target != KEEP:
-            own = jax.lax.map(lambda one, to=target: _requantize(*one, to), (own, cut(moment_EI)))
+            own = jax.lax.map(lambda one, to=target: _requantize(one[0], inputs_of(e=one[1]), to), (own, cut(original)))
         buckets.append(own)
         start += len(members)
     return buckets
 
 
 _requantize = partial(jax.jit, static_argnames="target")(requantize)
+
+
+@partial(jax.jit, static_argnames="projection")
+def _expert_inputs(experts: ExpertStatistics, e: jax.Array, projection: str) -> Inputs:
+    return experts.inputs(projection, e)
 
 
 def _experts_per_token(block: Block) -> int:

@@ -1,94 +1,44 @@
 """Every sum that calibration remembers against the same sum in NumPy and float64, token by token."""
 
 import dataclasses
-from functools import cache
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from leaf_oracle import to_numpy
-from moejax.calibrate import BlockStatistics, ExpertStatistics, calibrate
-from moejax.calibrate.statistics import PRIOR_TOKENS, expert_statistics
+from moejax.calibrate import ExpertStatistics, calibrate
+from moejax.calibrate.observe import _observe_block
+from moejax.calibrate.statistics import (
+    EXPERT_PRODUCTS_BYTES,
+    PRIOR_TOKENS,
+    PRIOR_TOKENS_PER_INPUT,
+    _shrunk_hessian,
+    expert_statistics,
+)
 from moejax.formats import ExpertWeights
-from moejax.model import DeepseekV3, named_leaves
-from moejax.model.deepseek_v3 import Block
-from moejax.model.leaves import Taps
-from moejax.model.moe import ExpertRun, MoE, Routing
-from moejax.model.rope import Rotation
-from quick_jit import quick_jit
+from moejax.formats.abstract import abstract_array
+from moejax.model import named_leaves
+from moejax.model.moe import ExpertRun
+from seen_by_blocks import (
+    BLOCKS,
+    MOE_BLOCKS,
+    Array,
+    expert_sums,
+    matrices_by_expert,
+    measured,
+    rms_norm,
+    seen,
+    silu,
+    statistics_with_hessians,
+)
 from small_models import CHUNKS, CONFIG, first_layers, small_model, small_statistics
-
-Array = NDArray[Any]
 
 D, E = CONFIG.hidden_size, CONFIG.n_routed_experts
 FIELDS = [field.name for field in dataclasses.fields(ExpertStatistics)]
-BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0"]
-MOE_BLOCKS = BLOCKS[1:]
-
-
-class Seen(NamedTuple):
-    """A block, the inputs of its weights by name over all chunks, and where its tokens went."""
-
-    block: Block
-    inputs: dict[str, Array]
-    routing: Routing | None
-
-
-@quick_jit
-def observe(block: Block, x_BTD: jax.Array, by: Rotation) -> tuple[jax.Array, Taps, Routing | None]:
-    taps: Taps = {}
-    y_BTD = block(x_BTD, by, taps=taps)
-    taps.pop("mlp.experts", None)
-    return y_BTD, taps, block.mlp.route(taps["mlp.router"]) if isinstance(block.mlp, MoE) else None
-
-
-@cache
-def seen() -> tuple[dict[str, Seen], Array]:
-    """What every block of the small model sees in CHUNKS, and the final norm's output."""
-    model, tokens_BT = small_model(), jnp.asarray(CHUNKS)
-    x_BTD, blocks = model.embedded(tokens_BT), {}
-    by = model.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
-    for i, layer in enumerate(model.layers):
-        x_BTD, taps, routing = observe(layer, x_BTD, by)
-        blocks[f"layers.{i}"] = Seen(layer, as_numpy(taps), routing)
-    normed_BTD = np.asarray(model.normed(x_BTD), np.float64)
-    blocks["mtp.0"] = seen_by_mtp(model, normed_BTD, by)
-    return blocks, normed_BTD
-
-
-def seen_by_mtp(model: DeepseekV3, normed_BTD: Array, by: Rotation) -> Seen:
-    """The same of the MTP block, which takes each next token's embedding beside the hidden state, both normed.
-
-    The last token has no next one; it is run nevertheless, for the sake of the shape, and cut off what was seen.
-    """
-    mtp = model.mtp[0]
-    leaves = {name: to_numpy(leaf) for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
-    following_BTD = to_numpy(model.embed.get_value())[np.roll(CHUNKS, -1, axis=1)]
-    both = rms_norm(following_BTD, leaves["enorm"]), rms_norm(normed_BTD, leaves["hnorm"])
-    eh_input = np.concatenate(both, axis=-1)
-    _, taps, routing = observe(mtp.block, jnp.asarray(eh_input @ leaves["eh_proj"].T, jnp.float32), by)
-    inputs = {
-        name: x.reshape(*CHUNKS.shape, -1)[:, :-1] for name, x in (as_numpy(taps) | {"eh_proj": eh_input}).items()
-    }
-    assert routing is not None
-    cut = (own.reshape(*CHUNKS.shape, -1)[:, :-1].reshape(-1, own.shape[-1]) for own in routing)
-    return Seen(mtp.block, inputs, Routing(*cut))
-
-
-def rms_norm(x: Array, gain: Array) -> Array:
-    return gain * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.rms_norm_eps)
-
-
-def as_numpy(taps: Taps) -> dict[str, Array]:
-    return {name: np.asarray(x, np.float64) for name, x in taps.items()}
-
-
-def measured(name: str) -> BlockStatistics:
-    return small_statistics().blocks[BLOCKS.index(name)]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -103,6 +53,9 @@ def test_the_second_moment_of_every_matrix_s_input(name: str) -> None:
         input2_I = np.sum(x.reshape(tokens, -1) ** 2, axis=0)
         np.testing.assert_allclose(sums.input2[own], input2_I, rtol=2e-5, err_msg=own)
         np.testing.assert_allclose(sums.input_second_moment(own), input2_I / tokens, rtol=2e-5, err_msg=own)
+        hessian_II = x.reshape(tokens, -1).T @ x.reshape(tokens, -1) / tokens
+        largest = np.diag(hessian_II).max()
+        np.testing.assert_allclose(sums.input_hessian(own), hessian_II, rtol=2e-5, atol=2e-6 * largest, err_msg=own)
 
 
 def test_the_first_block_sees_the_normed_embeddings() -> None:
@@ -114,11 +67,13 @@ def test_the_first_block_sees_the_normed_embeddings() -> None:
 
 
 def test_the_head_s_input_and_the_tokens() -> None:
-    statistics, normed_BTD = small_statistics(), seen()[1]
+    statistics, normed_BTD = statistics_with_hessians(), seen()[1]
     assert statistics.tokens == CHUNKS.size
     np.testing.assert_allclose(statistics.head_input2, np.sum(normed_BTD**2, axis=(0, 1)), rtol=2e-5)
     count_C = [np.count_nonzero(token == CHUNKS) for token in range(CONFIG.vocab_size)]
     np.testing.assert_array_equal(statistics.count_C, count_C)
+    normed_TD = normed_BTD.reshape(-1, D)
+    np.testing.assert_allclose(statistics.head_hessian(), normed_TD.T @ normed_TD / CHUNKS.size, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", MOE_BLOCKS)
@@ -128,55 +83,32 @@ def test_expert_sums_are_those_of_a_loop_over_tokens(name: str) -> None:
     expected = expert_sums(seen()[0][name])
     assert expected["count_E"].sum() == sums.count_E.sum() == measured(name).tokens * CONFIG.num_experts_per_tok
     for field in FIELDS:
-        np.testing.assert_allclose(getattr(sums, field), expected[field], rtol=1e-4, atol=1e-6, err_msg=field)
+        atol = 1e-6 * max(1, np.abs(expected[field]).max())
+        np.testing.assert_allclose(getattr(sums, field), expected[field], rtol=1e-4, atol=atol, err_msg=field)
 
 
 def test_a_dense_block_has_no_expert_sums() -> None:
     assert measured("layers.0").experts is None
 
 
-def expert_sums(seen_by: Seen) -> dict[str, Array]:
-    """Everything in ExpertStatistics, one token and expert at a time."""
-    assert seen_by.routing is not None
-    experts, F = matrices_by_expert(seen_by.block), CONFIG.moe_intermediate_size
-    shapes = {name: (E, {"D": D, "F": F}[name[-1]]) if name.endswith(("ED", "EF")) else (E,) for name in FIELDS}
-    sums = {name: np.zeros(shape) for name, shape in shapes.items()}
-    experts_TK, weights_TK = map(np.asarray, seen_by.routing)
-    for x_D, chosen_K, weights_K in zip(
-        seen_by.inputs["mlp.router"].reshape(-1, D), experts_TK, weights_TK, strict=True
-    ):
-        for e, g in zip(chosen_K, weights_K.astype(np.float64), strict=True):
-            gate, up, down = experts[e]
-            a_F, u_F = gate @ x_D, up @ x_D
-            f_D = down @ (silu(a_F) * u_F)
-            norm = np.linalg.norm(f_D)
-            slope_F = (silu(a_F + 1e-5) - silu(a_F - 1e-5)) / 2e-5
-            sums["count_E"][e] += 1
-            sums["weight_E"][e] += g
-            sums["weighted_norm_E"][e] += g * norm
-            sums["norm2_E"][e] += norm**2
-            sums["gate2_E"][e] += g**2
-            sums["x2_ED"][e] += (g * x_D) ** 2
-            sums["hidden2_EF"][e] += (g * silu(a_F) * u_F) ** 2
-            sums["gate_slope2_EF"][e] += (g * slope_F * u_F) ** 2
-            sums["up_slope2_EF"][e] += (g * silu(a_F)) ** 2
-            sums["peak_E"][e] = max(sums["peak_E"][e], np.abs(f_D).max())
-    return sums
-
-
-def matrices_by_expert(block: Block) -> list[tuple[Array, ...]]:
-    """Gate, up and down of every expert of an original block, whose experts lie in one bucket in order."""
-    leaves = named_leaves(block)
-    return [*zip(*(to_numpy(leaves[f"mlp.experts.{name}"].buckets[0]) for name in ("gate", "up", "down")), strict=True)]
-
-
-def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
-
-
 def test_batches_do_not_change_the_sums_and_the_last_may_be_smaller() -> None:
-    one_by_one, two_and_one = (calibrate(first_layers(1), CHUNKS[:3], batch) for batch in (1, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), one_by_one, two_and_one)
+    compiled = _observe_block._cache_size()  # type: ignore[attr-defined]
+    one_by_one, two_and_one = (calibrate(first_layers(1), CHUNKS[:3], batch, hessians=True) for batch in (1, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), one_by_one, two_and_one)
+    assert _observe_block._cache_size() == compiled + 2  # type: ignore[attr-defined]
+
+
+def test_without_hessians_none_is_collected_and_the_rest_is_the_same() -> None:
+    without, with_hessians = small_statistics(), statistics_with_hessians()
+    assert without.head_products is None
+    for own, other in zip(without.blocks, with_hessians.blocks, strict=True):
+        assert own.products is None
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), own.input2, other.input2)
+        if own.experts is not None:
+            none = {name for name in FIELDS if getattr(own.experts, name) is None}
+            assert none == {"x_EDD", "hidden_EFF", "x_DD", "hidden_FF"}
+            for name in set(FIELDS) - none:
+                np.testing.assert_allclose(getattr(own.experts, name), getattr(other.experts, name), rtol=1e-5)
 
 
 def random_run(experts: list[int], seed: int) -> ExpertRun:
@@ -189,10 +121,13 @@ def random_run(experts: list[int], seed: int) -> ExpertRun:
 def test_statistics_of_two_batches_merge_into_those_of_both() -> None:
     """Expert 3 is chosen in the first batch only, expert 4 in the second, expert 5 in neither."""
     runs = random_run([0, 0, 1, 2, 3, 3, 3], 0), random_run([0, 1, 1, 2, 4], 1)
-    both = expert_statistics(jax.tree.map(lambda *parts: jnp.concatenate(parts), *runs), 6)
-    first, second = (expert_statistics(run, 6) for run in runs)
+    in_order = np.argsort(np.concatenate([run.expert_R for run in runs]), kind="stable")
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts)[in_order], *runs)
+    both = expert_statistics(together, 6, EXPERT_PRODUCTS_BYTES)
+    first, second = (expert_statistics(run, 6, EXPERT_PRODUCTS_BYTES) for run in runs)
+    assert both.x_EDD is not None and both.hidden_EFF is not None
     for merged in (first.merged(second), second.merged(first)):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), merged, both)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged, both)
     for e in range(5):
         peak = max(np.abs(run.y_RD[run.expert_R == e]).max(initial=0) for run in runs)
         assert both.peak_E[e] == peak > 0
@@ -241,9 +176,12 @@ def random_sums(count_E: Array, seed: int = 0) -> ExpertStatistics:
     """Sums of experts with so many tokens each; gate weights lie near 0.3."""
     random = np.random.RandomState(seed)
     gate2_E = count_E * random.uniform(0.05, 0.15, len(count_E))
-    sums: dict[str, Array] = {name: count_E for name in FIELDS}
-    sums |= {"gate2_E": gate2_E, "x2_ED": gate2_E[:, None] * random.uniform(0.1, 3, (len(count_E), 5))}
-    sums |= {"hidden2_EF": gate2_E[:, None] * random.uniform(0.1, 3, (len(count_E), 4))}
+    sums: dict[str, Array] = {name: count_E for name in FIELDS} | {"gate2_E": gate2_E}
+    for name, axis, size in (("x", "D", 5), ("hidden", "F", 4)):
+        roots_EII = random.randn(len(count_E), size, size)
+        own_EII = gate2_E[:, None, None] * (roots_EII @ roots_EII.swapaxes(1, 2))
+        sums |= {f"{name}_E{axis}{axis}": own_EII, f"{name}_{axis}{axis}": own_EII.sum(axis=0)}
+        sums[f"{name}2_E{axis}"] = np.diagonal(own_EII, axis1=1, axis2=2)
     return ExpertStatistics(**{name: jnp.asarray(own, jnp.float32) for name, own in sums.items()})
 
 
@@ -277,3 +215,77 @@ def test_second_moments_of_experts_are_finite_and_positive(name: str, projection
 def test_a_layer_that_no_token_reached_has_finite_moments() -> None:
     moment_EI = random_sums(np.zeros(3)).input_second_moment("down")
     np.testing.assert_array_equal(moment_EI, np.zeros((3, 4)))
+
+
+@pytest.mark.parametrize(("projection", "field"), [("gate", "x_EDD"), ("up", "x_EDD"), ("down", "hidden_EFF")])
+def test_few_tokens_draw_a_hessian_toward_the_layer_s(projection: str, field: str) -> None:
+    sums = random_sums(np.asarray([0.0, 4, 32, 1e6]))
+    hessian_EII = np.stack([np.asarray(sums.input_hessian(projection, e), np.float64) for e in range(4)])
+    sums_EII, gate2_E = np.asarray(getattr(sums, field), np.float64), np.asarray(sums.gate2_E, np.float64)
+    layer_II = sums_EII.sum(axis=0) / gate2_E.sum()
+    np.testing.assert_allclose(hessian_EII[0], layer_II, rtol=1e-5)
+    np.testing.assert_allclose(hessian_EII[3], sums_EII[3] / gate2_E[3], rtol=1e-3)
+    # The layer's mean counts like that many tokens with the layer's mean squared gate weight.
+    prior = PRIOR_TOKENS_PER_INPUT * len(layer_II) * gate2_E.sum() / np.asarray(sums.count_E).sum()
+    for e in (1, 2):
+        share = gate2_E[e] / (gate2_E[e] + prior)
+        expected_II = share * sums_EII[e] / gate2_E[e] + (1 - share) * layer_II
+        np.testing.assert_allclose(hessian_EII[e], expected_II, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_a_hessian_s_diagonal_is_the_second_moment_where_no_prior_tells_them_apart(projection: str) -> None:
+    """Of an expert without tokens both are the layer's, of one with many its own."""
+    sums = random_sums(np.asarray([0.0, 100, 1e7]))
+    for e in (0, 2):
+        diagonal_I = np.diagonal(sums.input_hessian(projection, e))
+        np.testing.assert_allclose(diagonal_I, sums.input_second_moment(projection)[e], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MOE_BLOCKS)
+@pytest.mark.parametrize("projection", ["gate", "up", "down"])
+def test_experts_hessians_are_symmetric_and_positive(name: str, projection: str) -> None:
+    sums = measured(name).experts
+    assert sums is not None
+    for e in range(E):
+        hessian_II = np.asarray(sums.input_hessian(projection, e), np.float64)
+        np.testing.assert_array_equal(hessian_II, hessian_II.T)
+        eigenvalues = np.linalg.eigvalsh(hessian_II)
+        assert eigenvalues[0] > -1e-6 * eigenvalues[-1] and eigenvalues[-1] > 0
+
+
+def test_hessians_of_all_experts_compile_once_and_in_a_loop() -> None:
+    sums = random_sums(np.asarray([0.0, 4, 32, 100, 7]))
+    compiled = _shrunk_hessian._cache_size()  # type: ignore[attr-defined]
+    each = [sums.input_hessian(projection, e) for projection in ("gate", "up") for e in range(5)]
+    assert _shrunk_hessian._cache_size() <= compiled + 1  # type: ignore[attr-defined]
+    looped = jax.lax.map(partial(sums.input_hessian, "up"), jnp.arange(5))
+    np.testing.assert_allclose(looped, each[5:], rtol=1e-6)
+
+
+def test_a_layer_that_no_token_reached_has_finite_hessians() -> None:
+    np.testing.assert_array_equal(random_sums(np.zeros(3)).input_hessian("down", 1), np.zeros((4, 4)))
+
+
+def test_experts_share_their_layer_s_products_where_their_own_take_too_much() -> None:
+    """Of 6 experts, x takes 6*4*4 and hidden 6*3*3 numbers of four bytes."""
+    run = random_run([0, 0, 1, 2, 3, 3, 3], 0)
+    own, one, none = (expert_statistics(run, 6, max_bytes) for max_bytes in (4 * 6 * 16, 4 * 6 * 16 - 1, 4 * 6 * 9 - 1))
+    assert own.x_EDD is not None and own.hidden_EFF is not None
+    assert one.x_EDD is None and one.hidden_EFF is not None
+    assert none.x_EDD is None and none.hidden_EFF is None
+    assert none.x_DD is not None and none.hidden_FF is not None
+    np.testing.assert_allclose(none.x_DD, jnp.sum(own.x_EDD, axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(none.hidden_FF, jnp.sum(own.hidden_EFF, axis=0), rtol=1e-5, atol=1e-6)
+    for e in range(6):
+        np.testing.assert_allclose(none.input_hessian("up", e), none.x_DD / jnp.sum(none.gate2_E), rtol=1e-6)
+        np.testing.assert_allclose(one.input_hessian("down", e), own.input_hessian("down", e), rtol=1e-5, atol=1e-6)
+
+
+def test_deepseek_v3_s_experts_have_hessians_of_their_own_for_down_alone() -> None:
+    rows, experts, D, F = 8 * 512, 256, 7168, 2048
+    inside = (abstract_array((rows, size), jnp.float32) for size in (D, F, F, F, D))
+    run = ExpertRun(abstract_array((rows,), jnp.int32), abstract_array((rows,), jnp.float32), *inside)
+    sums = jax.eval_shape(lambda run: expert_statistics(run, experts, EXPERT_PRODUCTS_BYTES), run)
+    assert sums.x_EDD is None and sums.x_DD is not None and sums.x_DD.shape == (D, D)
+    assert sums.hidden_EFF is not None and sums.hidden_EFF.shape == (experts, F, F)

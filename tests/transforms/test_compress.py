@@ -14,13 +14,15 @@ from leaf_oracle import to_numpy
 from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Leaf, describe, format_name, parse_group_format, payload_bytes
+from moejax.formats import ExpertWeights, Leaf, dense, describe, format_name, parse_group_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
 from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.compress import compress
 from moejax.transforms.quantize import quantize
+from moejax.transforms.rounding import round_weight
+from seen_by_blocks import statistics_with_hessians
 from small_models import CONFIG, RAW_CONFIG, small_model, small_statistics
 
 BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0.block"]
@@ -214,3 +216,28 @@ def test_a_plan_that_does_not_suit_the_model_is_refused(formats: dict[str, str],
     blocks = (BlockPlan(formats), *plan.blocks[1:])
     with pytest.raises(InputError, match=message):
         compress(model, dataclasses.replace(plan, blocks=blocks), statistics)
+
+
+def test_with_hessians_every_matrix_is_rounded_with_error_feedback() -> None:
+    """Each by its own input's Hessian, an expert's by that of its number in the original."""
+    statistics = statistics_with_hessians()
+    leaves = named_leaves(compress(small_model(), PLAN, statistics))
+    block = statistics.blocks[1]
+    assert block.experts is not None
+    q_a = round_weight(original("layers.1.self_attn.q_a"), block.inputs("self_attn.q_a"), parse_group_format("int2g64"))
+    assert_same_bits(leaves["layers.1.self_attn.q_a"], q_a)
+    experts, survivor = leaves["layers.1.mlp.experts.up"], 4
+    assert isinstance(experts, ExpertWeights)
+    number = PLAN.blocks[1].keep[survivor]  # type: ignore[index]
+    one = round_weight(
+        original("layers.1.mlp.experts.up", number), block.experts.inputs("up", number), parse_group_format("int3g64")
+    )
+    assert_same_bits(experts.expert(survivor), one)
+    plain = named_leaves(compressed())
+    assert not np.array_equal(q_a.words, plain["layers.1.self_attn.q_a"].words)
+    assert_same_bits(leaves["embed"], plain["embed"])
+
+
+def original(name: str, expert: int | None = None) -> jax.Array:
+    leaf = named_leaves(small_model())[name]
+    return dense(leaf if expert is None else leaf.expert(expert), jnp.float32)

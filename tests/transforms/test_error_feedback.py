@@ -1,0 +1,211 @@
+"""Error feedback against its definition in NumPy and float64, and against plain rounding on tokens held out."""
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from moejax.calibrate import BlockStatistics, Inputs, Statistics, calibrate
+from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.errors import InputError
+from moejax.evaluate.text import chunks, default_calibration_text
+from moejax.formats import ExpertWeights, GroupFormat, IntFormat, TernaryFormat, dense
+from moejax.model import DeepseekV3, named_leaves
+from moejax.tokenizer import load_tokenizer
+from moejax.transforms import error_feedback as module
+from moejax.transforms.error_feedback import Rounded, damped, damping_for, descend, feed_back, feedback_errors
+from moejax.transforms.quantize import quantize
+from moejax.transforms.rounding import round_weight
+
+Array = NDArray[np.float64]
+OUTPUTS, INPUTS, GROUP = 24, 128, 32
+
+
+def problem(seed: int, tokens: int = 400) -> tuple[Array, Array]:
+    """A weight (O, I), and the Hessian (I, I) of correlated inputs of very different sizes."""
+    random = np.random.RandomState(seed)
+    x_TI = random.normal(size=(tokens, INPUTS)) @ random.normal(size=(INPUTS, INPUTS)) / INPUTS**0.5
+    x_TI = x_TI * np.exp(random.normal(size=INPUTS))
+    return random.normal(size=(OUTPUTS, INPUTS)), x_TI.T @ x_TI / tokens
+
+
+def cost(weight_OI: Array, rounded_OI: Array, hessian_II: Array) -> float:
+    """sum_o (w_o - q_o) H (w_o - q_o)^T."""
+    error_OI = np.asarray(weight_OI, np.float64) - rounded_OI
+    return float(np.sum((error_OI @ hessian_II) * error_OI))
+
+
+def run_feed_back(weight_OI: Array, hessian_II: Array, levels: int) -> Rounded:
+    w, h = jnp.asarray(weight_OI.T, jnp.float32), jnp.asarray(hessian_II, jnp.float32)
+    return _feed_back(w, h, levels)
+
+
+_feed_back = jax.jit(lambda w, h, levels: feed_back(w, h, levels, GROUP))
+_descend = jax.jit(descend, static_argnames="sweeps")
+
+
+def weight_of(rounded: Rounded) -> Array:
+    return np.asarray(rounded.weight_IO(), np.float64).T
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+def test_every_column_is_rounded_to_the_level_nearest_to_its_target(levels: int) -> None:
+    """Column by column from the last: w_i + sum_(j>i) D_j U_ij / U_ii, with H = U^T U and the errors D found so far."""
+    weight_OI, hessian_II = problem(levels)
+    hessian_II += 0.05 * np.diag(np.diag(hessian_II))
+    found = run_feed_back(weight_OI, hessian_II, levels)
+    steps_OI, scale_ON = np.asarray(found.steps_IO, np.float64).T, np.asarray(found.scale_NO, np.float64).T
+    scale_OI, middle = np.repeat(scale_ON, GROUP, axis=1), (levels - 1) / 2
+    assert set(np.unique(steps_OI)) <= {code - middle for code in range(levels)}
+
+    diagonal = np.diag(hessian_II)
+    groups = sorted(range(INPUTS // GROUP), key=lambda n: diagonal[n * GROUP : (n + 1) * GROUP].sum())
+    order = [i for n in groups for i in sorted(range(n * GROUP, (n + 1) * GROUP), key=lambda i: diagonal[i])]
+    upper = np.linalg.cholesky(hessian_II[np.ix_(order, order)]).T
+    error_OI = (weight_OI - steps_OI * scale_OI)[:, order]
+    differing: int = 0
+    for i in reversed(range(INPUTS)):
+        target_O = weight_OI[:, order[i]] + error_OI[:, i + 1 :] @ upper[i, i + 1 :] / upper[i, i]
+        code_O = np.clip(np.round(target_O / scale_OI[:, order[i]] + middle), 0, levels - 1)
+        differing += int(np.count_nonzero(code_O - middle != steps_OI[:, order[i]]))
+    # Float32 decides a few ties otherwise.
+    assert differing <= 0.002 * steps_OI.size
+
+
+@pytest.mark.parametrize("levels", [2, 4, 16])
+def test_every_sweep_lowers_the_error(levels: int) -> None:
+    weight_OI, hessian_II = problem(levels + 10)
+    start = run_feed_back(weight_OI, damped_of(hessian_II), levels)
+    w, h = jnp.asarray(weight_OI.T, jnp.float32), jnp.asarray(damped_of(hessian_II), jnp.float32)
+    costs = [
+        cost(weight_OI, weight_of(_descend(w, h, start, levels, sweeps=sweeps)), np.asarray(h, np.float64))
+        for sweeps in range(4)
+    ]
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))
+    assert costs[3] < 0.97 * costs[0]
+
+
+def damped_of(hessian_II: Array, damping: float = 0.03) -> Array:
+    return np.asarray(damped(jnp.asarray(hessian_II, jnp.float32), damping), np.float64)
+
+
+def test_inputs_that_do_not_correlate_are_rounded_to_the_nearest_level() -> None:
+    weight_OI, _ = problem(1)
+    found = run_feed_back(weight_OI, np.eye(INPUTS), 4)
+    scale_OI = np.repeat(np.asarray(found.scale_NO, np.float64).T, GROUP, axis=1)
+    codes = np.clip(np.round(np.float32(weight_OI) / scale_OI + 1.5), 0, 3) - 1.5
+    assert np.mean(codes != np.asarray(found.steps_IO).T) < 0.002
+
+
+def test_errors_are_those_of_the_result_and_every_width_is_one_compilation() -> None:
+    weight_OI, hessian_II = problem(3)
+    w, h, r = jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian_II, jnp.float32), jnp.arange(1.0, OUTPUTS + 1)
+    compiled: Any = feedback_errors
+    before = compiled._cache_size()
+    formats: list[GroupFormat] = [IntFormat(1, GROUP), TernaryFormat(GROUP), IntFormat(3, GROUP)]
+    errors_F = feedback_errors(w, h, r, jnp.asarray([to.levels for to in formats], jnp.float32), GROUP)
+    feedback_errors(w, h, r, jnp.asarray([4.0, 16.0, 256.0]), GROUP)
+    assert compiled._cache_size() == before + 1
+    for error, to in zip(errors_F, formats, strict=True):
+        packed = module.quantize_with_feedback(w, h, to)
+        error_OI = weight_OI - np.asarray(dense(packed, jnp.dtype("float32")), np.float64)
+        expected = np.sum(np.asarray(r) * np.sum((error_OI @ hessian_II) * error_OI, axis=1))
+        assert float(error) == pytest.approx(expected, rel=0.02)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 100),
+    tokens=st.sampled_from([0, 1, 5, INPUTS // 2]),
+    exponent=st.sampled_from([-15, 0, 12]),
+    dead=st.booleans(),
+)
+def test_singular_hessians_give_finite_weights(seed: int, tokens: int, exponent: int, dead: bool) -> None:
+    random = np.random.RandomState(seed)
+    x_TI = random.normal(size=(tokens, INPUTS)) * 10.0**exponent
+    x_TI[:, : INPUTS // 3] *= not dead
+    weight = jnp.asarray(random.normal(size=(OUTPUTS, INPUTS)), jnp.float32)
+    hessian = jnp.asarray(x_TI.T @ x_TI / max(tokens, 1), jnp.float32)
+    packed = module.quantize_with_feedback(weight, hessian, IntFormat(2, GROUP), damping_for(tokens, INPUTS))
+    rounded = np.asarray(dense(packed, jnp.dtype("float32")))
+    assert np.all(np.isfinite(rounded))
+    assert np.abs(rounded).max() < 10 * np.abs(weight).max()
+
+
+def test_rows_that_fill_no_groups_are_refused() -> None:
+    with pytest.raises(InputError, match="format int2g128 cannot hold rows of 96 inputs"):
+        module.quantize_with_feedback(jnp.ones((4, 96)), jnp.eye(96), IntFormat(2, 128))
+
+
+AMPLE, SHORT, HELD_OUT = slice(0, 24), slice(0, 2), slice(24, 36)
+
+
+@cache
+def two_layers() -> tuple[DeepseekV3, NDArray[np.int32]]:
+    """The first two layers of the tiny checkpoint, dense and with experts, and chunks of Python sources."""
+    checkpoint = open_checkpoint()
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint.path)
+    config = replace(checkpoint.config, num_hidden_layers=2)
+    tokens = tokenizer.encode(default_calibration_text(120_000).content)
+    rows = chunks(tokens, bos_token_id=tokenizer.bos_token_id)
+    spread = rows[np.linspace(0, len(rows) - 1, 36).astype(int)]
+    return DeepseekV3(config, named_leaves(model).__getitem__), np.random.RandomState(0).permutation(spread)
+
+
+@cache
+def statistics(start: int, stop: int) -> Statistics:
+    model, rows = two_layers()
+    return calibrate(model, rows[start:stop], batch=2, hessians=True)
+
+
+PROJECTIONS = [
+    *(f"0.self_attn.{name}" for name in ("q_a", "q_b", "kv_a", "k_b", "v_b", "o")),
+    *(f"0.mlp.{name}" for name in ("gate", "up", "down")),
+    *(f"1.mlp.shared.{name}" for name in ("gate", "up", "down")),
+    *(f"1.mlp.experts.{name}" for name in ("gate", "up", "down")),
+]
+
+
+@pytest.mark.parametrize("calibrated", [AMPLE, SHORT], ids=["ample", "half a token per input and expert"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_the_error_on_tokens_held_out_is_below_that_of_rounding(projection: str, calibrated: slice) -> None:
+    block, name = projection.split(".", 1)
+    own, held_out = (statistics(part.start, part.stop).blocks[int(block)] for part in (calibrated, HELD_OUT))
+    weight, inputs, hessian_II = (
+        of_expert(own, held_out, name) if ".experts." in name else of_weight(own, held_out, name)
+    )
+    to = IntFormat(2, 128)
+    fed_back, rounded = round_weight(weight, inputs, to), quantize(weight, inputs.second_moment, to)
+    width = weight.shape[-1]
+    errors = [
+        cost(np.asarray(weight).reshape(-1, width), np.asarray(dense(q, jnp.float32)).reshape(-1, width), hessian_II)
+        for q in (fed_back, rounded)
+    ]
+    assert errors[0] < errors[1] * (0.9 if calibrated == AMPLE else 1.0)
+
+
+def of_weight(own: BlockStatistics, held_out: BlockStatistics, name: str) -> tuple[jax.Array, Inputs, Array]:
+    model, _ = two_layers()
+    layer = 1 if "shared" in name else 0
+    weight = dense(named_leaves(model)[f"layers.{layer}.{name}"], jnp.float32)
+    return weight, own.inputs(name), np.asarray(held_out.input_hessian(name), np.float64)
+
+
+def of_expert(own: BlockStatistics, held_out: BlockStatistics, name: str) -> tuple[jax.Array, Inputs, Array]:
+    """The expert that the short calibration gave half a token per input dimension, or the next to it."""
+    model, _ = two_layers()
+    weights, projection = named_leaves(model)[f"layers.1.{name}"], name.rpartition(".")[2]
+    few = statistics(SHORT.start, SHORT.stop).blocks[1].experts
+    assert isinstance(weights, ExpertWeights) and own.experts and held_out.experts and few
+    e = int(np.argmin(np.abs(np.asarray(few.count_E) - weights.shape[-1] / 2)))
+    products = held_out.experts.hidden_EFF if projection == "down" else held_out.experts.x_EDD
+    assert products is not None
+    return dense(weights.expert(e), jnp.float32), own.experts.inputs(projection, e), np.asarray(products[e], np.float64)
