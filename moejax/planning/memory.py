@@ -1,8 +1,6 @@
 """Device memory of a compressed model while it decodes: weights, latent cache, workspace, and what context fits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,9 @@ from moejax.formats import payload_bytes
 from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block, head_logits
-from moejax.model.latent_cache import LatentCache, bytes_per_token, empty_cache
-from moejax.model.rope import Rotation
-from moejax.model.workspace import largest_of_each_kind
+from moejax.model.latent_cache import bytes_per_token, empty_cache
+from moejax.model.steps import run_block_cached
+from moejax.model.workspace import largest_of_each_kind, step_bytes
 
 # What is computed and cached in.
 DTYPE = jnp.bfloat16
@@ -27,8 +25,8 @@ class DeviceMemory:
     """Bytes while `batch` sequences of `context` tokens are decoded, one token each a step.
 
     weights: all arrays, MTP blocks left out. cache_per_token: L+R numbers per decoder layer and sequence, in bfloat16.
-    workspace: what a decode step of the widest layer, or the head, takes beside its arguments, as XLA's compiler says
-    for this backend; it does not grow with the context.
+    workspace: what a decode step of the widest layer, or the head, takes beside its arguments, its results included, as
+    XLA's compiler says for this backend; it does not grow with the context.
     """
 
     weights: int
@@ -74,23 +72,9 @@ def _block_workspace(model: DeepseekV3, block: Block, context: int, batch: int) 
     x_B1D = abstract_array((batch, 1, c.hidden_size), DTYPE)
     by = jax.eval_shape(lambda: model.rotation(jnp.zeros((batch, 1), jnp.int32), jnp.dtype(DTYPE)))
     cache = jax.eval_shape(lambda: empty_cache(c, batch, context, DTYPE))
-    return _temporary_bytes(_decode, (block, x_B1D, by, cache, abstract_array((batch,), jnp.int32)), donated=3)
-
-
-def _decode(
-    block: Block, x_B1D: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
-) -> tuple[jax.Array, LatentCache]:
-    return block.attend_cached(x_B1D, by, cache, start_B)
+    return step_bytes(run_block_cached, block, x_B1D, by, cache, abstract_array((batch,), jnp.int32))
 
 
 def _head_workspace(model: DeepseekV3, batch: int) -> int:
     x_BD = abstract_array((batch, model.config.hidden_size), DTYPE)
-    logits = batch * model.config.vocab_size * 4
-    return _temporary_bytes(head_logits, (x_BD, model.head.get_value()), donated=()) + logits
-
-
-def _temporary_bytes(function: Callable[..., Any], arguments: tuple[Any, ...], donated: int | tuple[()]) -> int:
-    compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    return int(analysis.temp_size_in_bytes)
+    return step_bytes(jax.jit(head_logits), x_BD, model.head.get_value())

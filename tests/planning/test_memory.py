@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +86,22 @@ def logits_behind(
 def test_several_sequences_have_a_cache_each(
     model: DeepseekV3, found: DeviceMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_temporary_bytes", lambda *_, **__: 0)  # what is compiled is another test's matter
+    batches = []
+
+    def step_bytes(step: Any, *arguments: Any) -> int:  # what is compiled is another test's matter
+        x = next(argument for argument in arguments if isinstance(argument, jax.ShapeDtypeStruct))
+        batches.append(x.shape[0])
+        return 7
+
+    monkeypatch.setattr(memory, "step_bytes", step_bytes)
     both = device_memory(model, 1000, 2)
     assert (both.weights, both.cache) == (found.weights, 2 * found.cache)
-    assert (both.context, both.batch) == (1000, 2)
-    assert both.workspace == 2 * 4000 * 4, "the logits of both"
+    assert (both.context, both.batch, both.workspace) == (1000, 2, 7)
+    assert batches == [2] * 3, "a step of each kind of layer, and the head's"
+
+
+def test_the_head_takes_the_logits_of_all_sequences(model: DeepseekV3) -> None:
+    assert memory._head_workspace(model, 2) >= 2 * 4000 * 4
 
 
 @pytest.mark.parametrize(("memory_bytes", "longest"), [(1155, 7), (1156, 8), (1162, 8), (1106, 0), (1107, 1)])
