@@ -18,7 +18,7 @@ CheckpointArg = Annotated[
 JsonArg = Annotated[Path | None, arg(help="write every printed figure to this file")]
 TextArg = Annotated[Path | None, arg(help="UTF-8 text to evaluate on; without it, the test files that numpy ships")]
 BudgetArg = Annotated[str | None, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")]
-RecipeArg = Annotated[str, arg(help="a recipe that comes with moejax (default, equal_groups) or a TOML file")]
+RecipeArg = Annotated[str, arg(help="a recipe that comes with moejax (fast, best, paper, equal_groups) or a TOML file")]
 PlanArg = Annotated[Path | None, arg(help="carry out this plan, written by `moejax plan`, instead of measuring one")]
 MemoryArg = Annotated[
     str | None,
@@ -40,7 +40,7 @@ def compress(
     budget: BudgetArg = None,
     output: Annotated[Path, arg(help="the folder to write; it must not exist")],
     recipe: Annotated[
-        str | None, arg(help="a recipe that comes with moejax (default, equal_groups) or a TOML file")
+        str | None, arg(help="a recipe that comes with moejax (fast, best, paper, equal_groups) or a TOML file")
     ] = None,
     plan: PlanArg = None,
     calibration: Annotated[
@@ -148,7 +148,7 @@ def plan(
         int | None, arg(help="tokens in the latent cache of every sequence; without it 4096, or the model's limit")
     ] = None,
     batch: Annotated[int, arg(help="sequences decoded at once")] = 1,
-    recipe: RecipeArg = "default",
+    recipe: RecipeArg = "fast",
     drop_mtp: DropMtpArg = False,
     output: Annotated[Path | None, arg(help="write the plan to this TOML file, for `moejax compress --plan`")] = None,
     json: JsonArg = None,

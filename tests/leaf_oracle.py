@@ -13,12 +13,14 @@ IntArray = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 def random_leaf(spec: str, seed: int = 0) -> Leaf:
-    """A leaf of that format and shape: any words, normal values, positive scales."""
+    """A leaf of that format and shape: any words, normal values, bytes of scales from 2^-4 to 15."""
     rng = np.random.default_rng(seed)
 
     def random_array(a: jax.Array) -> jax.Array:
         if a.dtype == jnp.uint32:
             return jnp.asarray(rng.integers(0, 2**32, a.shape, np.uint32))
+        if a.dtype == jnp.uint8:
+            return jnp.asarray(rng.integers(216, 256, a.shape, np.uint8))
         return jnp.asarray(rng.normal(size=a.shape).astype(a.dtype))
 
     return jax.tree.map(random_array, abstract_leaf(spec))
@@ -72,4 +74,12 @@ def to_numpy(leaf: Leaf) -> FloatArray:
 
 def _each(scale: jax.Array, group_size: int) -> FloatArray:
     """The scale of every input, (..., O, I)."""
-    return np.repeat(np.asarray(scale, np.float64), group_size, axis=-1)
+    return np.repeat(scales_of(scale), group_size, axis=-1)
+
+
+def scales_of(stored: jax.Array | np.ndarray) -> FloatArray:
+    """What stored scales stand for: bfloat16 for itself, a byte 8 e + m for (1 + m/8) 2^(e - 28), but 0 for 0."""
+    if stored.dtype != np.uint8:
+        return np.asarray(stored, np.float64)
+    exponent, mantissa = np.divmod(np.asarray(stored, np.int64), 8)
+    return np.where(np.asarray(stored) == 0, 0, (1 + mantissa / 8) * 2.0 ** (exponent - 28))

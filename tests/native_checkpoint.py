@@ -36,7 +36,11 @@ INTS = ("int1g32", "int2g64", "int3g32", "int4g64", "int5g32", "int8g64")
 FORMATS = (*INTS, "ternaryg32", "fp8b16x32", "bf16", "f16", "f32")
 # Layer 1 and the MTP block are pruned; an expert's projections differ in format, and experts of one projection do too.
 SURVIVORS = {"layers.1": 5, "layers.2": 8, "mtp.0": 6}
-BUCKETS = {"gate": ("int2g64", "ternaryg32"), "up": ("bf16", "int4g64"), "down": ("fp8b16x32", "int1g32", "int8g64")}
+BUCKETS = {
+    "gate": ("int2g64", "ternaryg32"),
+    "up": ("bf16", "int4g64", "ternaryg32e8"),
+    "down": ("fp8b16x32", "int1g32", "int8g64", "int3g64e8"),
+}
 PER_TOKEN = (2, 1, 2, 2)
 DESCRIPTION = Description(RAW_CONFIG, {"plan": "ä value"}, {"made": ["by", 1, None]})
 BUDGET = 10**9

@@ -150,8 +150,8 @@ def test_the_published_models_scores_are_not_the_small_ones(small: Path, tmp_pat
 
 
 def test_an_unknown_recipe_lists_the_known_ones(small: Path, tmp_path: Path) -> None:
-    message = refused(tmp_path, *plan_of(small, "--recipe", "fast"))
-    assert "no configuration 'fast' among the recipes; available: default, equal_groups" in message
+    message = refused(tmp_path, *plan_of(small, "--recipe", "own"))
+    assert "no configuration 'own' among the recipes; available: best, equal_groups, fast, paper" in message
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def compress_by(small: Path, plan: Path, folder: Path, text_options: list[object
 
 
 def test_a_plan_and_a_recipe(small: Path, text_options: list[object], tmp_path: Path) -> None:
-    both = ["--plan", tmp_path / "plan.toml", "--recipe", "default"]
+    both = ["--plan", tmp_path / "plan.toml", "--recipe", "fast"]
     message = refused(tmp_path, "compress", small, "--output", tmp_path / "out", *both, *text_options)
     assert "--recipe says how a plan is made and --plan gives one; only one of them is accepted" in message
 

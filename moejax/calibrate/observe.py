@@ -9,6 +9,8 @@ import numpy as np
 
 from moejax.calibrate.products import input_products, products
 from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, Statistics, expert_statistics
+from moejax.formats import Leaf
+from moejax.kernels import take
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
@@ -40,11 +42,11 @@ def calibrate(
     max_bytes = expert_bytes if hessians else None
     blocks = []
     for layer in progress(model.layers, "calibrating"):
-        states, statistics = _observe_all(_layer_observer(layer, by, max_bytes), states, batches)
+        states, statistics = observe_all(layer_observer(layer, by, max_bytes), states, batches)
         blocks.append(statistics)
     normed = [model.normed(x_BTD) for x_BTD in states]
     for mtp in model.mtp:
-        _, statistics = _observe_all(_mtp_observer(mtp, model, by, max_bytes), normed, batches)
+        _, statistics = observe_all(mtp_observer(mtp, model.embed.get_value(), by, max_bytes), normed, batches)
         blocks.append(statistics)
     return Statistics(
         blocks=tuple(blocks),
@@ -55,15 +57,17 @@ def calibrate(
     )
 
 
-def _layer_observer(layer: Block, by: Rotation, max_bytes: int | None) -> Observer:
+def layer_observer(layer: Block, by: Rotation, max_bytes: int | None) -> Observer:
+    """Observes a decoder block; without Hessians where `max_bytes` is None."""
     return lambda x_BTD, _: _observe_block(layer, x_BTD, by, max_bytes)
 
 
-def _mtp_observer(mtp: MtpBlock, model: DeepseekV3, by: Rotation, max_bytes: int | None) -> Observer:
-    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, model.embedded(tokens_BT), by, max_bytes)
+def mtp_observer(mtp: MtpBlock, embedding: Leaf, by: Rotation, max_bytes: int | None) -> Observer:
+    """Observes an MTP block on the model's normed output."""
+    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, take(embedding, tokens_BT, x_BTD.dtype), by, max_bytes)
 
 
-def _observe_all(
+def observe_all(
     observe: Observer, states: Sequence[jax.Array], batches: Sequence[jax.Array]
 ) -> tuple[list[jax.Array], BlockStatistics]:
     """One block over all batches: its outputs, and its statistics merged."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.checkpoint.hf_config import dense_dtype, linear_block
+from moejax.checkpoint.hf_config import dense_dtype, linear_block, unrotated_config
 from moejax.checkpoint.hf_leaves import kv_b_block
 from moejax.formats import abstract_experts, abstract_leaf
 from moejax.formats.dense import DENSE_NAMES
-from moejax.model import DeepseekV3, Layout, config_from_hf
+from moejax.model import DeepseekV3, Layout
 
 # What DeepSeek stores in FP8 where it quantizes: the matrices of attention and of every MLP. Embedding, head, router,
 # norms and the MTP blocks' eh_proj stay dense (arXiv:2412.19437, section 3.3, and the published checkpoint).
@@ -23,7 +23,7 @@ def abstract_original(raw_config: Mapping[str, Any], source: str = "config.json"
     such a checkpoint. Raises InputError, beginning with `source`, if the config describes no model, or quantizes by
     another method than FP8, or its dtype is none of a checkpoint's.
     """
-    config = config_from_hf(raw_config, source)
+    config = unrotated_config(raw_config, source)
     dense, block = dense_dtype(raw_config, source), linear_block(raw_config, source)
     shapes = Layout(config).shapes()
 

@@ -4,11 +4,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.errors import InputError, brief
+from moejax.model import Config, config_from_hf
+from moejax.model.config import ROTATION_FIELDS
 
 DENSE_DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes of tensors that are not in FP8."""
 
 _MAX_BLOCK = 8_192  # published: 128
+
+
+def unrotated_config(raw_config: Mapping[str, Any], source: str) -> Config:
+    """The model's config, as `config_from_hf` reads it.
+
+    Raises InputError as that does, and if the config names a rotation: only native checkpoints hold rotated models.
+    """
+    config = config_from_hf(raw_config, source)
+    for name in ROTATION_FIELDS:
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"{source}: {name} is {brief(raw_config[name])}; null is accepted in a Hugging Face checkpoint"
+            )
+    return config
 
 
 def dense_dtype(raw_config: Mapping[str, Any], source: str) -> str:

@@ -23,7 +23,9 @@ from moejax.checkpoint.safetensors_writer import write_shards
 from moejax.checkpoint.store import atomic_folder, folder_bytes
 from moejax.errors import InputError
 from moejax.formats import Leaf, dense
+from moejax.kernels import hadamard
 from moejax.model import Config, Layout, config_from_hf
+from moejax.model.config import ROTATION_FIELDS
 from moejax.model.leaves import Weight
 from moejax.progress import Progress, silent
 
@@ -50,16 +52,30 @@ def write_huggingface(
     because a routing scale that all layers share multiplies `routed_scaling_factor`; where they differ, each multiplies
     its layer's `down` before that is rounded to `dtype`.
 
+    A rotated model's weights carry the rotation of its residual stream, so that such a loader computes the same. Where
+    its `down` takes rotated inputs, that rotation goes back into `down`, W = W' H^T / sqrt(F), which needs `dtype`.
+
     One projection of one layer is in memory at a time, in the checkpoint's format. `copied` files go along.
 
     Raises InputError, leaving nothing, for what such a folder cannot hold: integer formats without `dtype`; numbers of
-    experts or K that differ by layer, groups of several sizes; routing scales that differ by layer, without `dtype`.
+    experts or K that differ by layer, groups of several sizes; routing scales that differ by layer, or rotated inputs
+    of `down`, without `dtype`; MTP blocks of a rotated model.
     """
+    _check_rotations(checkpoint.config, is_dequantized=dtype is not None)
     routing = _common_routing(checkpoint, is_dequantized=dtype is not None)
     raw_config = _raw_config(checkpoint, routing, dtype)
     config = config_from_hf(raw_config)
     block = linear_block(raw_config, CONFIG_FILE)
-    convert = as_it_is if dtype is None else partial(_converted, dtype=dtype, scales=routing.down_scales)
+    convert = (
+        as_it_is
+        if dtype is None
+        else partial(
+            _converted,
+            dtype=dtype,
+            scales=routing.down_scales,
+            is_down_rotated=checkpoint.config.down_input_transform is not None,
+        )
+    )
     abstract = _abstract_tensors(config, dict(checkpoint.abstract_leaves()), block, convert)
     with atomic_folder(output) as folder:
         write_shards(folder, hf_tensors(config, checkpoint.leaf, block, convert), abstract, shard_bytes, progress)
@@ -67,6 +83,19 @@ def write_huggingface(
         for file in copied:
             (folder / file.name).write_bytes(file.read_bytes())
         return folder_bytes(folder)
+
+
+def _check_rotations(config: Config, is_dequantized: bool) -> None:
+    if config.residual_rotation and config.num_nextn_predict_layers:
+        raise InputError(
+            "the model is rotated and its MTP blocks undo the rotation, which a Hugging Face checkpoint has no weights "
+            "for; compress --drop-mtp leaves them out"
+        )
+    if config.down_input_transform and not is_dequantized:
+        raise InputError(
+            "the inputs of the model's down projections are rotated, which a Hugging Face config cannot say; "
+            "--dequantize bfloat16 puts the rotation back into their weights"
+        )
 
 
 @dataclass(frozen=True)
@@ -132,11 +161,12 @@ def _check_groups(layer: str, group_E: np.ndarray, n_group: int) -> None:
 
 def _raw_config(checkpoint: Checkpoint, routing: _Routing, dtype: Dtype | None) -> dict[str, Any]:
     """The checkpoint's config with only those fields changed that must be."""
-    raw, config = checkpoint.raw_config, checkpoint.config
+    config = checkpoint.config
+    raw = {name: value for name, value in checkpoint.raw_config.items() if name not in ROTATION_FIELDS}
     changed = {name: value for name, value in routing.fields.items() if value != getattr(config, name)}
-    if dtype is None:
-        return raw | changed
     unquantized = {name: value for name, value in raw.items() if name != "quantization_config"}
+    if dtype is None:  # rotating leaves no FP8
+        return (unquantized if config.residual_rotation else raw) | changed
     return unquantized | changed | {"dtype" if "dtype" in raw else "torch_dtype": dtype}
 
 
@@ -155,13 +185,15 @@ def _abstract_tensors(
     return dict(zip(names, shapes, strict=True))
 
 
-def _converted(name: str, leaf: Leaf, *, dtype: Dtype, scales: Mapping[str, float]) -> Leaf:
+def _converted(name: str, leaf: Leaf, *, dtype: Dtype, scales: Mapping[str, float], is_down_rotated: bool) -> Leaf:
     """A matrix, routers apart, in `dtype`."""
     if leaf.ndim < 2 or name.endswith(".router"):
         return leaf
-    return _dequantized(leaf, scales.get(name, 1.0), dtype)
+    return _dequantized(leaf, scales.get(name, 1.0), dtype, is_down_rotated and name.endswith(".down"))
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _dequantized(leaf: Leaf, scale: float, dtype: Dtype) -> jax.Array:
-    return (dense(leaf, jnp.float32) * scale).astype(dtype)
+@partial(jax.jit, static_argnames=("dtype", "is_rotated"))
+def _dequantized(leaf: Leaf, scale: float, dtype: Dtype, is_rotated: bool) -> jax.Array:
+    """The dense weight times `scale`; where its inputs are rotated, for inputs that are not."""
+    weight = dense(leaf, jnp.float32)
+    return ((hadamard(weight, inverse=True) if is_rotated else weight) * scale).astype(dtype)

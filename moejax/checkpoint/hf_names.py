@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from moejax.model.config import Config
-from moejax.model.leaves import Layout
+from moejax.model.leaves import ROTATION_LEAVES, Layout
 
 _ATTENTION = {
     "q": "q_proj",
@@ -43,7 +43,7 @@ SCALE = "_scale_inv"
 
 def hf_name(name: str, config: Config) -> str | None:
     """The Hugging Face tensor behind a leaf, None if there is none; experts' names have a `{}` for the expert."""
-    if name.endswith(DERIVED):
+    if name.endswith(DERIVED) or name.rpartition(".")[2] in ROTATION_LEAVES:
         return None
     if name in TOP:
         return TOP[name]

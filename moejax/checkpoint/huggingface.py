@@ -14,7 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoint.hf_config import DENSE_DTYPES, fp8_block
+from moejax.checkpoint.hf_config import DENSE_DTYPES, fp8_block, unrotated_config
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, TOP, expected_tensors, hf_name, num_elements
 from moejax.checkpoint.safetensors_folder import (
@@ -26,7 +26,7 @@ from moejax.checkpoint.safetensors_folder import (
 )
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
-from moejax.model.config import Config, config_from_hf
+from moejax.model.config import Config
 from moejax.model.leaves import Layout, Weight, named_leaves
 
 # Tensors that are no weights, and are left out. Kimi-K2's files hold one in every layer, of (D/H)/2 numbers where the
@@ -86,7 +86,7 @@ def open_huggingface(path: Path) -> HuggingFaceCheckpoint:
     Other tensors are not read. Raises InputError naming the tensor, the file or the config's field that is wrong.
     """
     raw_config = read_config_json(path)
-    config = config_from_hf(raw_config, str(path / CONFIG_FILE))
+    config = unrotated_config(raw_config, str(path / CONFIG_FILE))
     folder = open_folder(path)
     _check_tensors(folder, config, raw_config, path)
     _check_experts(folder, config)

@@ -20,6 +20,7 @@ from moejax.checkpoint.leaf_checks import check_arrays, check_indices
 from moejax.errors import InputError, brief
 from moejax.formats import abstract_experts, abstract_leaf, describe
 from moejax.model import Config, DeepseekV3, Layout, config_from_hf, named_leaves
+from moejax.model.config import ROTATION_FIELDS
 from moejax.model.leaves import Weight
 from moejax.progress import Progress, silent
 
@@ -251,7 +252,7 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
         for item, leaves in _items(model).items()
     }
     blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
-    per_token = [getattr(block.mlp, "experts_per_token", model.config.num_experts_per_tok) for block in blocks]
+    per_token = [block.experts_per_token for block in blocks]
     manifest = {
         "format": "moejax",
         "version": FORMAT_VERSION,
@@ -261,6 +262,8 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
         "plan": description.plan,
         "provenance": description.provenance,
     }
+    if wrong := [n for n in ROTATION_FIELDS if description.raw_config.get(n) != getattr(model.config, n)]:
+        raise ValueError(f"the config says nothing of the model's {wrong[0]}; it would be read as another model")
     padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
     if padding < 0:
         raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")

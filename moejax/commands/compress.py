@@ -61,7 +61,7 @@ def run_compress(
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
-    whole, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "default")
+    whole, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "fast")
     checkpoint = job.drop_mtp(whole) if drop_mtp else whole
     dropped = whole.config.num_blocks - checkpoint.config.num_blocks
     given = None if plan is None else from_json(read_toml(plan))

@@ -9,6 +9,7 @@ from moejax.formats.grouped_int import GroupedInt
 from moejax.formats.grouped_ternary import GroupedTernary
 from moejax.formats.packed import PackedTensor
 from moejax.formats.parts import ByteParts, byte_parts
+from moejax.formats.scales import ScaleKind
 from moejax.formats.spec import abstract_experts, abstract_leaf, describe
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "IntFormat",
     "Leaf",
     "PackedTensor",
+    "ScaleKind",
     "TernaryFormat",
     "abstract_experts",
     "abstract_leaf",

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from moejax.errors import InputError
 from moejax.formats import planar, trits
 from moejax.formats.abstract import abstract_array
-from moejax.formats.grouped import SCALE_DTYPE, GroupedCodes, group, round_to_codes, ungroup
+from moejax.formats.grouped import GroupedCodes, group, round_to_codes, ungroup
 from moejax.formats.grouped_int import GroupedInt
 from moejax.formats.grouped_ternary import GroupedTernary
+from moejax.formats.scales import DTYPES, SUFFIXES, ScaleKind, decode_scales, encode_scales
 
 
 class _Packing(abc.ABC):
     """How a format packs rows, and which rows it holds."""
 
     group_size: int
+    scale_kind: ScaleKind
 
     @property
     @abc.abstractmethod
@@ -61,19 +63,23 @@ class _Packing(abc.ABC):
         *outer, inputs = shape
         self.require_fit(inputs)
         words = abstract_array((*outer, self.words_per_row(inputs)), jnp.uint32)
-        return self.leaf(words, abstract_array((*outer, inputs // self.group_size), SCALE_DTYPE))
+        return self.leaf(words, abstract_array((*outer, inputs // self.group_size), DTYPES[self.scale_kind]))
 
 
 @dataclass(frozen=True)
 class IntFormat(_Packing):
-    """Integers of `bits` bits with one scale for every `group_size` inputs; its name is `int<bits>g<group_size>`."""
+    """Integers of `bits` bits with one scale for every `group_size` inputs.
+
+    Its name is `int<bits>g<group_size>`, with `e8` behind it where scales have eight bits.
+    """
 
     bits: int
     group_size: int
+    scale_kind: ScaleKind = "bf16"
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}g{self.group_size}"
+        return f"int{self.bits}g{self.group_size}{SUFFIXES[self.scale_kind]}"
 
     @property
     def levels(self) -> int:
@@ -95,13 +101,17 @@ class IntFormat(_Packing):
 
 @dataclass(frozen=True)
 class TernaryFormat(_Packing):
-    """Weights -s, 0 and s with one scale s for every `group_size` inputs; its name is `ternaryg<group_size>`."""
+    """Weights -s, 0 and s with one scale s for every `group_size` inputs.
+
+    Its name is `ternaryg<group_size>`, with `e8` behind it where scales have eight bits.
+    """
 
     group_size: int
+    scale_kind: ScaleKind = "bf16"
 
     @property
     def name(self) -> str:
-        return f"ternaryg{self.group_size}"
+        return f"ternaryg{self.group_size}{SUFFIXES[self.scale_kind]}"
 
     @property
     def levels(self) -> int:
@@ -130,20 +140,24 @@ GroupFormat = IntFormat | TernaryFormat
 
 
 def parse_group_format(name: str) -> GroupFormat:
-    """`int3g64` to IntFormat(3, 64), `ternaryg128` to TernaryFormat(128)."""
-    match = re.fullmatch(r"(?:int([1-8])|ternary)g(32|64|128|256)", name)
+    """`int3g64` to IntFormat(3, 64), `ternaryg128e8` to TernaryFormat(128, "e8")."""
+    match = re.fullmatch(r"(?:int([1-8])|ternary)g(32|64|128|256)(e8)?", name)
     if not match:
         raise InputError(
             f"unknown format {name!r}: a format is int<1 to 8>g<32, 64, 128 or 256>, such as int3g64, or "
-            f"ternaryg<32, 64, 128 or 256>, such as ternaryg128"
+            f"ternaryg<32, 64, 128 or 256>, such as ternaryg128, and e8 behind either for scales of eight bits"
         )
     group_size = int(match[2])
-    return IntFormat(int(match[1]), group_size) if match[1] else TernaryFormat(group_size)
+    scale_kind: ScaleKind = "e8" if match[3] else "bf16"
+    if match[1]:
+        return IntFormat(int(match[1]), group_size, scale_kind)
+    return TernaryFormat(group_size, scale_kind)
 
 
 def encode(weight: jax.Array, scale: jax.Array, to: GroupFormat) -> GroupedCodes:
     """Round every weight (..., O, I) to the nearest level of its group's scale (..., O, I/group_size), and pack."""
-    scale = scale.astype(SCALE_DTYPE)
+    stored = encode_scales(scale, to.scale_kind)
     weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-    codes = round_to_codes(group(weight, to.group_size), scale[..., None].astype(weight.dtype), to.levels)
-    return to.leaf(to.pack(ungroup(codes).astype(jnp.uint32)), scale)
+    decoded = decode_scales(stored, weight.dtype)[..., None]
+    codes = round_to_codes(group(weight, to.group_size), decoded, to.levels)
+    return to.leaf(to.pack(ungroup(codes).astype(jnp.uint32)), stored)

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from moejax.formats.packed import PackedTensor
+from moejax.formats.scales import ScaleKind, decode_scales, kind_of
 from moejax.formats.slices import slice_axis
-
-SCALE_DTYPE = jnp.bfloat16
 
 
 class GroupedCodes(PackedTensor):
     """weight[..., o, i] = (code[..., o, i] - (levels - 1)/2) * scale[..., o, i // group_size], 0 <= code < levels.
 
-    Levels are evenly spaced and lie symmetrically about zero. The scale is bfloat16: codes are chosen after it is
-    rounded, so mantissa bits would buy nothing where range does, and TPUs have no float16.
+    Levels are evenly spaced and lie symmetrically about zero. Codes are chosen after the scale is rounded, so range
+    buys more than precision does: scales are bfloat16 (TPUs have no float16) or floats of eight bits (see `scales`).
 
-    words: uint32 (..., O, W), each row packed by itself. scale: bfloat16 (..., O, I/group_size).
+    words: uint32 (..., O, W), each row packed by itself. scale: bfloat16 or uint8 (..., O, I/group_size), which
+    `decoded_scale` reads.
     """
 
     words: jax.Array
@@ -33,9 +33,18 @@ class GroupedCodes(PackedTensor):
     def codes(self) -> jax.Array:
         """int32 (..., O, I)."""
 
+    @property
+    def scale_kind(self) -> ScaleKind:
+        """How scales are stored."""
+        return kind_of(self.scale)
+
+    def decoded_scale(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The scale of every group, (..., O, I/group_size)."""
+        return decode_scales(self.scale, dtype)
+
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         steps = self.codes().astype(dtype) - centre(self.levels)
-        return ungroup(group(steps, self.shape[-1] // self.scale.shape[-1]) * self.scale[..., None].astype(dtype))
+        return ungroup(group(steps, self.shape[-1] // self.scale.shape[-1]) * self.decoded_scale(dtype)[..., None])
 
     def rows(self, start: jax.Array | int, size: int) -> Self:
         return jax.tree.map(lambda a: slice_axis(a, start, size, a.ndim - 2), self)

@@ -7,6 +7,7 @@ import jax
 
 from moejax.formats import planar
 from moejax.formats.grouped import GroupedCodes
+from moejax.formats.scales import SUFFIXES
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["words", "scale"], meta_fields=["bits"])
@@ -16,7 +17,8 @@ class GroupedInt(GroupedCodes):
 
     No level is zero: at 1 bit -+s/2, at 2 bits -+s/2 and -+3s/2.
 
-    words: uint32 (..., O, I*bits/32), planar (see `planar`). scale: bfloat16 (..., O, I/group_size).
+    words: uint32 (..., O, I*bits/32), planar (see `planar`).
+    scale: bfloat16 or uint8 (..., O, I/group_size).
     """
 
     words: jax.Array
@@ -37,7 +39,7 @@ class GroupedInt(GroupedCodes):
 
     @property
     def format_name(self) -> str:
-        return f"int{self.bits}g{self.group_size}"
+        return f"int{self.bits}g{self.group_size}{SUFFIXES[self.scale_kind]}"
 
     def codes(self) -> jax.Array:
         return planar.unpack(self.words, self.bits)

@@ -7,6 +7,7 @@ import jax
 
 from moejax.formats import trits
 from moejax.formats.grouped import GroupedCodes
+from moejax.formats.scales import SUFFIXES
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["words", "scale"], meta_fields=["group_size"])
@@ -16,7 +17,8 @@ class GroupedTernary(GroupedCodes):
 
     The last words of a row may hold padding, so its length follows from the scales, and the group size is stored.
 
-    words: uint32 (..., O, ceil(I/20)), planar (see `trits`). scale: bfloat16 (..., O, I/group_size).
+    words: uint32 (..., O, ceil(I/20)), planar (see `trits`).
+    scale: bfloat16 or uint8 (..., O, I/group_size).
     """
 
     words: jax.Array
@@ -33,7 +35,7 @@ class GroupedTernary(GroupedCodes):
 
     @property
     def format_name(self) -> str:
-        return f"ternaryg{self.group_size}"
+        return f"ternaryg{self.group_size}{SUFFIXES[self.scale_kind]}"
 
     def codes(self) -> jax.Array:
         return trits.unpack(self.words, self.shape[-1])

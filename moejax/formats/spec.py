@@ -14,7 +14,7 @@ from moejax.formats.group_format import parse_group_format
 _DENSE_DTYPES = {short: jnp.dtype(name) for name, short in DENSE_NAMES.items()}
 # Bounded, because specs come from files: up to 8 axes of up to 15 digits.
 _LEAF = re.compile(r"(\w{1,40})\[((?:\d{1,15}(?:,\d{1,15}){0,7})?)\]", re.ASCII)
-_MAX_BUCKETS = 100  # there are 41 formats apart from FP8's blocks
+_MAX_BUCKETS = 100  # there are 77 formats apart from FP8's blocks
 
 
 def describe(leaf: Leaf | ExpertWeights) -> str:

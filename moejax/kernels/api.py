@@ -1,4 +1,4 @@
-"""The operations of the model: four that a weight knows, dispatched on its type and the backend, and an einsum.
+"""The operations of the model: four that a weight knows, dispatched on its type and the backend; an einsum; a rotation.
 
 Every backend computes the same thing: the weight's dense value times the input, accumulated in at least float32 and
 returned in the input's dtype.
@@ -24,6 +24,8 @@ class Backend(Protocol):
     def take(self, w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array: ...
 
     def product(self, equation: str, a: jax.Array, b: jax.Array) -> jax.Array: ...
+
+    def hadamard(self, x: jax.Array, inverse: bool) -> jax.Array: ...
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
@@ -61,6 +63,15 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str
 def product(equation: str, a: jax.Array, b: jax.Array, *, backend: str | None = None) -> jax.Array:
     """einsum(equation, a, b) of two arrays of one dtype, summed and returned in at least float32: attention."""
     return _backend(backend).product(equation, a, b)
+
+
+def hadamard(x: jax.Array, *, inverse: bool = False, backend: str | None = None) -> jax.Array:
+    """x (..., n) times the orthogonal matrix H / sqrt(b) (n, n), or its transpose if `inverse`: y_j = sum_i x_i H_ij.
+
+    H is the Hadamard matrix of order n, or as many of order b as n holds along the diagonal: see `hadamard_factors`,
+    which raises InputError where n is odd.
+    """
+    return _backend(backend).hadamard(x, inverse)
 
 
 def _backend(name: str | None) -> Backend:

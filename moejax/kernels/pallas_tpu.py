@@ -22,11 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moejax.formats import GroupedInt, Leaf, planar
 from moejax.formats.grouped import centre
+from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
-from moejax.kernels.xla import expert_matmul, matmul_transposed, product, take
+from moejax.kernels.xla import expert_matmul, hadamard, matmul_transposed, product, take
 
-__all__ = ["expert_matmul", "matmul", "matmul_transposed", "product", "take", "takes"]
+__all__ = ["expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
 SUBLANES = 16  # of a bfloat16 register
@@ -109,7 +110,7 @@ def _kernel(
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         words_WO[...] = words_ref[...] if by_column else words_ref[...].T
-        scale_GO[...] = scale_ref[...].astype(jnp.float32)
+        scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
         _unpack(words_WO, scale_GO, w_IO, bits)
 
     precision = PRECISION if x_RI.dtype == jnp.float32 else None

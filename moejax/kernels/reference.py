@@ -1,9 +1,10 @@
-"""The four operations in plain jnp: what every other backend is compared with. Materializes whole weights."""
+"""The operations in plain jnp: what every other backend is compared with. Materializes whole weights."""
 
 import jax
 import jax.numpy as jnp
 
 from moejax.formats import ExpertWeights, Leaf, dense
+from moejax.kernels.hadamard_matrix import hadamard_matrix, hadamard_order
 
 # Without it a TPU would round float32 inputs to bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -41,3 +42,9 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a.astype(accumulator(a)), b.astype(accumulator(a)), precision=PRECISION)
+
+
+def hadamard(x: jax.Array, inverse: bool) -> jax.Array:
+    n, acc = x.shape[-1], accumulator(x)
+    matrix = jnp.asarray(hadamard_matrix(n).T if inverse else hadamard_matrix(n), acc) / hadamard_order(n) ** 0.5
+    return jnp.einsum("...i,ij->...j", x.astype(acc), matrix, precision=PRECISION).astype(x.dtype)

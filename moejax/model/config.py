@@ -50,7 +50,12 @@ def _magnitude(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class Config:
-    """Field names are Hugging Face's (`DeepseekV3Config`)."""
+    """Field names are Hugging Face's (`DeepseekV3Config`), but for the last two, which only `rotate` sets.
+
+    residual_rotation: the residual stream is x R with R = diag(signs) H / sqrt(D) where an original's is x. MTP blocks
+    undo it where a gain stands in its way; elsewhere the weights carry it.
+    down_input_transform: every `down` takes hidden H / sqrt(F) where an original's takes hidden.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -77,6 +82,8 @@ class Config:
     rope_interleave: bool
     yarn: Yarn | None
     num_nextn_predict_layers: int
+    residual_rotation: str | None
+    down_input_transform: str | None
 
     @property
     def softmax_scale(self) -> float:
@@ -93,7 +100,15 @@ class Config:
         return layer >= self.first_k_dense_replace
 
 
-_DEFAULTS: dict[str, Any] = {"rope_interleave": True, "num_nextn_predict_layers": 0, "rope_theta": 10000.0}
+# Fields that Hugging Face's configs lack, and what they may say beside null.
+ROTATION_FIELDS = ("residual_rotation", "down_input_transform")
+_ROTATIONS = ("hadamard",)
+_DEFAULTS: dict[str, Any] = {
+    "rope_interleave": True,
+    "num_nextn_predict_layers": 0,
+    "rope_theta": 10000.0,
+    **dict.fromkeys(ROTATION_FIELDS),
+}
 _MAY_BE_ZERO = {"first_k_dense_replace", "num_nextn_predict_layers", "mscale", "mscale_all_dim"}
 _WANTED: dict[Any, str] = {
     bool: "true or false",
@@ -166,6 +181,7 @@ def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Confi
         raise InputError(f"{source}: the field {missing[0]} is missing")
     config = Config(**{name: values[name] for name in names})
     _check_types(config, source)
+    _check_rotations(config, source)
     _check_limits(config, source)
     return config
 
@@ -217,6 +233,14 @@ def _is_of(value: Any, kind: Any, may_be_zero: bool) -> bool:
         return isinstance(value, kind)
     is_number = isinstance(value, int) or (isinstance(value, float) and isinstance(value, kind))
     return is_number and (0 < value < math.inf or (value == 0 and may_be_zero))
+
+
+def _check_rotations(config: Config, source: str) -> None:
+    for name in ROTATION_FIELDS:
+        value = getattr(config, name)
+        if value is not None and value not in _ROTATIONS:
+            accepted = ", ".join(map(repr, _ROTATIONS))
+            raise InputError(f"{source}: {name} is {brief(value)}; accepted are {accepted} and null")
 
 
 def _check_limits(config: Config, source: str) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import Leaf
-from moejax.kernels import matmul, take
+from moejax.kernels import hadamard, matmul, take
 from moejax.model.attention import Attention
 from moejax.model.config import Config
 from moejax.model.latent_cache import LatentCache, empty_caches
@@ -26,7 +26,12 @@ class Block(nnx.Module):
         self.self_attn = Attention(config, under(leaves, "self_attn"))
         self.post_attention_norm = nnx.Param(leaves("post_attention_norm"))
         mlp = under(leaves, "mlp")
-        self.mlp = MoE(config, mlp, experts_per_token) if is_moe else Mlp(mlp)
+        self.mlp = MoE(config, mlp, experts_per_token) if is_moe else Mlp(config, mlp)
+
+    @property
+    def experts_per_token(self) -> int:
+        """K; the config's in a dense block."""
+        return self.mlp.experts_per_token if isinstance(self.mlp, MoE) else self.config.num_experts_per_tok
 
     def __call__(
         self, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None = None, taps: Taps | None = None
@@ -68,6 +73,11 @@ class MtpBlock(nnx.Module):
         h' = block([norm_e(embed(token_{t+1})) | norm_h(h_t)] W_eh), logits_{t+2} = head(norm(h'))
 
     Embedding and head are the model's own and passed in, because a Param of two modules becomes two under jit.
+
+    In a rotated model (`Config.residual_rotation`) the final norm's gain g lies in the head, so the block takes
+    n = norm(x) R and its head wants out R / g. Gains act in the original basis, and R is undone for them:
+
+        h = (n R^T) * input_gain, out = (norm(h' R^T) * norm_gain) R, with input_gain = g, norm_gain = own gain / g
     """
 
     def __init__(self, config: Config, leaves: Leaves, is_moe: bool, experts_per_token: int | None = None):
@@ -77,6 +87,9 @@ class MtpBlock(nnx.Module):
         self.eh_proj = nnx.Param(leaves("eh_proj"))
         self.block = Block(config, under(leaves, "block"), is_moe, experts_per_token)
         self.norm = nnx.Param(leaves("norm"))
+        if config.residual_rotation:
+            self.signs = nnx.Param(leaves("signs"))
+            self.input_gain = nnx.Param(leaves("input_gain"))
 
     def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
         """h_t after the model's final norm and the next token's embedding, both (B, T, D), to the normed h'."""
@@ -96,11 +109,17 @@ class MtpBlock(nnx.Module):
 
     def _joined(self, h_BTD: jax.Array, next_BTD: jax.Array, taps: Taps | None) -> jax.Array:
         eps = self.config.rms_norm_eps
+        if self.config.residual_rotation:
+            h_BTD = unrotated(h_BTD, self.signs.get_value()) * self.input_gain.get_value().astype(h_BTD.dtype)
         both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
         return linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
 
     def _normed(self, drafted_BTD: jax.Array) -> jax.Array:
-        return rms_norm(drafted_BTD, self.norm.get_value(), self.config.rms_norm_eps)
+        gain, eps = self.norm.get_value(), self.config.rms_norm_eps
+        if not self.config.residual_rotation:
+            return rms_norm(drafted_BTD, gain, eps)
+        signs = self.signs.get_value()
+        return rotated(rms_norm(unrotated(drafted_BTD, signs), gain, eps), signs)
 
 
 class DeepseekV3(nnx.Module):
@@ -207,3 +226,13 @@ class DeepseekV3(nnx.Module):
 def head_logits(x: jax.Array, head: Leaf) -> jax.Array:
     """Normed hidden states (..., D) to logits (..., C), in at least float32."""
     return matmul(x.astype(jnp.promote_types(x.dtype, jnp.float32)), head)
+
+
+def rotated(x: jax.Array, signs: jax.Array) -> jax.Array:
+    """x R along the last axis, R = diag(signs) H / sqrt(n) orthogonal (n, n) (QuaRot, arXiv:2404.00456)."""
+    return hadamard(x * signs.astype(x.dtype))
+
+
+def unrotated(x: jax.Array, signs: jax.Array) -> jax.Array:
+    """x R^T: the inverse of `rotated`."""
+    return hadamard(x, inverse=True) * signs.astype(x.dtype)

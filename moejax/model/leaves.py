@@ -23,6 +23,9 @@ Leaves = Callable[[str], Weight]
 # `experts` is the routed experts' `ExpertRun`.
 Taps = dict[str, Any]
 
+# What MTP blocks of rotated models hold beside the others' weights.
+ROTATION_LEAVES = ("signs", "input_gain")
+
 
 def under(leaves: Leaves, prefix: str) -> Leaves:
     """The leaves whose names begin with `prefix.`, named without it."""
@@ -63,7 +66,8 @@ class Layout:
         for m in range(c.num_nextn_predict_layers):
             block = self.block(c.num_hidden_layers + m)
             shapes |= {f"mtp.{m}.block.{name}": shape for name, shape in block}
-            shapes |= {f"mtp.{m}.{name}": (c.hidden_size,) for name in ("enorm", "hnorm", "norm")}
+            gains = ("enorm", "hnorm", "norm", *(ROTATION_LEAVES if c.residual_rotation else ()))
+            shapes |= {f"mtp.{m}.{name}": (c.hidden_size,) for name in gains}
             shapes[f"mtp.{m}.eh_proj"] = (c.hidden_size, 2 * c.hidden_size)
         return shapes
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import ExpertWeights
-from moejax.kernels import expert_matmul, matmul
+from moejax.kernels import expert_matmul, hadamard, matmul
 from moejax.model.config import Config
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 
@@ -15,14 +15,20 @@ from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 class Mlp(nnx.Module):
     """SwiGLU: y = W_down(silu(x W_gate) * (x W_up))."""
 
-    def __init__(self, leaves: Leaves):
+    def __init__(self, config: Config, leaves: Leaves):
+        self.config = config
         self.gate = nnx.Param(leaves("gate"))
         self.up = nnx.Param(leaves("up"))
         self.down = nnx.Param(leaves("down"))
 
     def __call__(self, x: jax.Array, taps: Taps | None = None) -> jax.Array:
         hidden = jax.nn.silu(linear(x, self.gate, taps, "gate")) * linear(x, self.up, taps, "up")
-        return linear(hidden, self.down, taps, "down")
+        return linear(_down_input(hidden, self.config), self.down, taps, "down")
+
+
+def _down_input(hidden: jax.Array, config: Config) -> jax.Array:
+    """What `down` takes of the SwiGLU's products (..., F): the same, or hidden H / sqrt(F) where the config says so."""
+    return hadamard(hidden) if config.down_input_transform else hidden
 
 
 class Routing(NamedTuple):
@@ -33,7 +39,10 @@ class Routing(NamedTuple):
 
 
 class ExpertRun(NamedTuple):
-    """What happened inside the routed experts, rows sorted by expert (R = T*K): for calibration."""
+    """What happened inside the routed experts, rows sorted by expert (R = T*K): for calibration.
+
+    hidden_RF is what `down` takes.
+    """
 
     expert_R: jax.Array
     weight_R: jax.Array
@@ -47,7 +56,8 @@ class ExpertRun(NamedTuple):
 class Experts(nnx.Module):
     """The routed experts' weights: gate and up (E, F, D), down (E, D, F)."""
 
-    def __init__(self, leaves: Leaves):
+    def __init__(self, config: Config, leaves: Leaves):
+        self.config = config
         self.gate = nnx.Param(leaves("gate"))
         self.up = nnx.Param(leaves("up"))
         self.down = nnx.Param(leaves("down"))
@@ -60,7 +70,7 @@ class Experts(nnx.Module):
         x_RD = x_TD[order_R // K]
         gate_RF = self._project(x_RD, self.gate, rows_E)
         up_RF = self._project(x_RD, self.up, rows_E)
-        hidden_RF = jax.nn.silu(gate_RF) * up_RF
+        hidden_RF = _down_input(jax.nn.silu(gate_RF) * up_RF, self.config)
         y_RD = self._project(hidden_RF, self.down, rows_E)
         y_TKD = jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True).reshape(T, K, -1)
         y_TD = jnp.einsum("tkd,tk->td", y_TKD, routing.weights_TK.astype(y_TKD.dtype))
@@ -92,8 +102,8 @@ class MoE(nnx.Module):
         self.bias = nnx.Param(leaves("bias"))
         self.group_id = nnx.Param(leaves("group_id"))
         self.routing_scale = nnx.Param(leaves("routing_scale"))
-        self.experts = Experts(under(leaves, "experts"))
-        self.shared = Mlp(under(leaves, "shared"))
+        self.experts = Experts(config, under(leaves, "experts"))
+        self.shared = Mlp(config, under(leaves, "shared"))
 
     @property
     def num_experts(self) -> int:

@@ -56,14 +56,24 @@ def try_activated_experts(
     kept = [experts if own.keep is None else len(own.keep) for own, _ in zip(plan.blocks, blocks, strict=False)]
     tried = []
     for per_layer in progress(candidates(recipe, compressed.config, kept), "trying experts per token"):
-        scalings = [(1.0,) * len(blocks)]
-        if recipe.fit_routing_scale:
-            own_blocks = enumerate(zip(blocks, per_layer, strict=True))
-            scalings.append(tuple(_fitted_scale(probe, i, *own) for i, own in own_blocks))
-        for scales in dict.fromkeys(scalings):
-            adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
-            tried.append(ActivatedExperts(per_layer, scales, divergence_of(probe, compressed, adjusted)))
+        tried += try_routing_scales(probe, compressed, blocks, per_layer, recipe)
     return sorted(tried, key=lambda choice: choice.divergence)
+
+
+def try_routing_scales(
+    probe: Probe, compressed: DeepseekV3, blocks: Sequence[Block], per_layer: tuple[int, ...], recipe: Recipe
+) -> list[ActivatedExperts]:
+    """K' `per_layer` with a routing scale of 1 and, if the recipe lets it, with the least-squares one; `blocks` are the
+    compressed model's, as `masked_blocks` gives them."""
+    scalings = [(1.0,) * len(blocks)]
+    if recipe.fit_routing_scale:
+        own_blocks = enumerate(zip(blocks, per_layer, strict=True))
+        scalings.append(tuple(_fitted_scale(probe, i, *own) for i, own in own_blocks))
+    tried = []
+    for scales in dict.fromkeys(scalings):
+        adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
+        tried.append(ActivatedExperts(per_layer, scales, divergence_of(probe, compressed, adjusted)))
+    return tried
 
 
 def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from moejax import __version__
-from moejax.calibrate import calibrate
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
@@ -26,7 +25,7 @@ from moejax.pipeline.joint_probes import measure_curves
 from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
 from moejax.pipeline.options import options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files, without_mtp
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files, read_origin, without_mtp
 from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
@@ -37,7 +36,6 @@ from moejax.planning.fit import Problem, check_budget, losses_of_plan
 from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
 from moejax.progress import Progress
-from moejax.transforms.compress import compress
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
 _SCALE_DIGITS = 16
@@ -60,6 +58,7 @@ class Prepared:
 
     @property
     def model(self) -> DeepseekV3:
+        """What is compressed, rotated if the recipe says so."""
         return self.origin.model
 
     def predicted(self, plan: Plan) -> float | None:
@@ -111,10 +110,11 @@ def drop_mtp(checkpoint: HuggingFaceCheckpoint) -> HuggingFaceCheckpoint:
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
     """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
     shapes alone decide."""
-    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    copied = copied_files(checkpoint.path)
+    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, recipe.method)
     config = origin.model.config
     candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
-    problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of)
+    problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of, method=recipe.method)
     smallest = problem.smallest()
     size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
     check_budget(size, budget, folder_bytes(checkpoint.path))
@@ -135,7 +135,8 @@ def _scattering_bytes(plan: Plan, experts: int) -> int:
 def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int | None) -> int:
     """The exact bytes of a given plan's folder, or the budget if there is one. Raises InputError if the plan does not
     suit the model, or is over the budget."""
-    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    copied = copied_files(checkpoint.path)
+    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, plan.method)
     size = origin.size_of(plan)
     if budget is not None and size > budget:
         raise InputError(f"the plan takes {size} bytes; the budget is {budget}, a plan that fits it is needed")
@@ -179,15 +180,14 @@ def prepare(
     progress: Progress,
 ) -> Prepared:
     """Load, calibrate and measure."""
-    model = load_model(checkpoint)
-    statistics = calibrate(model, calibration, progress=progress)
-    origin = Origin(model, statistics, checkpoint.raw_config, copied_files(checkpoint.path), provenance)
-    trial = Trial(model, probe(model, probed), statistics)
+    origin = read_origin(checkpoint, recipe.method, calibration, provenance, progress)
+    model = origin.model
+    trial = Trial(model, probe(model, probed), origin.statistics)
     allowed = options(model, recipe)
     pruning = measure_pruning(trial, recipe, progress)
     costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
     curves = measure_curves(costs, trial, [own.bits for own in recipe.formats], progress)
-    problem = Problem(costs.within(allowed), curves, model.config, origin.size_of)
+    problem = Problem(costs.within(allowed), curves, model.config, origin.size_of, method=recipe.method)
     return Prepared(checkpoint, origin, recipe, trial, costs, pruning, problem)
 
 
@@ -195,12 +195,12 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     """The best plan within the budget: formats and survivors first, then how many experts a token goes to."""
     problem, trial = prepared.problem, prepared.trial
     reserved = budget - _SCALE_DIGITS * prepared.model.config.num_blocks
-    tried = search(problem, trial, reserved, progress)
+    tried = search(problem, trial, prepared.recipe, reserved, progress)
     if not tried:
         # Between the smallest plan's bytes and those of any the solver aims at lie the reserve and a few digits.
-        tried = [try_out(0.0, problem.smallest(), problem, trial)]
+        tried = [try_out(0.0, problem.smallest(), problem, trial, prepared.recipe)]
     plan = tried[0].plan
-    compressed = compress(prepared.model, plan, trial.statistics)
+    compressed = trial.compressed(plan)
     activated = try_activated_experts(trial.probe, compressed, plan, prepared.recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
     plan = next((own for own in adjusted if prepared.origin.size_of(own) <= budget), plan)
@@ -217,8 +217,8 @@ def compress_checkpoint(
 ) -> Result:
     """Plan, write, read back, evaluate."""
     planned = plan_within(prepared, budget, progress)
-    written = prepared.origin.write(planned.plan, output, budget, progress)
-    figures = evaluate_written(output, prepared.model, evaluation, progress)
+    written = prepared.origin.write(planned.plan, output, budget, progress, prepared.trial.rounder)
+    figures = evaluate_written(output, prepared.origin.original, evaluation, progress)
     return Result(planned.plan, written, figures, planned, prepared.pruning)
 
 
@@ -233,8 +233,6 @@ def carry_out(
     progress: Progress,
 ) -> Result:
     """A given plan: calibrate, write, read back, evaluate."""
-    model = load_model(checkpoint)
-    statistics = calibrate(model, calibration, progress=progress)
-    origin = Origin(model, statistics, checkpoint.raw_config, copied_files(checkpoint.path), provenance)
+    origin = read_origin(checkpoint, plan.method, calibration, provenance, progress)
     written = origin.write(plan, output, budget, progress)
-    return Result(plan, written, evaluate_written(output, model, evaluation, progress))
+    return Result(plan, written, evaluate_written(output, origin.original, evaluation, progress))

@@ -69,10 +69,10 @@ def gaussian_errors(formats: Sequence[GroupFormat], seed: int = 0) -> np.ndarray
     weight = jax.random.normal(jax.random.key(seed), _GAUSSIAN_SHAPE)
     outputs, inputs = _GAUSSIAN_SHAPE
     errors_F = np.zeros(len(formats))
-    for group_size in {own.group_size for own in formats}:
-        chosen = [f for f, own in enumerate(formats) if own.group_size == group_size]
+    for group_size, kind in {(own.group_size, own.scale_kind) for own in formats}:
+        chosen = [f for f, own in enumerate(formats) if (own.group_size, own.scale_kind) == (group_size, kind)]
         levels = jnp.asarray([formats[f].levels for f in chosen], jnp.float32)
-        errors_F[chosen] = quantization_errors(weight, jnp.ones(inputs), jnp.ones(outputs), levels, group_size)
+        errors_F[chosen] = quantization_errors(weight, jnp.ones(inputs), jnp.ones(outputs), levels, group_size, kind)
     return errors_F / float(jnp.sum(weight**2))
 
 

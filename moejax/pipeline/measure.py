@@ -1,7 +1,8 @@
 """Measured costs: what every format costs every weight, as KL divergence.
 
-The error of a weight's outputs is computed for every format from calibration's second moments. One probe per weight
-(per projection for a layer's experts together) then measures the true KL divergence at one format, and sets the scale:
+Every weight is rounded to every format, as it will be if the plan says so, and the error of its outputs follows from
+what calibration collected. One probe per weight (per projection for a layer's experts together) then measures the true
+KL divergence at one format, and sets the scale:
 
     cost(format) = KL(probed format) * error(format) / error(probed format)
 
@@ -10,22 +11,26 @@ MTP blocks, which the model's predictions do not depend on, take the scales of t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Statistics
+from moejax.calibrate import Inputs
 from moejax.formats import ExpertWeights, GroupFormat, Leaf, dense
-from moejax.model import DeepseekV3, named_leaves
+from moejax.kernels import hadamard
+from moejax.model import named_leaves
 from moejax.pipeline.options import block_name, moe_blocks, quantizable
-from moejax.pipeline.probe import Probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import one_bucket, with_leaves
+from moejax.planning.allocate import block_and_name
 from moejax.planning.costs import Costs, ExpertMenu
 from moejax.progress import Progress
-from moejax.transforms.quantize import quantization_errors, quantize
+from moejax.transforms.compress import embedding_inputs
+from moejax.transforms.compress_block import requantize, requantize_expert
+from moejax.transforms.rounding import rounding_error
 
 # The widths at which probes measure, near those that budgets lead to.
 _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
@@ -34,7 +39,7 @@ _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
 def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress) -> Costs:
     """Costs of every format that fits, allowed or not; `menus` has their bytes, and the costs of pruning."""
     model = trial.model
-    measured = _Measurement(model, trial.probe, trial.statistics, recipe, named_leaves(model), {})
+    measured = _Measurement(trial, recipe, named_leaves(model), {})
     cost_NF = np.stack([measured.tensor(name) for name in progress(list(quantizable(model)), "measuring weights")])
     experts: dict[int, ExpertMenu] = {}
     for i in progress(moe_blocks(model), "measuring experts"):
@@ -47,9 +52,7 @@ def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress
 class _Measurement:
     """What all measurements share. `scales` collects KL per unit of error by weight's name, for MTP blocks to reuse."""
 
-    model: DeepseekV3
-    probe: Probe
-    statistics: Statistics
+    trial: Trial
     recipe: Recipe
     leaves: dict[str, Leaf | ExpertWeights]
     scales: dict[str, float]
@@ -58,65 +61,69 @@ class _Measurement:
         """Costs of one weight outside the routed experts, (F,), KEEP last."""
         leaf = self.leaves[name]
         assert not isinstance(leaf, ExpertWeights)
-        weight = dense(leaf, jnp.float32)
-        moment, output_weight = self._moments(name, weight)
-        error_F = np.sum(self._errors(weight, moment, output_weight), axis=tuple(range(1, weight.ndim - 1)))
+        inputs, output_weight = self._inputs(name, leaf)
+
+        def rounded(to: GroupFormat) -> Leaf:
+            return self.trial.rounder(name, to.name, partial(requantize, leaf, inputs, to.name))
 
         def divergence(to: GroupFormat) -> float:
-            return self._divergence(name, dense(quantize(weight, moment, to), jnp.float32))
+            return self._divergence(name, dense(rounded(to), jnp.float32))
 
+        error_F = self._errors(leaf, rounded, inputs, output_weight)
         return self._scaled(name, error_F, _PROBE_BITS, divergence)
 
     def experts(self, index: int, projection: str) -> np.ndarray:
         """Costs of one projection of every expert of a block, (E, F), KEEP last."""
-        name = f"{block_name(self.model, index)}.mlp.experts.{projection}"
-        weights, sums = self.leaves[name], self.statistics.blocks[index].experts
+        name = f"{block_name(self.trial.model, index)}.mlp.experts.{projection}"
+        weights, sums = self.leaves[name], self.trial.statistics.blocks[index].experts
         assert isinstance(weights, ExpertWeights) and sums is not None
-        moment_EI = sums.input_second_moment(projection)
-        output_EO = sums.output_weight(projection, self._down_norm2(index))
-        output_EO = jnp.broadcast_to(output_EO, weights.shape[:2])
-        each = [dense(weights.expert(e), jnp.float32) for e in range(weights.num_experts)]
-        error_EF = np.stack([self._errors(w, moment_EI[e], output_EO[e]) for e, w in enumerate(each)])
+        output_EO = jnp.broadcast_to(sums.output_weight(projection, self._down_norm2(index)), weights.shape[:2])
+
+        def rounded(e: int, to: GroupFormat) -> Leaf:
+            afresh = partial(requantize_expert, weights, e, sums, projection, e, to.name)
+            return self.trial.rounder(f"{name}.{e}", to.name, afresh)
 
         def divergence(to: GroupFormat) -> float:
-            rounded = jnp.stack([dense(quantize(w, moment_EI[e], to), jnp.float32) for e, w in enumerate(each)])
-            return self._divergence(name, one_bucket(rounded))
+            each = [dense(rounded(e, to), jnp.float32) for e in range(weights.num_experts)]
+            return self._divergence(name, one_bucket(jnp.stack(each)))
 
+        error_EF = np.stack(
+            [
+                self._errors(weights.expert(e), partial(rounded, e), sums.inputs(projection, e), output_EO[e])
+                for e in range(weights.num_experts)
+            ]
+        )
         total_F = self._scaled(name, error_EF.sum(axis=0), _EXPERT_PROBE_BITS, divergence)
         share_EF = error_EF / np.maximum(error_EF.sum(axis=0), 1e-300)
-        return np.concatenate([share_EF * total_F[:-1], np.zeros((len(each), 1))], axis=1)
+        return np.concatenate([share_EF * total_F[:-1], np.zeros((weights.num_experts, 1))], axis=1)
 
-    def _moments(self, name: str, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Second moment of a weight's input (I,), and what a unit error at each output counts (..., O)."""
+    def _inputs(self, name: str, leaf: Leaf) -> tuple[Inputs, jax.Array]:
+        """A weight's input, and what a unit error at each output counts (..., O)."""
+        statistics, ones = self.trial.statistics, jnp.ones(leaf.shape[:-1])
         if name == "embed":
-            return jnp.ones(weight.shape[-1]), self.statistics.count_C.astype(jnp.float32)
-        ones = jnp.ones(weight.shape[:-1])
+            return embedding_inputs(self.trial.model), statistics.count_C.astype(jnp.float32)
         if name == "head":
-            return self.statistics.head_input2 / self.statistics.tokens, ones
-        sums, own = self._sums(name)
-        return sums.input_second_moment(own), ones
+            return statistics.head_inputs(), ones
+        block, own = block_and_name(name, self.trial.model.config.num_hidden_layers)
+        return statistics.blocks[block].inputs(own), ones
 
-    def _sums(self, name: str) -> tuple[BlockStatistics, str]:
-        kind, index, own = name.split(".", 2)
-        layers = self.model.config.num_hidden_layers
-        return self.statistics.blocks[int(index) + (layers if kind == "mtp" else 0)], own.removeprefix("block.")
-
-    def _errors(self, weight: jax.Array, moment: jax.Array, output_weight: jax.Array) -> np.ndarray:
-        """Error of a weight (..., O, I) at every candidate format, (F, ...); infinite where a format does not fit."""
-        formats = self.recipe.formats
-        error_F = np.full((len(formats), *weight.shape[:-2]), np.inf)
-        for group_size in {candidate.group_size for candidate in formats}:
-            chosen = [f for f, own in enumerate(formats) if own.group_size == group_size and own.fits(weight.shape[-1])]
-            if chosen:
-                levels = jnp.asarray([formats[f].levels for f in chosen], jnp.float32)
-                error_F[chosen] = quantization_errors(weight, moment, output_weight, levels, group_size)
-        return error_F
+    def _errors(
+        self, leaf: Leaf, rounded: Callable[[GroupFormat], Leaf], inputs: Inputs, output_weight: jax.Array
+    ) -> np.ndarray:
+        """Error of a weight at every candidate format, (F,); infinite where a format does not fit."""
+        errors = [
+            rounding_error(leaf, rounded(to), inputs, output_weight) if to.fits(leaf.shape[-1]) else np.inf
+            for to in self.recipe.formats
+        ]
+        return np.asarray(errors, np.float64)
 
     def _down_norm2(self, index: int) -> jax.Array:
-        """Squared norms of the columns of every expert's down projection, (E, F)."""
-        down = self.leaves[f"{block_name(self.model, index)}.mlp.experts.down"]
+        """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
+        down = self.leaves[f"{block_name(self.trial.model, index)}.mlp.experts.down"]
         assert isinstance(down, ExpertWeights)
         each = (dense(down.expert(e), jnp.float32) for e in range(down.num_experts))
+        if self.trial.model.config.down_input_transform:
+            each = (hadamard(w_DF, inverse=True) for w_DF in each)
         return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
     def _scaled(
@@ -138,12 +145,12 @@ class _Measurement:
 
     def _last_layers_scale(self, name: str) -> float:
         own = name.split(".", 2)[2].removeprefix("block.").replace("eh_proj", "self_attn.o")
-        return self.scales.get(f"layers.{self.model.config.num_hidden_layers - 1}.{own}", 1.0)
+        return self.scales.get(f"layers.{self.trial.model.config.num_hidden_layers - 1}.{own}", 1.0)
 
     def _divergence(self, name: str, changed: jax.Array | ExpertWeights) -> float:
+        probe = self.trial.probe
         if isinstance(changed, jax.Array) and name in ("embed", "head"):
-            return getattr(self.probe, {"embed": "divergence_of_embedding", "head": "divergence_of_head"}[name])(
-                changed
-            )
+            divergences = {"embed": probe.divergence_of_embedding, "head": probe.divergence_of_head}
+            return divergences[name](changed)
         index, own = name.removeprefix("layers.").split(".", 1)
-        return self.probe.divergence_of_block(int(index), with_leaves(self.probe.blocks[int(index)], {own: changed}))
+        return probe.divergence_of_block(int(index), with_leaves(probe.blocks[int(index)], {own: changed}))

@@ -137,7 +137,7 @@ def read_request(
     if drop_mtp:
         raw_config = without_mtp(raw_config)
         model = abstract_original(raw_config, str(file))
-    origin = abstract_origin(model, raw_config, copied_files(file.parent) if is_file else [])
+    origin = abstract_origin(model, raw_config, copied_files(file.parent) if is_file else [], recipe.method)
     known = config_path("sensitivity", "deepseek_v3")
     sensitivity = sensitivity_from_json(read_json_object(known), str(known))
     scores = _read_scores(name, expert_scores, origin.model.config)
@@ -153,7 +153,9 @@ def request(
     unlimited = estimate_costs(options(origin.model, recipe), origin.model, recipe, scores, sensitivity)
     costs = limited_counts(unlimited, config, recipe)
     shapes = _Shapes(origin)
-    problem = Problem(costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config))
+    problem = Problem(
+        costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config), method=recipe.method
+    )
     smallest = problem.smallest()
     problem = replace(problem, overhead=smallest.bytes - choice_bytes(costs, smallest_choice(costs)))
     return Request(shapes, original, recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
@@ -179,7 +181,10 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
     problem = asked.problem
     origin = asked.shapes.origin
     check_budget(asked.smallest, budget, payload_bytes(asked.original))
-    fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
+    if asked.recipe.allocation == "raise":
+        fitted = problem.fit_raised(budget) or problem.smallest()
+    else:
+        fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
     compressed = asked.shapes.abstract(fitted.plan)
     leaves = named_leaves(compressed)
     return Forecast(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from moejax.errors import InputError
 from moejax.formats import GroupFormat, parse_group_format
-from moejax.planning.plan import KEEP
+from moejax.planning.plan import KEEP, Method
 from moejax.transforms.prune import CRITERIA
 
 Groups = Literal["ragged", "equal"]
@@ -25,6 +25,13 @@ class Recipe:
     stay. groups: "ragged" prunes whichever experts a layer needs least; "equal" the same number in every routing group,
     which runtimes with equal groups need.
     share_kept: r, to keep ceil(r E) experts in every layer; None leaves the number to the solver, layer by layer.
+    error_feedback: whether columns not yet rounded make up for the errors of those that are: better, and slower.
+    rotation: whether the model is rotated first, at every site that costs nothing at run time; down_rotation: whether
+    the inputs of `down` are too, which costs a little.
+    allocation: "solve" finds the formats of least predicted loss, weight by weight and expert by expert; "raise" gives
+    all tensors one and raises the most sensitive, as the paper does.
+    sequential: whether every block is calibrated on what the compressed blocks before it put out, when the plan that
+    was chosen is carried out.
     experts_per_token: "measured" tries several K'; "paper" takes round(r K) with the share r kept; or K' itself.
     fit_routing_scale: whether routing scales that are fitted layer by layer are tried too; formats of other programs
     may have no place for them.
@@ -39,6 +46,16 @@ class Recipe:
     share_kept: float | None = None
     experts_per_token: int | Literal["measured", "paper"] = "measured"
     fit_routing_scale: bool = True
+    error_feedback: bool = False
+    sequential: bool = False
+    allocation: Literal["solve", "raise"] = "solve"
+    rotation: bool = False
+    down_rotation: bool = False
+
+    @property
+    def method(self) -> Method:
+        """How a plan's weights come to their formats."""
+        return Method(self.error_feedback, self.sequential, self.rotation, self.down_rotation)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,7 +75,10 @@ def recipe_from_toml(raw: Mapping[str, Any], source: str) -> Recipe:
     values = dict(raw)
     if "formats" in raw:
         values["formats"] = _formats(raw["formats"], source)
-    return Recipe(**values)
+    recipe = Recipe(**values)
+    if recipe.down_rotation and not recipe.rotation:
+        raise InputError(f"{source}: down_rotation is true and rotation is not; both, or rotation alone, are accepted")
+    return recipe
 
 
 def _formats(names: Sequence[str], source: str) -> tuple[GroupFormat, ...]:
@@ -67,7 +87,7 @@ def _formats(names: Sequence[str], source: str) -> tuple[GroupFormat, ...]:
         formats = {parse_group_format(name) for name in names}
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    return tuple(sorted(formats, key=lambda own: (own.bits, own.group_size)))
+    return tuple(sorted(formats, key=lambda own: (own.bits, own.group_size, own.scale_kind)))
 
 
 def _is_integer(value: Any) -> bool:
@@ -76,6 +96,10 @@ def _is_integer(value: Any) -> bool:
 
 def _is_bits(value: Any) -> bool:
     return type(value) is int and 1 <= value <= 8
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _are_names(value: Any) -> bool:
@@ -87,12 +111,17 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = {
     "min_bits_outer": (_is_bits, "1 to 8"),
     "min_bits_block": (_is_bits, "1 to 8"),
     "criterion": (CRITERIA.__contains__, f"one of {', '.join(CRITERIA)}"),
-    "protect_super_experts": (lambda value: isinstance(value, bool), "true or false"),
+    "protect_super_experts": (_is_bool, "true or false"),
     "groups": (("ragged", "equal").__contains__, "'ragged' or 'equal'"),
     "share_kept": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"),
     "experts_per_token": (
         lambda value: value in ("measured", "paper") or _is_integer(value),
         "'measured', 'paper' or a positive integer",
     ),
-    "fit_routing_scale": (lambda value: isinstance(value, bool), "true or false"),
+    "fit_routing_scale": (_is_bool, "true or false"),
+    "error_feedback": (_is_bool, "true or false"),
+    "sequential": (_is_bool, "true or false"),
+    "rotation": (_is_bool, "true or false"),
+    "down_rotation": (_is_bool, "true or false"),
+    "allocation": (("solve", "raise").__contains__, "'solve' or 'raise'"),
 }

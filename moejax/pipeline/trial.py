@@ -1,7 +1,7 @@
 """Plans tried out: the true KL divergence of what a plan makes of the model, on the probe's text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
@@ -10,22 +10,29 @@ from moejax.formats import dense
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
 from moejax.pipeline.probe import Probe
+from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.working_copy import in_original_slots
 from moejax.planning import Plan
 from moejax.transforms.compress import compress
+from moejax.transforms.compress_block import Rounder
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What trying a plan out needs."""
+    """What trying plans out needs. The rounder remembers what it has rounded."""
 
     model: DeepseekV3
     probe: Probe
     statistics: Statistics
+    rounder: Rounder = field(default_factory=RoundedWeights)
+
+    def compressed(self, plan: Plan) -> DeepseekV3:
+        """The plan's model."""
+        return compress(self.model, plan, self.statistics, rounder=self.rounder)
 
     def divergence(self, plan: Plan) -> float:
         """True mean KL of the plan's model, nats."""
-        compressed = compress(self.model, plan, self.statistics)
+        compressed = self.compressed(plan)
         return divergence_of(self.probe, compressed, masked_blocks(self.probe, compressed, plan))
 
 

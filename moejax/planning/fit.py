@@ -1,7 +1,8 @@
 """From costs and a budget to a plan whose exact bytes, everything in the folder, are at most the budget."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -9,8 +10,9 @@ from moejax.errors import InputError
 from moejax.model import Config
 from moejax.planning.allocate import choice_of_plan, plan_of_choice, smallest_choice
 from moejax.planning.costs import Costs
-from moejax.planning.plan import BlockPlan, Plan
+from moejax.planning.plan import BlockPlan, Method, Plan
 from moejax.planning.predict import LossCurves, Losses
+from moejax.planning.raise_sensitive import raise_most_sensitive
 from moejax.planning.size import format_size
 from moejax.planning.solve import Choice, choice_bytes, choice_losses, solve
 
@@ -39,7 +41,7 @@ class Problem:
     """What every solve shares: costs, how they add up, the model's config, and the exact bytes of a plan's folder.
 
     per_token: K' of a layer by its number of experts kept; None leaves the model's. overhead: what a folder takes
-    beyond the arrays that the solver counts, about; a guess near it saves solves.
+    beyond the arrays that the solver counts, about; a guess near it saves solves. method: every plan's.
     """
 
     costs: Costs
@@ -48,6 +50,7 @@ class Problem:
     size_of: SizeOf
     per_token: Callable[[int], int] | None = None
     overhead: int = 0
+    method: Method = field(default_factory=Method)
 
     def solve(self, target: int, pruning_weight: float) -> tuple[Choice, float] | None:
         """The choice for so many bytes of arrays at a price of pruning, and what experts' costs weighed in its solve.
@@ -57,7 +60,7 @@ class Problem:
         tried: list[tuple[Choice, float]] = []
         weight = 1.0
         for _ in range(_WEIGHINGS):
-            choice = self._weighted_solve(target, pruning_weight, weight)
+            choice = self._weighted_solve(pruning_weight, weight, target)
             if choice is None:
                 break
             tried.append((choice, weight))
@@ -73,20 +76,34 @@ class Problem:
         """
         target = budget - self.overhead
         solved = self.solve(target, pruning_weight)
+        if solved is None:
+            return None
+        choice, weight = solved
+        return self._corrected(choice, budget, target, partial(self._weighted_solve, pruning_weight, weight))
+
+    def fit_raised(self, budget: int) -> Fitted | None:
+        """The plan that the paper's allocation makes (see `raise_sensitive`), None if there is none."""
+        target = budget - self.overhead
+        return self._corrected(
+            raise_most_sensitive(self.costs, target), budget, target, partial(raise_most_sensitive, self.costs)
+        )
+
+    def _corrected(
+        self, choice: Choice | None, budget: int, target: int, solve_for: Callable[[int], Choice | None]
+    ) -> Fitted | None:
+        """A choice made for `target` bytes, made again for fewer until its folder's exact bytes are within budget."""
         for _ in range(_MAX_CORRECTIONS):
-            if solved is None:
+            if choice is None:
                 break
-            choice, weight = solved
             plan = self._plan(choice)
             size = self.size_of(plan)
             if size <= budget:
                 return Fitted(plan, size, choice_losses(self.costs, choice))
             target = min(target - 1, choice_bytes(self.costs, choice) - (size - budget) - (budget >> _SLACK_BITS))
-            again = self._weighted_solve(target, pruning_weight, weight)
-            solved = None if again is None else (again, weight)
+            choice = solve_for(target)
         return None
 
-    def _weighted_solve(self, target: int, pruning_weight: float, weight: float) -> Choice | None:
+    def _weighted_solve(self, pruning_weight: float, weight: float, target: int) -> Choice | None:
         return solve(self.costs.with_experts_weighing(weight), target, pruning_weight * weight)
 
     def smallest(self) -> Fitted:
@@ -100,7 +117,7 @@ class Problem:
         return self.curves.together(losses)
 
     def _plan(self, choice: Choice) -> Plan:
-        plan = plan_of_choice(self.costs, choice, self.config)
+        plan = replace(plan_of_choice(self.costs, choice, self.config), method=self.method)
         if self.per_token is None:
             return plan
         return replace(plan, blocks=tuple(_activating(block, self.per_token) for block in plan.blocks))

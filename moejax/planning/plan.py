@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -32,12 +32,29 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Method:
+    """How weights come to their formats, whichever those are.
+
+    error_feedback: columns not yet rounded make up for the errors of those that are; without it each weight goes to its
+    nearest level. sequential: every block is calibrated on what the compressed blocks before it put out; without it on
+    what the original's do. rotation: the model is rotated first, at every site that costs nothing at run time.
+    down_rotation: so are the inputs of `down`, as the model runs; only with `rotation`.
+    """
+
+    error_feedback: bool = False
+    sequential: bool = False
+    rotation: bool = False
+    down_rotation: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One BlockPlan per decoder block, MTP blocks last, and the formats of embedding and head."""
+    """One BlockPlan per decoder block, MTP blocks last, the formats of embedding and head, and how to get there."""
 
     embed: str
     head: str
     blocks: tuple[BlockPlan, ...]
+    method: Method = Method()
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -49,6 +66,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "formats": {letter[name]: name for name in names},
         "embed": letter[plan.embed],
         "head": letter[plan.head],
+        "method": asdict(plan.method),
         "blocks": [_block_to_json(block, letter) for block in plan.blocks],
     }
 
@@ -56,10 +74,10 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def from_json(raw: Mapping[str, Any]) -> Plan:
     """The inverse of `to_json`. Raises InputError where a key is missing or unknown or a value is no such value."""
     try:
-        _require_keys("the plan", raw, {"formats", "embed", "head", "blocks"})
+        _require_keys("the plan", raw, {"formats", "embed", "head", "method", "blocks"})
         name = {letter: _format_name(own) for letter, own in raw["formats"].items()}
         blocks = tuple(_block_from_json(f"block {i} of the plan", block, name) for i, block in enumerate(raw["blocks"]))
-        return Plan(name[raw["embed"]], name[raw["head"]], blocks)
+        return Plan(name[raw["embed"]], name[raw["head"]], blocks, _method_from_json(raw["method"]))
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -105,6 +123,17 @@ def _block_from_json(what: str, raw: Mapping[str, Any], name: Mapping[str, str])
                 f"{what} has {len(own)} formats for {projection}; one for each of {len(keep)} experts kept"
             )
     return BlockPlan(formats, keep, experts, operator.index(raw["experts_per_token"]), float(raw["routing_scale"]))
+
+
+def _method_from_json(raw: Mapping[str, Any]) -> Method:
+    _require_keys("method in the plan", raw, {own.name for own in fields(Method)})
+    for name, value in raw.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} in the plan's method is {value!r}; true or false is accepted")
+    method = Method(**raw)
+    if method.down_rotation and not method.rotation:
+        raise InputError("the plan's method has down_rotation without rotation; both, or rotation alone, are accepted")
+    return method
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -95,7 +95,10 @@ def search_rows(planned: Planned | None) -> Rows:
     if planned is None:
         return []
     rows = [
-        (f"tried: {_pruning(c.pruning_weight)}", f"KL {c.divergence:.5f}, predicted {c.predicted:.5f}")
+        (
+            f"tried: {_pruning(c.pruning_weight)}",
+            f"KL {c.divergence:.5f}, predicted {c.predicted:.5f}, at best {c.best_divergence:.5f} with a routing scale",
+        )
         for c in planned.candidates
     ]
     for choice in planned.activated:
@@ -136,6 +139,7 @@ def search_figures(planned: Planned | None) -> dict[str, Any]:
                 "pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,
                 "kld_predicted": c.predicted,
                 "kld_probe": c.divergence,
+                "kld_probe_best": c.best_divergence,
             }
             for c in planned.candidates
         ],

@@ -1,6 +1,6 @@
 """Rounding weights to even levels, group scales chosen to minimize the activation-weighted error.
 
-The number of levels is traced in the search, so that it compiles once per shape and group size for all formats.
+The number of levels is traced in the search: it compiles once per shape, group size and kind of scale for all formats.
 """
 
 from functools import partial
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import GroupedCodes, GroupFormat
+from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
 from moejax.formats.group_format import encode
-from moejax.formats.grouped import SCALE_DTYPE, centre, group, round_to_codes
+from moejax.formats.grouped import centre, group, round_to_codes
+from moejax.formats.scales import as_stored
 
 # Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best
 # share falls from about 1 at 8 bits to 0.3 at 1 bit; 1 itself is among them, so that no group is worse than with it.
@@ -28,13 +29,17 @@ def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> Gr
     Raises InputError if rows of I inputs fill no whole groups or words.
     """
     to.require_fit(weight.shape[-1])
-    scale, _ = search_scales(weight, second_moment, to.levels, to.group_size)
+    scale, _ = search_scales(weight, second_moment, to.levels, to.group_size, to.scale_kind)
     return _encode(weight, scale, to)
 
 
-@partial(jax.jit, static_argnames=("group_size",))
+@partial(jax.jit, static_argnames=("group_size", "scale_kind"))
 def search_scales(
-    weight: jax.Array, second_moment: jax.Array, levels: jax.Array | int, group_size: int
+    weight: jax.Array,
+    second_moment: jax.Array,
+    levels: jax.Array | int,
+    group_size: int,
+    scale_kind: ScaleKind = "bf16",
 ) -> tuple[jax.Array, jax.Array]:
     """Every group's best scale and its weighted squared error, both (..., O, I/group_size)."""
     w_grouped = group(weight.astype(jnp.float32), group_size)
@@ -44,7 +49,7 @@ def search_scales(
 
     def assess(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error of every group under the scale as it will be stored, and the least-squares scale for its codes."""
-        stored = scale.astype(SCALE_DTYPE).astype(jnp.float32)[..., None]
+        stored = as_stored(scale, scale_kind)[..., None]
         steps = round_to_codes(w_grouped, stored, levels) - middle
         error = jnp.sum(h_grouped * (w_grouped - steps * stored) ** 2, axis=-1)
         step_norm2 = jnp.sum(h_grouped * steps**2, axis=-1)
@@ -63,15 +68,20 @@ def search_scales(
     return scale, error
 
 
-@partial(jax.jit, static_argnames=("group_size",))
+@partial(jax.jit, static_argnames=("group_size", "scale_kind"))
 def quantization_errors(
-    weight: jax.Array, second_moment: jax.Array, output_weight: jax.Array, levels_F: jax.Array, group_size: int
+    weight: jax.Array,
+    second_moment: jax.Array,
+    output_weight: jax.Array,
+    levels_F: jax.Array,
+    group_size: int,
+    scale_kind: ScaleKind = "bf16",
 ) -> jax.Array:
     """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F numbers of levels, (F, ...): the expected
     squared error of the outputs, each weighted by r = `output_weight` (..., O)."""
 
     def error_at(levels: jax.Array) -> jax.Array:
-        _, error = search_scales(weight, second_moment, levels, group_size)
+        _, error = search_scales(weight, second_moment, levels, group_size, scale_kind)
         return jnp.einsum("...og,...o->...", error, output_weight)
 
     return jax.lax.map(error_at, levels_F)

@@ -24,7 +24,7 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.pipeline.origin import Origin, abstract_origin, copied_files
-from moejax.planning import KEEP, BlockPlan, Plan
+from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from quick_jit import quick_jit
 from small_checkpoint import FP8_CONFIG
@@ -57,10 +57,11 @@ def write_pruned(
     ]
     plan = Plan(KEEP, KEEP, tuple(replace(block, routing_scale=scale) if block.keep else block for block in blocks))
     copied = copied_files(checkpoint.path)
-    abstract = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied)
+    abstract = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, Method())
     # What is not rounded needs no statistics.
     statistics = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), abstract.statistics)
-    Origin(load_model(checkpoint), statistics, checkpoint.raw_config, copied, {}).write(plan, output, sys.maxsize)
+    model = load_model(checkpoint)
+    Origin(model, model, statistics, checkpoint.raw_config, copied, {}).write(plan, output, sys.maxsize)
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], Any, bytes]]:

@@ -39,7 +39,9 @@ def options_of(small_scores: Path) -> list[object]:
 
 
 @pytest.fixture(
-    scope="module", params=[("default", "520KB"), ("equal_groups", "515KB")], ids=["default", "equal_groups"]
+    scope="module",
+    params=[("fast", "520KB"), ("equal_groups", "515KB"), ("best", "520KB")],
+    ids=["fast", "equal_groups", "best"],
 )
 def done(
     request: pytest.FixtureRequest,

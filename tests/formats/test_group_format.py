@@ -5,19 +5,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaf_oracle import in_float32, random_leaf, shapes_and_dtypes, to_numpy
+from leaf_oracle import in_float32, random_leaf, scales_of, shapes_and_dtypes, to_numpy
 from moejax.errors import InputError
-from moejax.formats import GroupedCodes, GroupFormat, IntFormat, TernaryFormat, parse_group_format, payload_bytes
+from moejax.formats import (
+    GroupedCodes,
+    GroupFormat,
+    IntFormat,
+    ScaleKind,
+    TernaryFormat,
+    parse_group_format,
+    payload_bytes,
+)
 from moejax.formats.group_format import encode
 
 WIDTHS = range(1, 9)
 group_sizes = st.sampled_from([32, 64, 128, 256])
-group_formats = st.builds(IntFormat, st.integers(1, 8), group_sizes) | st.builds(TernaryFormat, group_sizes)
+scale_kinds = st.sampled_from(["bf16", "e8"])
+group_formats = st.builds(IntFormat, st.integers(1, 8), group_sizes, scale_kinds) | st.builds(
+    TernaryFormat, group_sizes, scale_kinds
+)
 jitted_encode = jax.jit(encode, static_argnames="to")
 
 
-def every_format(group_size: int) -> list[GroupFormat]:
-    return [*(IntFormat(bits, group_size) for bits in WIDTHS), TernaryFormat(group_size)]
+def every_format(group_size: int, scale_kind: ScaleKind = "bf16") -> list[GroupFormat]:
+    return [*(IntFormat(bits, group_size, scale_kind) for bits in WIDTHS), TernaryFormat(group_size, scale_kind)]
+
+
+@pytest.mark.parametrize(
+    ("name", "group_format"),
+    [
+        ("int2g128", IntFormat(2, 128)),
+        ("int2g128e8", IntFormat(2, 128, "e8")),
+        ("ternaryg32", TernaryFormat(32)),
+        ("ternaryg32e8", TernaryFormat(32, "e8")),
+    ],
+)
+def test_names(name: str, group_format: GroupFormat) -> None:
+    assert group_format.name == name
+    assert parse_group_format(name) == group_format
 
 
 @given(group_formats)
@@ -33,9 +58,23 @@ def test_levels_and_bits() -> None:
     assert all(2**own.bits == pytest.approx(own.levels) for own in every_format(64))
 
 
-@pytest.mark.parametrize("name", ["ternary", "ternaryg48", "ternary3g64", "ternaryg", "int9g64", "intg64", "int4g64 "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ternary",
+        "ternaryg48",
+        "ternary3g64",
+        "ternaryg",
+        "int9g64",
+        "intg64",
+        "int4g64 ",
+        "int4g64e",
+        "int4g64e4",
+        "e8",
+    ],
+)
 def test_refuses_unknown_names(name: str) -> None:
-    with pytest.raises(InputError, match=f"unknown format '{name}'.*such as int3g64.*such as ternaryg128"):
+    with pytest.raises(InputError, match=f"unknown format '{name}'.*such as int3g64.*such as ternaryg128.*e8"):
         parse_group_format(name)
 
 
@@ -79,40 +118,45 @@ def test_abstract_shapes_and_bytes_are_the_concrete_ones(
     assert payload_bytes(encoded) == payload_bytes(abstract)
 
 
+@pytest.mark.parametrize(("scale_kind", "scale_bytes"), [("bf16", 2), ("e8", 1)])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_bytes_are_exact(group_size: int) -> None:
+def test_bytes_are_exact(group_size: int, scale_kind: ScaleKind, scale_bytes: int) -> None:
     outputs, inputs = 6, 384
-    for group_format in every_format(group_size):
+    for group_format in every_format(group_size, scale_kind):
         packed = 4 * 20 if isinstance(group_format, TernaryFormat) else inputs * group_format.bits // 8
-        expected = outputs * packed + 2 * outputs * inputs // group_size
+        expected = outputs * packed + scale_bytes * outputs * inputs // group_size
         assert payload_bytes(group_format.abstract((outputs, inputs))) == expected
 
 
-@given(st.sampled_from([*every_format(32), *every_format(64)]), st.floats(0.01, 10), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from([*every_format(32), *every_format(64), *every_format(64, "e8")]),
+    st.floats(0.01, 10),
+    st.integers(0, 2**32 - 1),
+)
 def test_encode_chooses_the_nearest_level(group_format: GroupFormat, spread: float, seed: int) -> None:
     """No other code under the stored scale is closer, for weights within the levels and beyond them."""
     rng, group_size = np.random.default_rng(seed), group_format.group_size
     weight = np.asarray(rng.normal(size=(4, 128)), np.float32)
     scale = np.asarray(rng.uniform(0.5, 2, size=(4, 128 // group_size)) * spread, np.float32)
     leaf = jitted_encode(jnp.asarray(weight), jnp.asarray(scale), group_format)
-    scale_OI = np.repeat(np.asarray(leaf.scale, np.float64), group_size, axis=1)
+    scale_OI = np.repeat(scales_of(leaf.scale), group_size, axis=1)
     levels = (np.arange(group_format.levels) - (group_format.levels - 1) / 2) * scale_OI[..., None]
     nearest = np.min(np.abs(levels - weight[..., None]), axis=-1)
     np.testing.assert_array_less(np.abs(to_numpy(leaf) - weight), nearest + 1e-4 * scale_OI)
 
 
-@pytest.mark.parametrize("group_format", every_format(32))
+@pytest.mark.parametrize("group_format", [*every_format(32), *every_format(32, "e8")])
 def test_encode_returns_what_it_was_given(group_format: GroupFormat) -> None:
     """A weight on the levels keeps its code, also when bfloat16 has moved it: by a quarter of a step at most."""
     leaf = random_leaf(f"{group_format.name}[8,256]")
     assert isinstance(leaf, GroupedCodes)
     for dtype in (jnp.float32, jnp.bfloat16):
-        again = jitted_encode(in_float32(leaf).astype(dtype), leaf.scale, group_format)
+        again = jitted_encode(in_float32(leaf).astype(dtype), leaf.decoded_scale(jnp.float32), group_format)
         np.testing.assert_array_equal(again.codes(), leaf.codes())
         np.testing.assert_array_equal(again.scale, leaf.scale)
 
 
-@pytest.mark.parametrize("group_format", [IntFormat(3, 32), TernaryFormat(32)])
+@pytest.mark.parametrize("group_format", [IntFormat(3, 32), TernaryFormat(32), IntFormat(3, 32, "e8")])
 def test_encode_of_zeros(group_format: GroupFormat) -> None:
     leaf = jitted_encode(jnp.zeros((2, 64)), jnp.zeros((2, 2)), group_format)
     np.testing.assert_array_equal(in_float32(leaf), 0)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leaf_oracle import in_float32, random_leaf, to_numpy
+from leaf_oracle import in_float32, random_leaf, scales_of, to_numpy
 from moejax.formats import GroupedCodes, Leaf, reshape_outputs, rows, take_rows
 
-FORMATS = ["int3g32", "ternaryg32"]
+FORMATS = ["int3g32", "ternaryg32", "int3g32e8", "ternaryg32e8"]
 
 
 def grouped(spec: str) -> GroupedCodes:
@@ -51,3 +51,9 @@ class TestEveryClass:
 
         np.testing.assert_allclose(jax.vmap(row_sums)(leaf), dense.sum(-1), rtol=1e-5, atol=1e-4)
         assert_is(jax.tree.map(lambda a: a[1], leaf), dense[1])
+
+    def test_decoded_scale(self, name: str) -> None:
+        leaf = grouped(f"{name}[3,8,128]")
+        scale = leaf.decoded_scale(jnp.bfloat16)
+        assert (scale.shape, scale.dtype) == ((3, 8, 4), jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(scale, np.float64), scales_of(leaf.scale))

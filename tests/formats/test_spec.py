@@ -25,10 +25,15 @@ SPECS = [
     "fp8b128x128[3,576,7168]",
     "int7g32[2,8,64]",
     "ternaryg64[256,128]",
+    "int7g32e8[2,8,64]",
+    "ternaryg64e8[256,128]",
 ]
 
 group_sizes = st.sampled_from([32, 64, 128, 256])
-group_formats = st.builds(IntFormat, st.integers(1, 8), group_sizes) | st.builds(TernaryFormat, group_sizes)
+scale_kinds = st.sampled_from(["bf16", "e8"])
+group_formats = st.builds(IntFormat, st.integers(1, 8), group_sizes, scale_kinds) | st.builds(
+    TernaryFormat, group_sizes, scale_kinds
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -42,7 +47,9 @@ def test_round_trip_of_groups(group_format: GroupFormat, outputs: int, groups: i
     assert describe(abstract_leaf(spec)) == spec
 
 
-@pytest.mark.parametrize("spec", ["bf16[6,64]", "fp8b32x32[48,40]", "int5g32[3,6,64]", "ternaryg32[3,6,64]"])
+@pytest.mark.parametrize(
+    "spec", ["bf16[6,64]", "fp8b32x32[48,40]", "int5g32[3,6,64]", "ternaryg32[3,6,64]", "int5g32e8[3,6,64]"]
+)
 def test_concrete_leaves_are_what_their_description_says(spec: str) -> None:
     leaf = random_leaf(spec)
     assert describe(leaf) == spec
@@ -56,6 +63,12 @@ def test_experts() -> None:
     abstract = abstract_experts(describe(weights))
     assert abstract.shape == (3, 8, 64)
     assert shapes_and_dtypes(abstract) == shapes_and_dtypes(weights)
+
+
+def test_experts_with_scales_of_another_kind_have_a_bucket_of_their_own() -> None:
+    weights = gather_experts([random_leaf(f"{name}[8,64]") for name in ("int3g32e8", "int3g32", "int3g32e8")])
+    assert describe(weights) == "int3g32[1,8,64]+int3g32e8[2,8,64]"
+    assert shapes_and_dtypes(abstract_experts(describe(weights))) == shapes_and_dtypes(weights)
 
 
 def test_refuses_more_buckets_than_there_are_formats() -> None:

@@ -1,6 +1,6 @@
 """Every operation on every backend equals the dense product in float64, computed from the formats' equations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 
 import jax
@@ -12,6 +12,7 @@ from leaf_oracle import FloatArray, random_leaf, to_numpy
 from moejax import kernels
 from moejax.formats import Leaf, gather_experts
 from moejax.kernels import pallas_tpu, xla
+from moejax.kernels.hadamard_matrix import hadamard_matrix, hadamard_order
 from quick_jit import quick_jit
 
 # Bounds on |error| / (|x| |w|^T): in bfloat16 a weight and a result are rounded by 2^-9 each; in float32 it is the sum
@@ -26,6 +27,9 @@ MATRICES = [
     "int3g64[40,256]",  # too short for the Pallas kernel
     "int2g64[24,2048]",  # words fill whole lanes
     "int7g128[24,4096]",
+    "int5g32e8[40,512]",
+    "int2g128e8[24,2048]",
+    "ternaryg64e8[40,512]",
     "ternaryg128[40,512]",
     "ternaryg32[24,160]",  # no padding
     "fp8b128x128[200,136]",
@@ -33,8 +37,22 @@ MATRICES = [
     "f32[40,96]",
     "bf16[40,96]",
 ]
-BATCHES = ["int4g32[3,40,128]", "ternaryg64[3,40,128]", "fp8b32x32[3,40,96]", "f32[3,40,96]", "bf16[3,40,96]"]
-FEW = ["int3g32[40,512]", "ternaryg128[40,512]", "fp8b128x128[200,136]", "bf16[40,96]", "int4g32[3,40,128]"]
+BATCHES = [
+    "int4g32[3,40,128]",
+    "ternaryg64[3,40,128]",
+    "int4g64e8[3,40,128]",
+    "fp8b32x32[3,40,96]",
+    "f32[3,40,96]",
+    "bf16[3,40,96]",
+]
+FEW = [
+    "int3g32[40,512]",
+    "ternaryg128[40,512]",
+    "fp8b128x128[200,136]",
+    "bf16[40,96]",
+    "int4g32[3,40,128]",
+    "int3g64e8[40,512]",
+]
 
 
 def implementations(operation: str) -> list[str]:
@@ -58,7 +76,7 @@ def x64() -> Iterator[None]:
 
 
 @cache
-def jitted(operation: Callable[..., jax.Array], **static: str) -> Callable[..., jax.Array]:
+def jitted(operation: Callable[..., jax.Array], **static: str | bool) -> Callable[..., jax.Array]:
     """Compiled once for all tests of this file, whose tiles are the same."""
     return quick_jit(partial(operation, **static))
 
@@ -148,9 +166,16 @@ class TestExpertMatmul:
 
     FORMATS = ("int3g32", "int2g128", "fp8b128x128", "int3g32", "bf16", "ternaryg64")
 
-    def check(self, rows_E: list[int], dtype: str, backend: str, shape: str = "[40,512]") -> None:
+    def check(
+        self,
+        rows_E: list[int],
+        dtype: str,
+        backend: str,
+        shape: str = "[40,512]",
+        formats: Sequence[str] = FORMATS,
+    ) -> None:
         """Experts without rows get weights that are not a number: nothing of them may reach the result."""
-        experts = [random_leaf(name + shape, seed) for seed, name in enumerate(self.FORMATS)]
+        experts = [random_leaf(name + shape, seed) for seed, name in enumerate(formats)]
         expert_R = np.repeat(np.arange(len(experts)), rows_E)
         w_ROI = np.stack([to_numpy(experts[e]) for e in expert_R])
         x = random_rows(len(expert_R), w_ROI.shape[-1], dtype=dtype)
@@ -182,6 +207,10 @@ class TestExpertMatmul:
     def test_one_tile(self, backend: str) -> None:
         self.check([3, 0, 4, 1, 5, 9], "float32", backend, shape="[8,128]")
 
+    def test_scales_of_eight_bits(self, backend: str) -> None:
+        formats = ("int3g32e8", "bf16", "int3g32", "ternaryg64e8", "int3g32e8")
+        self.check([3, 0, 4, 1, 5], "float32", backend, formats=formats)
+
 
 @pytest.mark.parametrize("backend", implementations("product"))
 class TestProduct:
@@ -197,6 +226,32 @@ class TestProduct:
         np.testing.assert_allclose(y, np.einsum("bthl,bsl->bhts", *wide), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", implementations("hadamard"))
+class TestHadamard:
+    """y[..., j] = sum_i x[..., i] H[i, j] / sqrt(b), or of H^T."""
+
+    @pytest.mark.parametrize("inverse", [False, True])
+    @pytest.mark.parametrize("shape", [(3, 256), (2, 3, 48), (5, 88), (28,), (4, 1536), (3, 6), (2, 1)])
+    def test_sizes(self, shape: tuple[int, ...], inverse: bool, backend: str) -> None:
+        self.check(shape, "float32", backend, inverse)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+    def test_dtypes(self, dtype: str, backend: str, x64: None) -> None:
+        self.check((3, 2, 224), dtype, backend, inverse=False)
+        self.check((3, 2, 224), dtype, backend, inverse=True)
+
+    def test_the_inverse_undoes_it(self, backend: str) -> None:
+        x = random_rows(3, 144, dtype="float32")
+        y = jitted(kernels.hadamard, backend=backend)(x)
+        np.testing.assert_allclose(jitted(kernels.hadamard, backend=backend, inverse=True)(y), x, rtol=0, atol=1e-5)
+
+    def check(self, shape: tuple[int, ...], dtype: str, backend: str, inverse: bool) -> None:
+        x, n = random_rows(*shape, dtype=dtype), shape[-1]
+        y = jitted(kernels.hadamard, backend=backend, inverse=inverse)(x)
+        matrix = hadamard_matrix(n).astype(np.float64) / hadamard_order(n) ** 0.5
+        assert_close(y, x, matrix if inverse else matrix.T, "...i,oi->...o")
+
+
 @pytest.mark.parametrize("backend", implementations("take"))
 class TestTake:
     """y[..., i] = w[index[...], i]."""
@@ -205,11 +260,11 @@ class TestTake:
     def test_every_format(self, spec: str, backend: str) -> None:
         self.check(spec, "float32", backend)
 
-    @pytest.mark.parametrize("spec", FEW[:4])
+    @pytest.mark.parametrize("spec", [spec for spec in FEW if spec not in BATCHES])
     def test_bfloat16(self, spec: str, backend: str) -> None:
         self.check(spec, "bfloat16", backend)
 
-    @pytest.mark.parametrize("spec", FEW[:4])
+    @pytest.mark.parametrize("spec", [spec for spec in FEW if spec not in BATCHES])
     def test_float64(self, spec: str, backend: str, x64: None) -> None:
         self.check(spec, "float64", backend)
 
@@ -224,4 +279,4 @@ class TestTake:
 
 def poisoned(leaf: Leaf) -> Leaf:
     """The leaf with every float in it not a number."""
-    return jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if a.dtype != jnp.uint32 else a, leaf)
+    return jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a, leaf)

@@ -18,11 +18,12 @@ def has_kernel(spec: str) -> bool:
     return "pallas_call" in str(jax.make_jaxpr(pallas_tpu.matmul)(x, w))
 
 
+@pytest.mark.parametrize("suffix", ["", "e8"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_takes_true_shapes(bits: int, group_size: int) -> None:
+def test_takes_true_shapes(bits: int, group_size: int, suffix: str) -> None:
     for outputs, inputs in TRUE_SHAPES:
-        assert pallas_tpu.takes(rows(inputs), abstract_leaf(f"int{bits}g{group_size}[{outputs},{inputs}]"))
+        assert pallas_tpu.takes(rows(inputs), abstract_leaf(f"int{bits}g{group_size}{suffix}[{outputs},{inputs}]"))
 
 
 @pytest.mark.parametrize(("bits", "multiple"), [(1, 512), (2, 256), (3, 512), (4, 128), (6, 256), (7, 512), (8, 64)])

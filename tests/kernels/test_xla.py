@@ -9,7 +9,7 @@ from leaf_oracle import random_leaf
 from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, gather_experts
 from moejax.kernels import xla
 
-FORMATS = ["int4g64", "int3g32", "ternaryg128", "fp8b128x128", "bf16"]
+FORMATS = ["int4g64", "int3g32", "int2g128e8", "ternaryg128", "fp8b128x128", "bf16"]
 FIVE_TILES = 5 * xla.TILE_BYTES
 
 

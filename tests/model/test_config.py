@@ -222,6 +222,16 @@ def test_what_the_model_computes_one_way_only_is_refused_otherwise(name: str, va
     assert config_from_hf({key: value for key, value in BASE.items() if key != name}) == config_from_hf(BASE)
 
 
+@pytest.mark.parametrize("name", ["residual_rotation", "down_input_transform"])
+def test_a_rotation_is_hadamards_or_none(name: str) -> None:
+    assert getattr(config_from_hf(BASE), name) is None
+    assert getattr(config_from_hf(BASE | {name: "hadamard"}), name) == "hadamard"
+    for value in ("random", True, ["hadamard"], {}, 0, JUNK[0]):
+        message = refusal(BASE | {name: value})
+        assert f"{name} is " in message and "accepted are 'hadamard' and null" in message
+        assert len(message) < SHOWN_LENGTH
+
+
 @pytest.mark.parametrize(("name", "value"), [("attention_factor", 1.2), ("truncate", False)])
 def test_what_yarn_computes_one_way_only_is_refused_otherwise(name: str, value: object) -> None:
     assert f"rope_scaling: {name} is {value!r}; only" in refusal(yarn(**{name: value}))

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from model_cases import BASE
 from moejax.formats import ExpertWeights, Fp8Blocks, IntFormat, Leaf, dense, gather_experts, select_experts
 from moejax.formats.group_format import encode
+from moejax.kernels.hadamard_matrix import hadamard_matrix
 from moejax.model import Config, DeepseekV3, config_from_hf
-from moejax.model.leaves import named_leaves
+from moejax.model.leaves import Taps, named_leaves
 from moejax.model.moe import ExpertRun, MoE, Routing
 from moejax.model.steps import embed, run_block, run_blocks
 from quick_jit import quick_jit
@@ -274,3 +275,25 @@ def in_format(leaf: Leaf, name: str) -> Leaf:
     blocks = -(-matrix.shape[0] // 48), -(-matrix.shape[1] // 48)
     scale = jnp.asarray(np.random.RandomState(0).rand(*blocks) + 0.5, jnp.float32)
     return Fp8Blocks(matrix.astype(jnp.float8_e4m3fn), scale, (48, 48))
+
+
+@pytest.mark.usefixtures("x64")
+def test_down_may_take_the_rotated_products() -> None:
+    """Where the config says so, hidden H / sqrt(F), and what calibration sees is what `down` takes."""
+    config, rotation_FF = (
+        config_from_hf(BASE | SIZES | {"down_input_transform": "hadamard"}),
+        hadamard_matrix(F) / F**0.5,
+    )
+    moe, x_TD = random_moe(15, config), inputs(16)[0]
+    own = {name: leaf for name, leaf in named_leaves(moe).items() if name.endswith("down")}
+    turned = jax.tree.map(lambda a: a @ rotation_FF.T if a.ndim > 1 else a, own)
+    y_TD, taps = quick_jit(tapped)(moe, x_TD)
+    np.testing.assert_allclose(y_TD, forward_by_hand(with_leaves(moe, turned), np.asarray(x_TD)), atol=1e-6)
+    run, shared = taps["experts"], [x_TD @ wide(own.get_value()).T for own in (moe.shared.gate, moe.shared.up)]
+    for taken, gate, up in ((run.hidden_RF, run.gate_RF, run.up_RF), (taps["shared.down"], *shared)):
+        np.testing.assert_allclose(taken, gate * sigmoid(np.asarray(gate)) * up @ rotation_FF, atol=1e-6)
+
+
+def tapped(moe: MoE, x_TD: jax.Array) -> tuple[jax.Array, Taps]:
+    taps: Taps = {}
+    return moe(x_TD[None], taps=taps)[0], taps

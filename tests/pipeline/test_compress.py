@@ -94,7 +94,9 @@ def test_the_smallest_budget_named_is_enough_whichever_experts_stay(small: Path,
     with pytest.raises(InputError, match="cannot be met") as error:
         check(checkpoint, 1000, recipe)
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
-    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path))
+    origin = abstract_origin(
+        checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path), recipe.method
+    )
     config, costs = origin.model.config, options(origin.model, recipe)
     sizes = []
     for score_E in (np.arange(12) % 3, np.arange(12) % 2, *map(np.random.RandomState(0).permutation, [12] * 5)):

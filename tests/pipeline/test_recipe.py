@@ -8,27 +8,59 @@ from moejax.commands.common import read_recipe
 from moejax.errors import InputError
 from moejax.formats import IntFormat, TernaryFormat
 from moejax.pipeline.recipe import Recipe, recipe_from_toml
-from moejax.planning.plan import KEEP
+from moejax.planning.plan import KEEP, Method
 from moejax.resources import config_path
 
 
-def test_the_default_recipe_is_what_moejax_does_without_one() -> None:
-    raw = read_toml(config_path("recipes", "default"))
-    assert recipe_from_toml(raw, "default.toml") == Recipe() == recipe_from_toml({}, "empty.toml")
+def test_the_fast_recipe_is_what_moejax_does_without_one() -> None:
+    raw = read_toml(config_path("recipes", "fast"))
+    assert recipe_from_toml(raw, "fast.toml") == Recipe() == recipe_from_toml({}, "empty.toml")
     # Everything that has a value without being set is spelled out.
     assert raw.keys() == Recipe.__dataclass_fields__.keys() - {"share_kept"}
 
 
-def test_the_recipe_of_equal_groups() -> None:
+def test_the_other_recipes() -> None:
     assert read_recipe("equal_groups") == Recipe(groups="equal", share_kept=0.75)
+    assert read_recipe("paper") == Recipe(
+        criterion="paper",
+        share_kept=0.75,
+        experts_per_token="paper",
+        allocation="raise",
+        protect_super_experts=False,
+        fit_routing_scale=False,
+        min_bits_outer=1,
+        min_bits_block=1,
+    )
+    best = read_recipe("best")
+    assert best == Recipe(best.formats, error_feedback=True, rotation=True)
+    assert [own.scale_kind for own in best.formats] == ["e8"] * 5 + ["bf16"] * 4
+
+
+def test_a_recipes_method_is_that_of_its_plans() -> None:
+    assert Recipe().method == Method()
+    assert Recipe(error_feedback=True).method == Method(error_feedback=True)
+    assert Recipe(sequential=True).method == Method(sequential=True)
+    assert Recipe(rotation=True, down_rotation=True).method == Method(rotation=True, down_rotation=True)
+
+
+def test_inputs_of_down_are_rotated_only_in_a_rotated_model() -> None:
+    with pytest.raises(InputError, match=r"^own.toml: down_rotation is true and rotation is not; both, or"):
+        recipe_from_toml({"down_rotation": True}, "own.toml")
 
 
 def test_formats_are_ordered_by_bits_and_each_is_there_once() -> None:
-    names = ["int4g64", "int2g128", "ternaryg32", "int1g128", "int4g32", "int2g128"]
+    names = ["int2g128e8", "int4g64", "int2g128", "ternaryg32", "int1g128", "int4g32", "int2g128"]
     recipe = recipe_from_toml({"formats": names}, "own.toml")
-    ordered = (IntFormat(1, 128), TernaryFormat(32), IntFormat(2, 128), IntFormat(4, 32), IntFormat(4, 64))
+    ordered = (
+        IntFormat(1, 128),
+        TernaryFormat(32),
+        IntFormat(2, 128),
+        IntFormat(2, 128, "e8"),
+        IntFormat(4, 32),
+        IntFormat(4, 64),
+    )
     assert recipe.formats == ordered
-    assert recipe.names == ("int1g128", "ternaryg32", "int2g128", "int4g32", "int4g64", KEEP)
+    assert recipe.names == ("int1g128", "ternaryg32", "int2g128", "int2g128e8", "int4g32", "int4g64", KEEP)
 
 
 def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
@@ -36,9 +68,13 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
     file.write_text(
         'formats = ["int4g64"]\nmin_bits_outer = 8\nmin_bits_block = 1\ncriterion = "msan"\n'
         'protect_super_experts = false\ngroups = "equal"\nshare_kept = 1\nexperts_per_token = 6\n'
-        "fit_routing_scale = false\n"
+        "fit_routing_scale = false\nerror_feedback = true\nsequential = true\n"
+        'allocation = "raise"\n'
+        "rotation = true\ndown_rotation = true\n"
     )
-    assert read_recipe(str(file)) == Recipe((IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6, False)
+    assert read_recipe(str(file)) == Recipe(
+        (IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6, False, True, True, "raise", True, True
+    )
 
 
 BAD: list[tuple[str, Any, str]] = [
@@ -66,6 +102,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("experts_per_token", True, "'measured', 'paper' or a positive integer"),
     ("experts_per_token", "fewer", "'measured', 'paper' or a positive integer"),
     ("fit_routing_scale", 0, "true or false is accepted"),
+    ("error_feedback", "yes", "true or false is accepted"),
+    ("sequential", None, "true or false is accepted"),
+    ("allocation", "paper", "'solve' or 'raise' is accepted"),
+    ("rotation", 1, "true or false is accepted"),
+    ("down_rotation", "true", "true or false is accepted"),
 ]
 
 
@@ -88,12 +129,12 @@ def test_a_format_that_there_is_not(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["formatss", "names", "budget"])
 def test_an_unknown_key(key: str) -> None:
-    with pytest.raises(InputError, match=rf"^own.toml: '{key}' is unknown in a recipe; its keys are criterion, exp"):
+    with pytest.raises(InputError, match=rf"^own.toml: '{key}' is unknown in a recipe; its keys are allocation, c"):
         recipe_from_toml({"criterion": "reap", key: 3}, "own.toml")
 
 
 def test_a_recipe_that_there_is_not(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no configuration 'fast' among the recipes; available: default, equal_group"):
-        read_recipe("fast")
-    with pytest.raises(InputError, match=r"fast.toml: cannot be read"):
-        read_recipe(str(tmp_path / "fast.toml"))
+    with pytest.raises(InputError, match=r"'own' among the recipes; available: best, equal_groups, fast, paper"):
+        read_recipe("own")
+    with pytest.raises(InputError, match=r"own.toml: cannot be read"):
+        read_recipe(str(tmp_path / "own.toml"))

@@ -50,7 +50,7 @@ def test_without_pruning_the_smallest_budgets_cannot_be_met(prepared: Prepared, 
 
 
 def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None:
-    smallest = try_out(0.0, prepared.problem.smallest(), prepared.problem, prepared.trial)
+    smallest = try_out(0.0, prepared.problem.smallest(), prepared.problem, prepared.trial, prepared.recipe)
     assert prepared.origin.size_of(smallest.plan) == smallest_bytes
     assert [len(block.keep or ()) for block in smallest.plan.blocks] == [0, 6, 6, 6]
     assert (smallest.plan.embed, smallest.plan.head) == ("int4g128", "int4g128")
@@ -61,8 +61,9 @@ def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None
 def test_candidates_are_different_plans_the_best_first(prepared: Prepared, job: Job) -> None:
     candidates = job.planned.candidates
     assert len(candidates) >= 2
-    divergences = [candidate.divergence for candidate in candidates]
+    divergences = [candidate.best_divergence for candidate in candidates]
     assert divergences == sorted(divergences)
+    assert all(candidate.best_divergence <= candidate.divergence for candidate in candidates)
     assert all(candidates[0].plan != other.plan for other in candidates[1:])
     assert all(prepared.origin.size_of(candidate.plan) <= job.budget for candidate in candidates)
 
@@ -72,6 +73,17 @@ def test_a_candidates_divergence_is_that_of_its_model(prepared: Prepared, job: J
     compressed = compress(prepared.model, candidate.plan, prepared.trial.statistics)
     blocks = masked_blocks(prepared.trial.probe, compressed, candidate.plan)
     assert candidate.divergence == pytest.approx(divergence_of(prepared.trial.probe, compressed, blocks), rel=1e-5)
+
+
+def test_a_candidates_best_divergence_is_that_with_the_original_number_of_experts(job: Job) -> None:
+    full = [choice.divergence for choice in job.planned.activated if set(choice.experts_per_token) == {3}]
+    assert job.planned.candidates[0].best_divergence == pytest.approx(min(full), rel=1e-6)
+
+
+def test_without_fitted_scales_plans_are_compared_as_they_are(prepared: Prepared) -> None:
+    recipe = replace(prepared.recipe, fit_routing_scale=False)
+    smallest = try_out(0.0, prepared.problem.smallest(), prepared.problem, prepared.trial, recipe)
+    assert smallest.best_divergence == smallest.divergence
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(prepared: Prepared, smallest_bytes: int) -> None:

@@ -13,7 +13,7 @@ from moejax.model.steps import run_block
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.working_copy import dense_block, in_original_slots, one_bucket, with_leaves
 from moejax.planning import BlockPlan
-from moejax.transforms.compress import compress_block
+from moejax.transforms.compress_block import compress_block
 
 # Of 512 tokens: rounding differs between two ways to compute the same, and may send a token to another expert.
 MAY_DIFFER = 2

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from typing import Any
 
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from moejax.checkpoint.toml_file import read_toml, write_toml
 from moejax.errors import InputError
-from moejax.planning import KEEP, BlockPlan, Plan
+from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS, from_json, parse_ranges, ranges, to_json
 
 CODES = ["ternary", *(f"int{bits}" for bits in range(1, 9))]
@@ -26,7 +27,9 @@ def block_plans(draw: st.DrawFn) -> BlockPlan:
     return BlockPlan(named, keep, experts, draw(st.integers(1, 8)), draw(st.floats(0.1, 4)))
 
 
-plans = st.builds(Plan, formats, formats, st.lists(block_plans(), max_size=6).map(tuple))
+METHOD: dict[str, Any] = dataclasses.asdict(Method())
+methods = st.builds(Method, *[st.booleans()] * 3)
+plans = st.builds(Plan, formats, formats, st.lists(block_plans(), max_size=6).map(tuple), methods)
 
 
 def raw_plan() -> dict[str, Any]:
@@ -104,6 +107,7 @@ def test_what_a_plan_looks_like() -> None:
         "formats": {"a": "int2g64", "b": "int3g32", "c": "int4g64", "d": "keep"},
         "embed": "c",
         "head": "d",
+        "method": METHOD,
         "blocks": [
             {"formats": {"mlp.up": "a"}},
             {
@@ -117,11 +121,13 @@ def test_what_a_plan_looks_like() -> None:
     }
 
 
-@pytest.mark.parametrize("key", ["formats", "embed", "head", "blocks"])
+@pytest.mark.parametrize("key", ["formats", "embed", "head", "method", "blocks"])
 def test_a_missing_key_is_named(key: str) -> None:
     raw = raw_plan()
     del raw[key]
-    with pytest.raises(InputError, match=f"'{key}' is missing in the plan; its keys are blocks, embed, formats, head"):
+    with pytest.raises(
+        InputError, match=f"'{key}' is missing in the plan; its keys are blocks, embed, formats, head, m"
+    ):
         from_json(raw)
 
 
@@ -136,7 +142,9 @@ def test_a_missing_key_of_a_block_is_named(key: str) -> None:
 
 
 def test_an_unknown_key_is_named() -> None:
-    with pytest.raises(InputError, match="'comment' is unknown in the plan; its keys are blocks, embed, formats, head"):
+    with pytest.raises(
+        InputError, match="'comment' is unknown in the plan; its keys are blocks, embed, formats, head, m"
+    ):
         from_json(raw_plan() | {"comment": "mine"})
     for block in (0, 1):
         raw = raw_plan()
@@ -169,6 +177,7 @@ def test_experts_that_cannot_be_read(experts: Any, message: str) -> None:
         {"head": ["a"]},
         {"formats": "abcd"},
         {"formats": {"a": "int2g64", "b": 3, "c": "int4g64", "d": KEEP}},
+        {"method": None},
         {"blocks": None},
         {"blocks": [7]},
         {"blocks": [{"formats": None}]},
@@ -197,3 +206,27 @@ def test_a_number_that_cannot_be_read(key: str, value: Any) -> None:
     raw["blocks"][1][key] = value
     with pytest.raises(InputError, match=r"the plan cannot be read: .* in it; expected what `plan.to_json` writes"):
         from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({}, "'down_rotation' is missing in method in the plan; its keys are down_rotation, err"),
+        (METHOD | {"twice": True}, "'twice' is unknown in method in the plan; its keys are down_rotation, err"),
+        (
+            METHOD | {"down_rotation": True},
+            "the plan's method has down_rotation without rotation; both, or rotation alone",
+        ),
+        (METHOD | {"error_feedback": 1}, "error_feedback in the plan's method is 1; true or false is accepted"),
+    ],
+)
+def test_a_method_that_there_is_not(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_json(raw_plan() | {"method": method})
+
+
+def test_a_method_reads_back() -> None:
+    method = METHOD | {"error_feedback": True}
+    plan = from_json(raw_plan() | {"method": method})
+    assert plan.method == Method(error_feedback=True)
+    assert to_json(plan)["method"] == method

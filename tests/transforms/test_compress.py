@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import subjaxprs
 
 from leaf_oracle import to_numpy
-from moejax.calibrate import Statistics, calibrate
+from moejax.calibrate import Following, Statistics, calibrate
 from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, dense, describe, format_name, parse_group_format, payload_bytes
@@ -19,11 +19,11 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
 from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS
-from moejax.transforms.compress import compress
+from moejax.transforms.compress import compress, compress_in_sequence
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 from seen_by_blocks import statistics_with_hessians
-from small_models import CONFIG, RAW_CONFIG, small_model, small_statistics
+from small_models import CHUNKS, CONFIG, RAW_CONFIG, small_model, small_statistics
 
 BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0.block"]
 EVERY_EXPERT = tuple(range(CONFIG.n_routed_experts))
@@ -241,3 +241,56 @@ def test_with_hessians_every_matrix_is_rounded_with_error_feedback() -> None:
 def original(name: str, expert: int | None = None) -> jax.Array:
     leaf = named_leaves(small_model())[name]
     return dense(leaf if expert is None else leaf.expert(expert), jnp.float32)
+
+
+SHALLOW = dataclasses.replace(PLAN, embed=KEEP, blocks=(PLAN.blocks[0], *(BlockPlan(),) * 3))
+
+
+def start(hessians: bool = True) -> Following:
+    return Following.of(small_model(), CHUNKS, batch=2, hessians=hessians)
+
+
+def test_in_sequence_the_first_rounded_block_is_as_without() -> None:
+    """Up to it nothing has changed; the float32 sums may differ in the last bits, and a few codes with them."""
+    found = named_leaves(compress_in_sequence(small_model(), SHALLOW, start()))
+    alone = named_leaves(compress(small_model(), SHALLOW, statistics_with_hessians()))
+    for name in ("layers.0.self_attn.q_a", "layers.0.self_attn.k_b"):
+        a, b = (np.asarray(dense(leaves[name], jnp.dtype("float32"))) for leaves in (found, alone))
+        assert np.mean(a != b) < 0.01
+    assert_same_bits(found["layers.1.self_attn.q_a"], alone["layers.1.self_attn.q_a"])
+
+
+def test_in_sequence_a_block_is_rounded_by_what_the_compressed_ones_put_out() -> None:
+    """As if the compressed blocks before it had been calibrated with it, its pruned experts never chosen."""
+    found = compress_in_sequence(small_model(), PLAN, start())
+    leaves, original_leaves = named_leaves(found), named_leaves(small_model())
+    before = {name: leaf for name, leaf in leaves.items() if name == "embed" or name.startswith("layers.0.")}
+    masked = {
+        "layers.1.mlp.bias": original_leaves["layers.1.mlp.bias"]
+        - 1e9 * ~np.isin(range(12), PLAN.blocks[1].keep or ()),
+        "layers.1.mlp.routing_scale": jnp.float32(1.25),
+    }
+    mixed = DeepseekV3(CONFIG, (original_leaves | before | masked).__getitem__, [3, 2, 3, 3])
+    sums = calibrate(mixed, CHUNKS, batch=2, hessians=True).blocks[1]
+    target = parse_group_format("int2g64")
+    expected = round_weight(original("layers.1.self_attn.q_a"), sums.inputs("self_attn.q_a"), target)
+    a, b = (np.asarray(dense(leaf, jnp.dtype("float32"))) for leaf in (leaves["layers.1.self_attn.q_a"], expected))
+    assert np.mean(a != b) < 0.01
+    assert sums.experts is not None
+    one = round_weight(
+        original("layers.1.mlp.experts.up", 6), sums.experts.inputs("up", 6), parse_group_format("int3g64")
+    )
+    a, b = (
+        np.asarray(dense(leaf, jnp.dtype("float32"))) for leaf in (leaves["layers.1.mlp.experts.up"].expert(4), one)
+    )
+    assert np.mean(a != b) < 0.01
+    plain = named_leaves(compress(small_model(), PLAN, statistics_with_hessians()))["layers.1.self_attn.q_a"]
+    assert (
+        np.mean(np.asarray(dense(plain, jnp.dtype("float32"))) != np.asarray(dense(expected, jnp.dtype("float32"))))
+        > 0.01
+    )
+
+
+def test_in_sequence_shapes_are_the_same() -> None:
+    found = compress_in_sequence(small_model(), PLAN, start(hessians=False))
+    jax.tree.map(assert_same_shape, found, compressed())

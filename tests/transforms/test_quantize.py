@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 from numpy.typing import NDArray
 
-from leaf_oracle import to_numpy
-from moejax.formats import GroupedCodes, GroupFormat, IntFormat, TernaryFormat
+from leaf_oracle import scales_of, to_numpy
+from moejax.formats import GroupedCodes, GroupFormat, IntFormat, ScaleKind, TernaryFormat
 from moejax.transforms.quantize import quantization_errors, quantize, search_scales
 
 Array = NDArray[Any]
 
 LEVELS = [2, 3, 4, 8, 16, 32, 64, 128, 256]
+KINDS: list[ScaleKind] = ["bf16", "e8"]
 # One shape for almost all tests: a compilation takes longer than a test.
 OUTPUTS, INPUTS, GROUP_SIZE = 6, 128, 64
 
@@ -36,16 +37,18 @@ def log_normal_moment(seed: int) -> Array:
     return np.exp(np.random.RandomState(seed).randn(INPUTS)).astype(np.float32)
 
 
-def format_of(levels: int) -> GroupFormat:
-    return TernaryFormat(GROUP_SIZE) if levels == 3 else IntFormat(levels.bit_length() - 1, GROUP_SIZE)
+def format_of(levels: int, kind: ScaleKind = "bf16") -> GroupFormat:
+    if levels == 3:
+        return TernaryFormat(GROUP_SIZE, kind)
+    return IntFormat(levels.bit_length() - 1, GROUP_SIZE, kind)
 
 
-def quantized(weight: Array, moment: Array, levels: int) -> GroupedCodes:
-    return quantize(jnp.asarray(weight), jnp.asarray(moment), format_of(levels))
+def quantized(weight: Array, moment: Array, levels: int, kind: ScaleKind = "bf16") -> GroupedCodes:
+    return quantize(jnp.asarray(weight), jnp.asarray(moment), format_of(levels, kind))
 
 
-def searched_error(weight: Array, moment: Array, levels: int) -> Array:
-    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), levels, GROUP_SIZE)[1])
+def searched_error(weight: Array, moment: Array, levels: int, kind: ScaleKind = "bf16") -> Array:
+    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), levels, GROUP_SIZE, kind)[1])
 
 
 def group_errors(weight: Array, rounded: Array, moment: Array) -> Array:
@@ -54,9 +57,18 @@ def group_errors(weight: Array, rounded: Array, moment: Array) -> Array:
     return error.reshape(*weight.shape[:-1], -1, GROUP_SIZE).sum(axis=-1)
 
 
-def errors_under(scale_OG: Array, weight: Array, moment: Array, levels: int) -> Array:
-    """The errors of rounding to the nearest level under given scales, stored as bfloat16."""
-    scale = np.repeat(scale_OG.astype(ml_dtypes.bfloat16).astype(np.float64), GROUP_SIZE, axis=-1)
+def stored(scale: Array, kind: ScaleKind) -> Array:
+    """The nearest scale that can be stored, the larger of two that are."""
+    if kind == "bf16":
+        return scale.astype(ml_dtypes.bfloat16).astype(np.float64)
+    values = scales_of(np.arange(256, dtype=np.uint8))
+    above = np.searchsorted(values, np.clip(scale, 0, values[-1])).clip(1)
+    return np.where(values[above] - scale <= scale - values[above - 1], values[above], values[above - 1])
+
+
+def errors_under(scale_OG: Array, weight: Array, moment: Array, levels: int, kind: ScaleKind = "bf16") -> Array:
+    """The errors of rounding to the nearest level under given scales as they are stored."""
+    scale = np.repeat(stored(scale_OG, kind), GROUP_SIZE, axis=-1)
     steps = np.arange(levels) - (levels - 1) / 2
     divided = np.divide(weight, scale, out=np.zeros(weight.shape), where=scale != 0)
     index = np.clip(np.round(divided - steps[0]), 0, levels - 1).astype(int)
@@ -68,30 +80,33 @@ def absmax_scale(weight: Array, levels: int) -> Array:
     return np.abs(weight).reshape(len(weight), -1, GROUP_SIZE).max(axis=-1) / ((levels - 1) / 2)
 
 
-@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes)
+@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes, st.sampled_from(KINDS))
 def test_no_group_is_worse_than_with_its_absmax_scale(
-    weight: Array, moment: Array, levels: int, magnitude: float
+    weight: Array, moment: Array, levels: int, magnitude: float, kind: ScaleKind
 ) -> None:
     weight = weight * np.float32(magnitude)
-    found = group_errors(weight, to_numpy(quantized(weight, moment, levels)), moment)
-    plain = errors_under(absmax_scale(weight, levels), weight, moment, levels)
+    found = group_errors(weight, to_numpy(quantized(weight, moment, levels, kind)), moment)
+    plain = errors_under(absmax_scale(weight, levels), weight, moment, levels, kind)
     rounding = 1e-10 * group_errors(weight, np.zeros(weight.shape), moment)
     assert np.all(found <= 1.0001 * plain + rounding)
 
 
-@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes)
-def test_the_search_s_error_is_the_packed_result_s(weight: Array, moment: Array, levels: int, magnitude: float) -> None:
+@given(weights, second_moments, st.sampled_from(LEVELS), magnitudes, st.sampled_from(KINDS))
+def test_the_search_s_error_is_the_packed_result_s(
+    weight: Array, moment: Array, levels: int, magnitude: float, kind: ScaleKind
+) -> None:
     weight = weight * np.float32(magnitude)
-    packed = quantized(weight, moment, levels)
-    assert (packed.format_name, packed.levels, packed.shape) == (format_of(levels).name, levels, weight.shape)
-    found, searched = group_errors(weight, to_numpy(packed), moment), searched_error(weight, moment, levels)
+    packed = quantized(weight, moment, levels, kind)
+    assert (packed.format_name, packed.levels, packed.shape) == (format_of(levels, kind).name, levels, weight.shape)
+    found, searched = group_errors(weight, to_numpy(packed), moment), searched_error(weight, moment, levels, kind)
     rounding = 1e-10 * group_errors(weight, np.zeros(weight.shape), moment)
     np.testing.assert_array_less(np.abs(searched - found), 1e-4 * found + rounding + 1e-30)
 
 
 @pytest.mark.parametrize(("levels", "seed"), [(2, 1), (3, 0), (4, 2), (8, 3), (16, 4)])
 @pytest.mark.parametrize("tails", ["normal", "heavy", "flat"])
-def test_errors_are_within_one_percent_of_brute_force(levels: int, seed: int, tails: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_within_one_percent_of_brute_force(levels: int, seed: int, tails: str, kind: ScaleKind) -> None:
     """Over all groups together; above 16 single levels decide, and only a finer grid would find the best scale."""
     random = np.random.RandomState(seed)
     shape = (64, INPUTS)
@@ -100,12 +115,12 @@ def test_errors_are_within_one_percent_of_brute_force(levels: int, seed: int, ta
     moment = log_normal_moment(0)
     best = np.min(
         [
-            errors_under(share * absmax_scale(weight, levels), weight, moment, levels)
+            errors_under(share * absmax_scale(weight, levels), weight, moment, levels, kind)
             for share in np.linspace(0.05, 1.1, 700)
         ],
         axis=0,
     )
-    assert searched_error(weight, moment, levels).sum() <= 1.01 * best.sum()
+    assert searched_error(weight, moment, levels, kind).sum() <= 1.01 * best.sum()
 
 
 @pytest.mark.parametrize(("levels", "known"), [(2, 0.3634), (3, 0.1902), (4, 0.1188), (8, 0.03744), (16, 0.01154)])
@@ -122,6 +137,14 @@ def test_more_levels_err_less() -> None:
     errors = [searched_error(weight, moment, levels).sum() for levels in LEVELS]
     for (fewer, before), (more, error) in pairwise(zip(LEVELS, errors, strict=True)):
         assert error < fewer / more * before
+
+
+@pytest.mark.parametrize(("levels", "share"), [(2, 0.01), (3, 0.01), (4, 0.01), (8, 0.02), (16, 0.06), (256, 0.2)])
+def test_what_scales_of_eight_bits_cost(levels: int, share: float) -> None:
+    """At few levels, where they save most, next to nothing; never less than scales of bfloat16."""
+    weight, moment = normal_weight(11, outputs=64), log_normal_moment(11)
+    wide, narrow = (searched_error(weight, moment, levels, kind).sum() for kind in KINDS)
+    assert wide <= narrow <= (1 + share) * wide
 
 
 def test_the_scale_suits_the_inputs_that_count() -> None:
@@ -150,36 +173,47 @@ def test_inputs_never_seen_count_alike_or_a_little() -> None:
 
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("value", [1.0, -0.3, 1e-4])
-def test_weights_that_are_all_alike_err_by_the_scale_s_rounding_alone(levels: int, value: float) -> None:
-    rounded = to_numpy(quantized(np.full((OUTPUTS, INPUTS), value, np.float32), np.ones(INPUTS), levels))
-    assert np.all(np.abs(rounded - value) <= 2.0**-8 * abs(value))
+@pytest.mark.parametrize(("kind", "tolerance"), [("bf16", 2.0**-8), ("e8", 2.0**-4)])
+def test_weights_that_are_all_alike_err_by_the_scale_s_rounding_alone(
+    levels: int, value: float, kind: ScaleKind, tolerance: float
+) -> None:
+    rounded = to_numpy(quantized(np.full((OUTPUTS, INPUTS), value, np.float32), np.ones(INPUTS), levels, kind))
+    assert np.all(np.abs(rounded - value) <= tolerance * abs(value))
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_a_group_of_zeros_is_exact_and_spares_its_neighbours(levels: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_of_zeros_is_exact_and_spares_its_neighbours(levels: int, kind: ScaleKind) -> None:
     weight = normal_weight(5)
-    expected = to_numpy(quantized(weight, np.ones(INPUTS), levels))
+    expected = to_numpy(quantized(weight, np.ones(INPUTS), levels, kind))
     weight[:, :GROUP_SIZE] = 0
-    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels))
+    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels, kind))
     assert not rounded[:, :GROUP_SIZE].any()
     np.testing.assert_array_equal(rounded[:, GROUP_SIZE:], expected[:, GROUP_SIZE:])
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 256])
 @pytest.mark.parametrize("magnitude", [1e-36, 1e-20, 1e12, 1e30])
-def test_huge_and_tiny_weights_stay_finite(levels: int, magnitude: float) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_huge_and_tiny_weights_stay_finite(levels: int, magnitude: float, kind: ScaleKind) -> None:
     weight = normal_weight(6) * np.float32(magnitude)
-    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels))
+    rounded = to_numpy(quantized(weight, np.ones(INPUTS), levels, kind))
     assert np.all(np.isfinite(rounded))
     assert np.all(np.abs(rounded - weight) < 5 * magnitude)
 
 
-@given(st.integers(0, 1000), st_np.arrays(np.float32, OUTPUTS, elements=st.floats(0, 16, width=16)))
-def test_errors_of_traced_levels_are_those_of_one_after_the_other(seed: int, output_weight: Array) -> None:
+@given(
+    st.integers(0, 1000),
+    st_np.arrays(np.float32, OUTPUTS, elements=st.floats(0, 16, width=16)),
+    st.sampled_from(KINDS),
+)
+def test_errors_of_traced_levels_are_those_of_one_after_the_other(
+    seed: int, output_weight: Array, kind: ScaleKind
+) -> None:
     weight, moment = normal_weight(seed), log_normal_moment(seed)
-    errors_F = quantization_errors(weight, moment, output_weight, jnp.asarray(LEVELS, jnp.float32), GROUP_SIZE)
+    errors_F = quantization_errors(weight, moment, output_weight, jnp.asarray(LEVELS, jnp.float32), GROUP_SIZE, kind)
     for levels, error in zip(LEVELS, np.asarray(errors_F), strict=True):
-        error_OG = group_errors(weight, to_numpy(quantized(weight, moment, levels)), moment)
+        error_OG = group_errors(weight, to_numpy(quantized(weight, moment, levels, kind)), moment)
         assert error == pytest.approx(output_weight.astype(np.float64) @ error_OG.sum(axis=1), rel=1e-4)
 
 
@@ -201,15 +235,16 @@ def compilations(jitted: Any) -> int:
     return jitted._cache_size()
 
 
-def test_one_compilation_serves_every_number_of_levels() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_compilation_serves_every_number_of_levels(kind: ScaleKind) -> None:
     weight, moment = normal_weight(9, outputs=7), log_normal_moment(9)
     before = compilations(search_scales)
     for levels in LEVELS:
-        searched_error(weight, moment, levels)
+        searched_error(weight, moment, levels, kind)
     assert compilations(search_scales) == before + 1
     before = compilations(quantization_errors)
     for chosen in ([2.0, 3.0, 4.0], [8.0, 16.0, 256.0]):
-        quantization_errors(weight, moment, np.ones(7), jnp.asarray(chosen), GROUP_SIZE)
+        quantization_errors(weight, moment, np.ones(7), jnp.asarray(chosen), GROUP_SIZE, kind)
     assert compilations(quantization_errors) == before + 1
 
 

@@ -1,0 +1,158 @@
+"""One block as a plan wants it, matrix by matrix."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
+from moejax.errors import InputError
+from moejax.formats import (
+    ExpertWeights,
+    Leaf,
+    dense,
+    experts_in_buckets,
+    format_name,
+    parse_group_format,
+    select_experts,
+)
+from moejax.model import named_leaves
+from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.leaves import Weight
+from moejax.model.moe import MoE
+from moejax.planning import KEEP, BlockPlan
+from moejax.transforms.experts_per_token import adjust
+from moejax.transforms.prune import masked_bias, prune
+from moejax.transforms.rounding import round_weight
+
+# The inputs of one projection of the expert whose number is `e`.
+InputsOf = Callable[..., Inputs]
+
+# Gives the matrix of a name in a format of a name; the last argument rounds it, should it not be known already. Experts
+# are numbered as in the original.
+Rounder = Callable[[str, str, Callable[[], Leaf]], Leaf]
+
+
+def afresh(name: str, target: str, rounded: Callable[[], Leaf]) -> Leaf:
+    """The rounder that knows nothing yet."""
+    return rounded()
+
+
+def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder = afresh) -> Block:
+    """One decoder block as `plan` wants it."""
+    mlp = block.mlp
+    if isinstance(mlp, MoE) and plan.keep is not None:
+        mlp = adjust(prune(mlp, plan.keep), plan.experts_per_token or mlp.experts_per_token, plan.routing_scale)
+    leaves: dict[str, Weight] = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
+    for name, target in plan.formats.items():
+        if name not in statistics.input2:
+            raise InputError(f"the plan gives a format to {name!r}, which is no matrix of its block")
+        if name in leaves:  # an MTP block's eh_proj lies outside its decoder block
+            leaves[name] = rounder(name, target, partial(requantize, leaves[name], statistics.inputs(name), target))
+    for projection, formats in plan.experts.items():
+        name = f"mlp.experts.{projection}"
+        leaves[name] = _quantize_experts(
+            leaves[name], formats, projection, plan, statistics, partial(within, rounder, name)
+        )
+    experts_per_token = mlp.experts_per_token if isinstance(mlp, MoE) else None
+    return Block(block.config, leaves.__getitem__, isinstance(mlp, MoE), experts_per_token)
+
+
+def compress_mtp(mtp: MtpBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder) -> dict[str, Weight]:
+    """The leaves of an MTP block that lie outside its decoder block."""
+    leaves = {name: leaf for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
+    target = plan.formats.get("eh_proj", KEEP)
+    rounded = partial(requantize, leaves["eh_proj"], statistics.inputs("eh_proj"), target)
+    return leaves | {"eh_proj": rounder("eh_proj", target, rounded)}
+
+
+def only_survivors(block: Block, plan: BlockPlan) -> Block:
+    """The block with its pruned experts never chosen and the plan's routing, every matrix as it was."""
+    if not isinstance(block.mlp, MoE) or plan.keep is None:
+        return block
+    mlp = adjust(block.mlp, plan.experts_per_token or block.mlp.experts_per_token, plan.routing_scale)
+    leaves = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
+    pruned_E = np.isin(np.arange(mlp.num_experts), plan.keep, invert=True)
+    leaves["mlp.bias"] = masked_bias(leaves["mlp.bias"], pruned_E)
+    return Block(block.config, leaves.__getitem__, True, mlp.experts_per_token)
+
+
+def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+    """The leaf in the format named `target`, or as it is if that is KEEP."""
+    if target == KEEP:
+        return leaf
+    return round_weight(_float32(leaf), inputs, parse_group_format(target))
+
+
+def requantize_expert(
+    weights: ExpertWeights, e: int, experts: ExpertStatistics, projection: str, original: int, target: str
+) -> Leaf:
+    """The matrix of expert `e`, whose number in the original was `original`, in the format named `target`."""
+    return requantize(weights.expert(e), _expert_inputs(experts, jnp.asarray(original), projection), target)
+
+
+def _quantize_experts(
+    weights: ExpertWeights,
+    formats: Sequence[str],
+    projection: str,
+    plan: BlockPlan,
+    statistics: BlockStatistics,
+    rounder: Rounder,
+) -> ExpertWeights:
+    """Survivors of one format lie in one bucket; each is rounded by itself."""
+    assert statistics.experts is not None and plan.keep is not None
+    own_name = format_name(weights.buckets[0])  # an original's experts are of one format
+    names = [own_name if target == KEEP else target for target in formats]
+    members_of = [np.flatnonzero(np.asarray(names) == name) for name in sorted(set(names))]
+    targets = [formats[members[0]] for members in members_of]
+    keep, experts = np.asarray(plan.keep), statistics.experts
+    if isinstance(weights.index_E, jax.core.Tracer):
+        inputs_of = partial(_expert_inputs, experts, projection=projection)
+        buckets = _round_each_traced(weights, inputs_of, keep, members_of, targets)
+        return experts_in_buckets(buckets, members_of)
+    buckets = []
+    for members, target in zip(members_of, targets, strict=True):
+        each = [
+            rounder(str(keep[e]), target, partial(requantize_expert, weights, e, experts, projection, keep[e], target))
+            for e in members.tolist()
+        ]
+        buckets.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *each))
+    return experts_in_buckets(buckets, members_of)
+
+
+def _round_each_traced(
+    weights: ExpertWeights,
+    inputs_of: InputsOf,
+    keep: np.ndarray,
+    members_of: Sequence[np.ndarray],
+    targets: Sequence[str],
+) -> list[Leaf]:
+    """A bucket of every format in a trace: one loop each, so that what is traced does not grow with the experts."""
+    order = np.concatenate(members_of)
+    (matrices,), original = select_experts(weights, order).buckets, jnp.asarray(keep[order])
+    buckets, start = [], 0
+    for members, target in zip(members_of, targets, strict=True):
+        cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + len(members))
+        own = jax.tree.map(cut, matrices)
+        if target != KEEP:
+            own = jax.lax.map(lambda one, to=target: _requantize(one[0], inputs_of(e=one[1]), to), (own, cut(original)))
+        buckets.append(own)
+        start += len(members)
+    return buckets
+
+
+_float32 = jax.jit(partial(dense, dtype=jnp.float32))
+# For traces, which then see every shape and format once.
+_requantize = partial(jax.jit, static_argnames="target")(requantize)
+
+
+def within(rounder: Rounder, prefix: str, name: str, target: str, rounded: Callable[[], Leaf]) -> Leaf:
+    """The same rounder for names within a part of the model."""
+    return rounder(f"{prefix}.{name}", target, rounded)
+
+
+@partial(jax.jit, static_argnames="projection")
+def _expert_inputs(experts: ExpertStatistics, e: jax.Array, projection: str) -> Inputs:
+    return experts.inputs(projection, e)

@@ -1,0 +1,250 @@
+"""Rotating a model's hidden states: weights become incoherent, and the model computes the same.
+
+Rows convention: a hidden state x (..., n) becomes x R with R = diag(signs) H / sqrt(n), orthogonal. A weight W (O, I)
+with y = W x becomes R_O^T W R_I. RMSNorm commutes with R once its gain is folded into its consumers' inputs (QuaRot,
+arXiv:2404.00456; SliceGPT, arXiv:2401.15024; signs as in QuIP#, arXiv:2402.04396). Every matrix is turned by itself,
+compiled once per shape.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.errors import InputError
+from moejax.formats import ExpertWeights, Leaf, dense, matrix, take_rows
+from moejax.model import Config, DeepseekV3, named_leaves
+from moejax.model.deepseek_v3 import Block, MtpBlock, rotated
+from moejax.model.leaves import Weight
+from moejax.model.moe import MoE
+
+# Rows of embedding and head that are dense in the wide dtype at a time.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The signs of every site's rotation, the same in all layers and heads: of the residual stream, the two latents,
+    values, and the parts of queries and keys without position. q_latent_Q is None in models without that latent."""
+
+    residual_D: jax.Array
+    q_latent_Q: jax.Array | None
+    kv_latent_L: jax.Array
+    value_V: jax.Array
+    nope_N: jax.Array
+
+
+def draw_signs(config: Config, seed: int) -> Signs:
+    """Random signs, in bfloat16, which holds them exactly and takes no more than a format of weights does."""
+    random = np.random.default_rng(seed)
+
+    def draw(size: int) -> jax.Array:
+        return jnp.asarray(random.choice([-1.0, 1.0], size), jnp.bfloat16)
+
+    return Signs(
+        residual_D=draw(config.hidden_size),
+        q_latent_Q=draw(config.q_lora_rank) if config.q_lora_rank else None,
+        kv_latent_L=draw(config.kv_lora_rank),
+        value_V=draw(config.v_head_dim),
+        nope_N=draw(config.qk_nope_head_dim),
+    )
+
+
+def rotate(
+    model: DeepseekV3, seed: int, *, down: bool = False, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> DeepseekV3:
+    """The same function of the tokens with every site of `Signs` rotated; its matrices are dense in `dtype`.
+
+        embed' = embed R, head' = head diag(g) R, in between as `rotate_block` says; all norms' gains become ones
+
+    With `down`, every `down` takes its input times H / sqrt(F), which the model computes as it runs. What MTP blocks
+    need to undo R is kept in leaves of theirs. Computed in at least float32; routers and gains stay in that. Pure:
+    `jax.eval_shape` of it is the rotated model's shape.
+
+    Raises InputError if the model is rotated already, a size is odd, or the model has MTP blocks and its final norm's
+    gain an entry that is zero (which a trace does not see).
+    """
+    if model.config.residual_rotation or model.config.down_input_transform:
+        raise InputError("the model is rotated already; one that is not is accepted")
+    if model.mtp:
+        _check_invertible(model.norm.get_value())
+    config = replace(model.config, residual_rotation="hadamard", down_input_transform="hadamard" if down else None)
+    dtype, signs = jnp.dtype(dtype), draw_signs(config, seed)
+    gain_D = model.norm.get_value()
+    leaves: dict[str, Weight] = {
+        "embed": _turn_rows(model.embed.get_value(), None, signs.residual_D, dtype),
+        "norm": _ones(gain_D, dtype),
+        "head": _turn_rows(model.head.get_value(), gain_D, signs.residual_D, dtype),
+    }
+    for i, layer in enumerate(model.layers):
+        leaves |= _named(f"layers.{i}", rotate_block(layer, config, signs, dtype))
+    for m, mtp in enumerate(model.mtp):
+        leaves |= _named(f"mtp.{m}", rotate_mtp(mtp, config, gain_D, signs, dtype))
+    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
+    return DeepseekV3(config, leaves.__getitem__, [block.experts_per_token for block in blocks])
+
+
+def rotate_block(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) -> Block:
+    """A block that takes and gives x R where `block` takes and gives x. `config` is the rotated model's."""
+    leaves = named_leaves(block) | _attention(block, signs, dtype) | _feed_forward(block, config, signs, dtype)
+    for norm in ("input_norm", "post_attention_norm"):
+        leaves[norm] = _ones(leaves[norm], dtype)
+    is_moe = isinstance(block.mlp, MoE)
+    return Block(config, leaves.__getitem__, is_moe, block.experts_per_token)
+
+
+def rotate_mtp(mtp: MtpBlock, config: Config, gain_D: jax.Array, signs: Signs, dtype: jnp.dtype) -> MtpBlock:
+    """The same for an MTP block, whose `MtpBlock` says how it undoes R; `gain_D` is the model's final norm's."""
+    leaves: dict[str, Weight] = _named("block", rotate_block(mtp.block, config, signs, dtype))
+    enorm_D, hnorm_D, norm_D = (own.get_value() for own in (mtp.enorm, mtp.hnorm, mtp.norm))
+    wide = _wide(dtype)
+    leaves |= {
+        "eh_proj": _turn_eh_proj(mtp.eh_proj.get_value(), enorm_D, hnorm_D, signs.residual_D, dtype),
+        "enorm": _ones(enorm_D, dtype),
+        "hnorm": _ones(hnorm_D, dtype),
+        "norm": norm_D.astype(wide) / gain_D.astype(wide),
+        "signs": signs.residual_D,
+        "input_gain": gain_D.astype(wide),
+    }
+    return MtpBlock(config, leaves.__getitem__, isinstance(mtp.block.mlp, MoE), mtp.block.experts_per_token)
+
+
+def _attention(block: Block, signs: Signs, dtype: jnp.dtype) -> dict[str, Leaf]:
+    own, gain_D, heads = block.self_attn, block.input_norm.get_value(), block.config.num_attention_heads
+    turn = partial(_turn, dtype=dtype)
+    if signs.q_latent_Q is None:
+        queries = {"q": _turn_queries(own.q.get_value(), heads, gain_D, signs.residual_D, signs.nope_N, dtype)}
+    else:
+        q_gain_Q = own.q_a_norm.get_value()
+        queries = {
+            "q_a": turn(own.q_a.get_value(), gain_D, signs.residual_D, signs.q_latent_Q),
+            "q_a_norm": _ones(q_gain_Q, dtype),
+            "q_b": _turn_queries(own.q_b.get_value(), heads, q_gain_Q, signs.q_latent_Q, signs.nope_N, dtype),
+        }
+    kv_gain_L = own.kv_a_norm.get_value()
+    leaves = queries | {
+        "kv_a": turn(own.kv_a.get_value(), gain_D, signs.residual_D, signs.kv_latent_L),
+        "kv_a_norm": _ones(kv_gain_L, dtype),
+        "k_b": turn(own.k_b.get_value(), kv_gain_L, signs.kv_latent_L, signs.nope_N),
+        "v_b": turn(own.v_b.get_value(), kv_gain_L, signs.kv_latent_L, signs.value_V),
+        "o": turn(own.o.get_value(), None, signs.value_V, signs.residual_D),
+    }
+    return {f"self_attn.{name}": leaf for name, leaf in leaves.items()}
+
+
+def _feed_forward(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) -> dict[str, Weight]:
+    leaves, gain_D = named_leaves(block.mlp), block.post_attention_norm.get_value()
+    turned: dict[str, Weight] = {}
+    for name, leaf in leaves.items():
+        turn = _turn_experts if isinstance(leaf, ExpertWeights) else _turn
+        if name == "router":
+            turned[name] = _turn(leaf, gain_D, signs.residual_D, None, _wide(dtype))
+        elif name.endswith(("gate", "up")):
+            turned[name] = turn(leaf, gain_D, signs.residual_D, None, dtype)
+        elif name.endswith("down"):
+            inputs = jnp.ones(leaf.shape[-1], jnp.bfloat16) if config.down_input_transform else None
+            turned[name] = turn(leaf, None, inputs, signs.residual_D, dtype)
+    return {f"mlp.{name}": leaf for name, leaf in turned.items()}
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _turn(
+    leaf: Leaf, gain_I: jax.Array | None, signs_I: jax.Array | None, signs_O: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+    """R_O^T W diag(gain) R_I of every matrix W (..., O, I), without the factors that are None.
+
+    R_I stands along the diagonal as often as I holds its signs; R_O turns the first outputs, as many as it has signs.
+    """
+    w = dense(leaf, _wide(dtype))
+    if gain_I is not None:
+        w = w * gain_I.astype(w.dtype)
+    if signs_I is not None:
+        w = rotated(w.reshape(*w.shape[:-1], -1, len(signs_I)), signs_I).reshape(w.shape)
+    if signs_O is not None:
+        first, rest = jnp.split(w, [len(signs_O)], axis=-2)
+        w = jnp.concatenate([rotated(first.swapaxes(-2, -1), signs_O).swapaxes(-2, -1), rest], axis=-2)
+    return w.astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("heads", "dtype"))
+def _turn_queries(
+    leaf: Leaf, heads: int, gain_I: jax.Array, signs_I: jax.Array, nope_N: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """A projection to queries (H*(N+R), I), of whose rows each head's first N are turned."""
+    w_OI = dense(leaf, _wide(dtype))
+    return _turn(w_OI.reshape(heads, -1, w_OI.shape[-1]), gain_I, signs_I, nope_N, dtype).reshape(w_OI.shape)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _turn_rows(leaf: Leaf, gain_I: jax.Array | None, signs_I: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """W diag(gain) R_I, a few rows of W (O, I) at a time."""
+
+    def turn(row: jax.Array) -> jax.Array:
+        return _turn(take_rows(*_tied(leaf, row[None])), gain_I, signs_I, None, dtype)[0]
+
+    return jax.lax.map(turn, jnp.arange(leaf.shape[0]), batch_size=_ROWS)
+
+
+def _turn_experts(
+    weights: ExpertWeights,
+    gain_I: jax.Array | None,
+    signs_I: jax.Array | None,
+    signs_O: jax.Array | None,
+    dtype: jnp.dtype,
+) -> ExpertWeights:
+    """Every expert's matrix by `_turn`, all in one bucket."""
+    buckets = [_turn_each(bucket, gain_I, signs_I, signs_O, dtype) for bucket in weights.buckets]
+    first_slot = np.cumsum([0, *(len(bucket) for bucket in buckets)], dtype=np.int32)
+    index_E = jnp.asarray(first_slot)[weights.bucket_E] + weights.index_E
+    return ExpertWeights((jnp.concatenate(buckets),), jnp.zeros_like(index_E), index_E)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _turn_each(
+    bucket: Leaf, gain_I: jax.Array | None, signs_I: jax.Array | None, signs_O: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+    """One matrix of a bucket after another, so that no more than one of them is wide at a time."""
+
+    def turn(index: jax.Array) -> jax.Array:
+        return _turn(matrix(*_tied(bucket, index)), gain_I, signs_I, signs_O, dtype)
+
+    return jax.lax.map(turn, jnp.arange(bucket.shape[0]))
+
+
+def _tied(leaf: Leaf, index: jax.Array) -> tuple[Leaf, jax.Array]:
+    """The same. XLA would see that the leaf does not change in the loop, and widen it all ahead of it."""
+    tied: tuple[Leaf, jax.Array] = jax.lax.optimization_barrier((leaf, index))
+    return tied
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _turn_eh_proj(
+    leaf: Leaf, enorm_D: jax.Array, hnorm_D: jax.Array, signs_D: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Of [W_e | W_h] (D, 2D), which takes a rotated embedding and a hidden state that is not."""
+    of_embedding, of_hidden = jnp.split(dense(leaf, _wide(dtype)), 2, axis=-1)
+    halves = _turn(of_embedding, enorm_D, signs_D, signs_D, dtype), _turn(of_hidden, hnorm_D, None, signs_D, dtype)
+    return jnp.concatenate(halves, axis=-1)
+
+
+def _check_invertible(gain_D: jax.Array) -> None:
+    if not isinstance(gain_D, jax.core.Tracer) and not np.all(np.asarray(gain_D, np.float64)):
+        raise InputError(
+            "norm, the final norm's gain, has an entry that is zero, which MTP blocks of a rotated model would divide "
+            "by; --drop-mtp leaves them out"
+        )
+
+
+def _ones(gain: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.ones(gain.shape, _wide(dtype))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What is computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _named(prefix: str, module: Block | MtpBlock) -> dict[str, Weight]:
+    return {f"{prefix}.{name}": leaf for name, leaf in named_leaves(module).items()}

@@ -1,0 +1,49 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.calibrate import Inputs
+from moejax.formats import IntFormat, dense
+from moejax.transforms.rounding import round_weight, rounding_error
+
+SHAPE = (2, 5, 64)
+
+
+def problem(correlated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Inputs]:
+    """A weight, the Hessian of its input in float64, output weights, and what calibration would say."""
+    random = np.random.RandomState(0)
+    x_TI = random.normal(size=(200, SHAPE[-1])) @ random.normal(size=(SHAPE[-1], SHAPE[-1]))
+    hessian = x_TI.T @ x_TI / len(x_TI)
+    if not correlated:
+        hessian = np.diag(np.diagonal(hessian))
+    inputs = Inputs(
+        jnp.asarray(np.diagonal(hessian), jnp.float32), jnp.asarray(hessian, jnp.float32) if correlated else None, 200.0
+    )
+    return random.normal(size=SHAPE), hessian, random.uniform(1, 2, size=SHAPE[:-1]), inputs
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_the_error_is_that_of_the_outputs(correlated: bool) -> None:
+    weight, hessian, output_weight, inputs = problem(correlated)
+    leaf = jnp.asarray(weight, jnp.float32)
+    rounded = round_weight(leaf, inputs, IntFormat(2, 32))
+    difference = weight - np.asarray(dense(rounded, jnp.dtype("float32")), np.float64)
+    expected = np.einsum("hoi,ij,hoj,ho->", difference, hessian, difference, output_weight)
+    found = rounding_error(leaf, rounded, inputs, jnp.asarray(output_weight, jnp.float32))
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_change_is_no_error() -> None:
+    weight, _, output_weight, inputs = problem(correlated=True)
+    leaf = jnp.asarray(weight, jnp.float32)
+    assert float(rounding_error(leaf, leaf, inputs, jnp.asarray(output_weight, jnp.float32))) == 0
+
+
+def test_with_a_hessian_errors_are_fed_back() -> None:
+    weight, _, output_weight, inputs = problem(correlated=True)
+    leaf, ones = jnp.asarray(weight, jnp.float32), jnp.asarray(output_weight, jnp.float32)
+    fed_back, alone = (
+        rounding_error(leaf, round_weight(leaf, own, IntFormat(2, 32)), inputs, ones)
+        for own in (inputs, inputs._replace(hessian=None))
+    )
+    assert fed_back < 0.8 * alone
