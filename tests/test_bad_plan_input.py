@@ -159,7 +159,7 @@ def test_an_unknown_recipe_lists_the_known_ones(small: Path, tmp_path: Path) -> 
     [
         (None, "cannot be read"),
         ("groups = ", "is not valid TOML"),
-        ("colour = 3", "'colour' is unknown in a recipe; its keys are criterion"),
+        ("colour = 3", "'colour' is unknown in a recipe; its keys are allocation"),
         ('criterion = "random"', "criterion is 'random'; one of frequency, paper"),
         ('formats = ["int9g128"]', "unknown format 'int9g128'"),
     ],

@@ -1,13 +1,14 @@
-"""Quality at equal bytes: the planned result against baselines of the same code, and against llama.cpp's figures.
+"""Quality at equal bytes: recipes beside each other and beside llama.cpp's figures, and baselines of the same code.
 
-usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE --output FOLDER [--llama-cpp TABLE.json]
+usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE --output FOLDER
+           [--recipes fast best paper] [--llama-cpp TABLE.json] [--types Q2_K IQ2_M] [--budgets 4x 6x]
 
-At every budget three plans are carried out with the same rounding: *planned* by `compress`; *uniform*, no pruning, the
-largest width that fits everywhere and the rest spent raising whole layers from layer 0; *frequency*, pruning by
-frequency at r = 0.75, then uniform. With llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), the planned result is
-measured at the bytes of each of its rows too. Everything is calibrated on one text and measured on the other; what was
-predicted before is shown beside it. One line of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are
-printed at the end.
+At every budget every recipe's plan is carried out as `compress` does it. With the recipe `fast` two plans that measure
+nothing come beside it at each of `--budgets`: *uniform*, no pruning, the largest width that fits everywhere, the rest
+spent raising whole layers from layer 0; *frequency*, pruning by frequency at r = 0.75, then uniform. With llama.cpp's
+table (rows of `type`, `bytes`, `kld_mean`), recipes are measured at the bytes of each of its rows too, or of `--types`.
+Everything is calibrated on one text and measured on the other; what was predicted before is shown beside it. One line
+of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.commands.common import read_recipe
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
@@ -44,23 +46,17 @@ BATCH = 8
 def main() -> None:
     options = arguments()
     options.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = job.require_original(open_checkpoint(options.checkpoint))
-    prepared, held_out = prepare(checkpoint, options)
-    states: list[np.ndarray] = []
-    evaluate(prepared.model, held_out, batch=BATCH, keep=states.append, progress=progress_bar)
-    base = Predictions(np.concatenate(states), prepared.model.head.get_value())
-    rows = []
+    texts = read_texts(options)
+    rows: list[dict[str, Any]] = []
     with (options.output / "rows.jsonl").open("w") as log:
-        for case in cases(prepared, options):
-            row: dict[str, Any] = {"method": case.method, "budget": case.label, "bytes": None}
-            if case.plan is not None:
-                row |= {"kld_predicted": case.predicted, **carry_out(prepared, case, held_out, base, options)}
+        for row in all_rows(texts, options):
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-    print_baselines(rows, options.budgets)
+    print_budgets(rows, options.budgets)
     if options.llama_cpp:
-        print_peer(rows, llama_cpp_rows(options))
+        for recipe in options.recipes:
+            print_peer(rows, recipe, llama_cpp_rows(options))
 
 
 def arguments() -> argparse.Namespace:
@@ -69,22 +65,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=["fast", "best", "paper"])
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--types", nargs="*")
     parser.add_argument("--calibration-chunks", type=int, default=256)
     parser.add_argument("--budgets", nargs="*", default=list(BUDGETS))
     return parser.parse_args()
 
 
-def prepare(checkpoint: Any, options: argparse.Namespace) -> tuple[job.Prepared, np.ndarray]:
-    """Everything measured on the calibration text, and the held-out chunks."""
-    tokenizer = load_tokenizer(checkpoint.path)
-    source, text = read_text(options.calibration), read_text(options.text)
+@dataclass(frozen=True)
+class Texts:
+    """Chunks to calibrate on, to try plans on, and to measure on."""
+
+    calibrated: np.ndarray
+    probed: np.ndarray
+    held_out: np.ndarray
+
+
+def read_texts(options: argparse.Namespace) -> Texts:
+    tokenizer = load_tokenizer(open_checkpoint(options.checkpoint).path)
     calibration, held_out = (
-        chunks(tokenizer.encode(t.content), bos_token_id=tokenizer.bos_token_id) for t in (source, text)
+        chunks(tokenizer.encode(read_text(file).content), bos_token_id=tokenizer.bos_token_id)
+        for file in (options.calibration, options.text)
     )
-    calibrated, probed = job.split_calibration(calibration, options.calibration_chunks, 8)
-    made = job.provenance(source, len(calibrated), Recipe())
-    return job.prepare(checkpoint, calibrated, probed, Recipe(), made, progress_bar), held_out
+    return Texts(*job.split_calibration(calibration, options.calibration_chunks, 8), held_out)
 
 
 @dataclass(frozen=True)
@@ -98,34 +102,57 @@ class Case:
     predicted: float | None
 
 
-def cases(prepared: job.Prepared, options: argparse.Namespace) -> Iterator[Case]:
-    """Every budget with every method, then llama.cpp's sizes."""
-    elements, config = prepared.checkpoint.num_elements, prepared.model.config
+def all_rows(texts: Texts, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every recipe at every budget."""
+    checkpoint = job.require_original(open_checkpoint(options.checkpoint))
+    base: Predictions | None = None
+    for recipe in options.recipes:
+        prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, read_recipe(recipe), {}, progress_bar)
+        base = base or predictions(prepared, texts.held_out)
+        for case in cases(recipe, prepared, options):
+            row: dict[str, Any] = {"method": case.method, "budget": case.label, "bytes": None}
+            if case.plan is not None:
+                row |= {"kld_predicted": case.predicted, **carry_out(prepared, case, texts.held_out, base, options)}
+            yield row
+
+
+def predictions(prepared: job.Prepared, held_out: np.ndarray) -> Predictions:
+    """The original's."""
+    states: list[np.ndarray] = []
+    original = prepared.origin.original
+    evaluate(original, held_out, batch=BATCH, keep=states.append, progress=progress_bar)
+    return Predictions(np.concatenate(states), original.head.get_value())
+
+
+def cases(recipe: str, prepared: job.Prepared, options: argparse.Namespace) -> Iterator[Case]:
+    """Every budget, with baselines beside the recipe `fast`, then llama.cpp's sizes."""
+    budgets = [(label, parse_budget(label, prepared.checkpoint.num_elements)) for label in options.budgets]
+    for label, budget in budgets:
+        yield planned_case(recipe, prepared, label, budget)
+    if recipe == "fast" and budgets:
+        yield from baselines(prepared, budgets)
+    for row in llama_cpp_rows(options) if options.llama_cpp else []:
+        yield planned_case(recipe, prepared, row["type"], row["bytes"])
+
+
+def baselines(prepared: job.Prepared, budgets: list[tuple[str, int]]) -> Iterator[Case]:
+    config = prepared.model.config
     by_frequency = measure_pruning(prepared.trial, FREQUENCY, progress_bar)
     pruned_first = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
-    baselines = {
-        "uniform": (prepared, all_experts(prepared.costs)),
-        "frequency": (
-            pruned_first,
-            {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned_first.costs.experts.items()},
-        ),
-    }
-    for label in options.budgets:
-        budget = parse_budget(label, elements)
-        yield planned_case(prepared, label, budget)
-        for method, (costs_of, kept) in baselines.items():
+    most = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned_first.costs.experts.items()}
+    kept_by = {"uniform": (prepared, all_experts(prepared.costs)), "frequency": (pruned_first, most)}
+    for label, budget in budgets:
+        for method, (costs_of, kept) in kept_by.items():
             plan = uniform_plan(costs_of.costs, config, kept, prepared.origin.size_of, budget)
             yield Case(method, label, budget, plan, None if plan is None else costs_of.predicted(plan))
-    for row in llama_cpp_rows(options) if options.llama_cpp else []:
-        yield planned_case(prepared, row["type"], row["bytes"])
 
 
-def planned_case(prepared: job.Prepared, label: str, budget: int) -> Case:
+def planned_case(recipe: str, prepared: job.Prepared, label: str, budget: int) -> Case:
     try:
         planned = job.plan_within(prepared, budget, progress_bar)
     except InputError:
-        return Case("planned", label, budget, None, None)
-    return Case("planned", label, budget, planned.plan, planned.predicted)
+        return Case(recipe, label, budget, None, None)
+    return Case(recipe, label, budget, planned.plan, planned.predicted)
 
 
 def carry_out(
@@ -140,7 +167,7 @@ def carry_out(
     started = time.monotonic()
     folder = options.output / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    size = prepared.origin.write(case.plan, folder, case.budget)
+    size = prepared.origin.write(case.plan, folder, case.budget, rounder=prepared.trial.rounder)
     figures = evaluate(load_model(open_checkpoint(folder)), held_out, base, batch=BATCH, progress=progress_bar)
     kept = [len(block.keep) for block in case.plan.blocks if block.keep is not None]
     return {
@@ -158,16 +185,14 @@ def carry_out(
 def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The peer's rows without the original's."""
     rows: list[dict[str, Any]] = json.loads(options.llama_cpp.read_text())
-    return [row for row in rows if "kld_mean" in row]
+    return [row for row in rows if "kld_mean" in row and (not options.types or row["type"] in options.types)]
 
 
-def print_baselines(rows: list[dict[str, Any]], budgets: list[str]) -> None:
+def print_budgets(rows: list[dict[str, Any]], budgets: list[str]) -> None:
     """One line of Markdown per budget and method."""
     print("| budget | method | bytes | experts kept | perplexity | KL predicted | KL mean | KL 99.9 % | equal top-1 |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        if row["budget"] not in budgets:
-            continue
+    for row in sorted((own for own in rows if own["budget"] in budgets), key=lambda own: budgets.index(own["budget"])):
         if row["bytes"] is None:
             print(f"| {row['budget']} | {row['method']} | cannot be met | | | | | | |")
             continue
@@ -177,23 +202,24 @@ def print_baselines(rows: list[dict[str, Any]], budgets: list[str]) -> None:
         )
 
 
-def print_peer(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
-    """One line of Markdown per row of llama.cpp's table, beside the planned result at its bytes."""
-    planned = {row["budget"]: row for row in rows if row["method"] == "planned" and row["bytes"] is not None}
+def print_peer(rows: list[dict[str, Any]], recipe: str, peer: list[dict[str, Any]]) -> None:
+    """One line of Markdown per row of llama.cpp's table, beside a recipe's result at its bytes."""
+    ours_by_type = {row["budget"]: row for row in rows if row["method"] == recipe and row["bytes"] is not None}
     print(
-        "\n| llama.cpp's type | its bytes | its KL | moejax's bytes | predicted "
-        "| moejax's KL | ratio | its top-1 | our top-1 |"
+        f"\n| llama.cpp's type | its bytes | its KL | bytes of `{recipe}` | predicted | its KL | KL 99.9 % "
+        "| ln(PPL ratio) | ratio of KL | llama.cpp's top-1 | our top-1 |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for own in peer:
-        ours = planned.get(own["type"])
+        ours = ours_by_type.get(own["type"])
         if ours is None:
-            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | | |")
+            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | | | | |")
             continue
         print(
             f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} "
-            f"| {ours['kld_predicted']:.4f} | {ours['kld_mean']:.4f} "
-            f"| {ours['kld_mean'] / own['kld_mean']:.2f} | {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
+            f"| {ours['kld_predicted']:.4f} | {ours['kld_mean']:.4f} | {ours['kld_p999']:.3f} "
+            f"| {ours['ln_ppl_ratio']:.4f} | {ours['kld_mean'] / own['kld_mean']:.2f} "
+            f"| {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
         )
 
 
