@@ -45,7 +45,7 @@ def test_every_value_is_encoded_to_its_code(dtype: jax.typing.DTypeLike) -> None
     np.testing.assert_array_equal(codes, CODES)
 
 
-@given(st.lists(st.tuples(st.floats(1, 2, exclude_max=True, width=32), st.integers(-36, 2)), min_size=8, max_size=8))
+@given(st.lists(st.tuples(st.floats(1, 2, exclude_max=True, width=32), st.integers(-36, 5)), min_size=8, max_size=8))
 def test_rounds_to_the_nearest_value(parts: list[tuple[float, int]]) -> None:
     """In value, not in proportion, over the whole range and beyond both its ends."""
     scale = np.asarray([mantissa * 2.0**exponent for mantissa, exponent in parts], np.float32)
@@ -57,12 +57,12 @@ def test_midpoints_are_the_thresholds() -> None:
     """Between any two neighbours, the step across the middle is the step from one to the other."""
     middle = ((VALUES[:-1] + VALUES[1:]) / 2).astype(np.float32)
     np.testing.assert_array_equal(encode_e8(np.nextafter(middle, np.float32(0))), CODES[:-1])
-    np.testing.assert_array_equal(encode_e8(np.nextafter(middle, np.float32(4))), CODES[1:])
+    np.testing.assert_array_equal(encode_e8(np.nextafter(middle, np.float32(16))), CODES[1:])
 
 
 @pytest.mark.parametrize(
     ("scale", "value"),
-    [(0, 0), (-0.0, 0), (-1, 0), (1e-30, 0), (1e-45, 0), (1.9, LARGEST), (1e30, LARGEST), (np.inf, LARGEST)],
+    [(0, 0), (-0.0, 0), (-1, 0), (1e-30, 0), (1e-45, 0), (15.9, LARGEST), (1e30, LARGEST), (np.inf, LARGEST)],
 )
 def test_what_lies_outside_the_range_is_clamped(scale: float, value: float) -> None:
     assert float(as_stored(jnp.float32(scale), "e8")) == value
