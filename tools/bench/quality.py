@@ -3,10 +3,11 @@
 usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE --output FOLDER
            [--recipes fast best paper] [--llama-cpp TABLE.json] [--types Q2_K IQ2_M] [--budgets 4x 6x]
 
-At every budget every recipe's plan is carried out as `compress` does it. With the recipe `fast` two plans that measure
-nothing come beside it at each of `--budgets`: *uniform*, no pruning, the largest width that fits everywhere, the rest
-spent raising whole layers from layer 0; *frequency*, pruning by frequency at r = 0.75, then uniform. With llama.cpp's
-table (rows of `type`, `bytes`, `kld_mean`), recipes are measured at the bytes of each of its rows too, or of `--types`.
+At every budget every recipe's plan is carried out as `compress` does it; a recipe is a name or a file. With the recipe
+`fast` two plans that measure nothing come beside it: *uniform*, no pruning, the largest width that fits everywhere,
+the rest spent raising whole layers from layer 0; *frequency*, pruning by frequency at r = 0.75, then uniform. With
+llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), all are measured at the bytes of each of its rows too, or of
+`--types`.
 Everything is calibrated on one text and measured on the other; what was predicted before is shown beside it. One line
 of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
 """
@@ -55,8 +56,8 @@ def main() -> None:
             log.flush()
     print_budgets(rows, options.budgets)
     if options.llama_cpp:
-        for recipe in options.recipes:
-            print_peer(rows, recipe, llama_cpp_rows(options))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            print_peer(rows, method, llama_cpp_rows(options))
 
 
 def arguments() -> argparse.Namespace:
@@ -125,14 +126,13 @@ def predictions(prepared: job.Prepared, held_out: np.ndarray) -> Predictions:
 
 
 def cases(recipe: str, prepared: job.Prepared, options: argparse.Namespace) -> Iterator[Case]:
-    """Every budget, with baselines beside the recipe `fast`, then llama.cpp's sizes."""
+    """Every budget and every size of llama.cpp's, then baselines beside the recipe `fast`."""
     budgets = [(label, parse_budget(label, prepared.checkpoint.num_elements)) for label in options.budgets]
+    budgets += [(row["type"], row["bytes"]) for row in llama_cpp_rows(options)] if options.llama_cpp else []
     for label, budget in budgets:
         yield planned_case(recipe, prepared, label, budget)
-    if recipe == "fast" and budgets:
+    if recipe == "fast":
         yield from baselines(prepared, budgets)
-    for row in llama_cpp_rows(options) if options.llama_cpp else []:
-        yield planned_case(recipe, prepared, row["type"], row["bytes"])
 
 
 def baselines(prepared: job.Prepared, budgets: list[tuple[str, int]]) -> Iterator[Case]:
@@ -202,11 +202,11 @@ def print_budgets(rows: list[dict[str, Any]], budgets: list[str]) -> None:
         )
 
 
-def print_peer(rows: list[dict[str, Any]], recipe: str, peer: list[dict[str, Any]]) -> None:
-    """One line of Markdown per row of llama.cpp's table, beside a recipe's result at its bytes."""
-    ours_by_type = {row["budget"]: row for row in rows if row["method"] == recipe and row["bytes"] is not None}
+def print_peer(rows: list[dict[str, Any]], method: str, peer: list[dict[str, Any]]) -> None:
+    """One line of Markdown per row of llama.cpp's table, beside a method's result at its bytes."""
+    ours_by_type = {row["budget"]: row for row in rows if row["method"] == method and row["bytes"] is not None}
     print(
-        f"\n| llama.cpp's type | its bytes | its KL | bytes of `{recipe}` | predicted | its KL | KL 99.9 % "
+        f"\n| llama.cpp's type | its bytes | its KL | bytes of {method} | predicted | its KL | KL 99.9 % "
         "| ln(PPL ratio) | ratio of KL | llama.cpp's top-1 | our top-1 |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
