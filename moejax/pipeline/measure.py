@@ -9,7 +9,7 @@ KL divergence at one format, and sets the scale:
 MTP blocks, which the model's predictions do not depend on, take the scales of the last layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import Inputs
-from moejax.formats import ExpertWeights, GroupFormat, Leaf, dense
+from moejax.formats import ExpertWeights, GroupFormat, Leaf
 from moejax.kernels import hadamard
 from moejax.model import named_leaves
 from moejax.pipeline.options import block_name, moe_blocks, quantizable
@@ -29,8 +29,8 @@ from moejax.planning.allocate import block_and_name
 from moejax.planning.costs import Costs, ExpertMenu
 from moejax.progress import Progress
 from moejax.transforms.compress import embedding_inputs
-from moejax.transforms.compress_block import requantize, requantize_expert
-from moejax.transforms.rounding import rounding_error
+from moejax.transforms.compress_block import experts_together, requantize_experts, requantize_once
+from moejax.transforms.rounding import rounding_error, to_float32
 
 # The widths at which probes measure, near those that budgets lead to.
 _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
@@ -64,12 +64,12 @@ class _Measurement:
         inputs, output_weight = self._inputs(name, leaf)
 
         def rounded(to: GroupFormat) -> Leaf:
-            return self.trial.rounder(name, to.name, partial(requantize, leaf, inputs, to.name))
+            return requantize_once(self.trial.rounder, name, leaf, inputs, to.name)
 
         def divergence(to: GroupFormat) -> float:
-            return self._divergence(name, dense(rounded(to), jnp.float32))
+            return self._divergence(name, to_float32(rounded(to)))
 
-        error_F = self._errors(leaf, rounded, inputs, output_weight)
+        (error_F,) = self._errors([leaf], lambda to: [rounded(to)], [inputs], [output_weight])
         return self._scaled(name, error_F, _PROBE_BITS, divergence)
 
     def experts(self, index: int, projection: str) -> np.ndarray:
@@ -79,20 +79,23 @@ class _Measurement:
         assert isinstance(weights, ExpertWeights) and sums is not None
         output_EO = jnp.broadcast_to(sums.output_weight(projection, self._down_norm2(index)), weights.shape[:2])
 
-        def rounded(e: int, to: GroupFormat) -> Leaf:
-            afresh = partial(requantize_expert, weights, e, sums, projection, e, to.name)
-            return self.trial.rounder(f"{name}.{e}", to.name, afresh)
+        def rounded(members: Sequence[int], to: GroupFormat) -> list[Leaf]:
+            def afresh(some: Sequence[int]) -> list[Leaf]:
+                own = [members[k] for k in some]
+                return requantize_experts(weights, sums, projection, to.name, own, own)
+
+            return self.trial.rounder([f"{name}.{e}" for e in members], to.name, afresh)
 
         def divergence(to: GroupFormat) -> float:
-            each = [dense(rounded(e, to), jnp.float32) for e in range(weights.num_experts)]
+            each = [to_float32(leaf) for leaf in rounded(range(weights.num_experts), to)]
             return self._divergence(name, one_bucket(jnp.stack(each)))
 
-        error_EF = np.stack(
-            [
-                self._errors(weights.expert(e), partial(rounded, e), sums.inputs(projection, e), output_EO[e])
-                for e in range(weights.num_experts)
-            ]
-        )
+        def errors(members: Sequence[int]) -> np.ndarray:
+            leaves, inputs = [weights.expert(e) for e in members], [sums.inputs(projection, e) for e in members]
+            return self._errors(leaves, partial(rounded, members), inputs, [output_EO[e] for e in members])
+
+        every, together = range(weights.num_experts), experts_together(weights)
+        error_EF = np.concatenate([errors(every[e : e + together]) for e in every[::together]])
         total_F = self._scaled(name, error_EF.sum(axis=0), _EXPERT_PROBE_BITS, divergence)
         share_EF = error_EF / np.maximum(error_EF.sum(axis=0), 1e-300)
         return np.concatenate([share_EF * total_F[:-1], np.zeros((weights.num_experts, 1))], axis=1)
@@ -108,20 +111,26 @@ class _Measurement:
         return statistics.blocks[block].inputs(own), ones
 
     def _errors(
-        self, leaf: Leaf, rounded: Callable[[GroupFormat], Leaf], inputs: Inputs, output_weight: jax.Array
+        self,
+        leaves: Sequence[Leaf],
+        rounded: Callable[[GroupFormat], list[Leaf]],
+        inputs: Sequence[Inputs],
+        output_weights: Sequence[jax.Array],
     ) -> np.ndarray:
-        """Error of a weight at every candidate format, (F,); infinite where a format does not fit."""
-        errors = [
-            rounding_error(leaf, rounded(to), inputs, output_weight) if to.fits(leaf.shape[-1]) else np.inf
-            for to in self.recipe.formats
-        ]
-        return np.asarray(errors, np.float64)
+        """Errors of weights of one shape at every candidate format, (B, F); infinite where a format does not fit."""
+        dense_B = [to_float32(leaf) for leaf in leaves]
+        error_BF = np.full((len(leaves), len(self.recipe.formats)), np.inf)
+        for f, to in enumerate(self.recipe.formats):
+            if to.fits(leaves[0].shape[-1]):
+                cases = zip(dense_B, map(to_float32, rounded(to)), inputs, output_weights, strict=True)
+                error_BF[:, f] = [rounding_error(*case) for case in cases]
+        return error_BF
 
     def _down_norm2(self, index: int) -> jax.Array:
         """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
         down = self.leaves[f"{block_name(self.trial.model, index)}.mlp.experts.down"]
         assert isinstance(down, ExpertWeights)
-        each = (dense(down.expert(e), jnp.float32) for e in range(down.num_experts))
+        each = (to_float32(down.expert(e)) for e in range(down.num_experts))
         if self.trial.model.config.down_input_transform:
             each = (hadamard(w_DF, inverse=True) for w_DF in each)
         return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])

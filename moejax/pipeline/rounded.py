@@ -1,6 +1,6 @@
 """What has been rounded so far: plans that agree on a matrix and its format share the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moejax.formats import Leaf, payload_bytes
 
@@ -18,13 +18,16 @@ class RoundedWeights:
         self._known: dict[tuple[str, str], Leaf] = {}
         self._bytes_left = max_bytes
 
-    def __call__(self, name: str, target: str, rounded: Callable[[], Leaf]) -> Leaf:
-        known = self._known.get((name, target))
-        if known is not None:
-            return known
-        leaf = rounded()
+    def __call__(self, names: Sequence[str], target: str, rounded: Callable[[Sequence[int]], list[Leaf]]) -> list[Leaf]:
+        unknown = [i for i, name in enumerate(names) if (name, target) not in self._known]
+        new = dict(zip(unknown, rounded(unknown), strict=True)) if unknown else {}
+        leaves = [new[i] if i in new else self._known[name, target] for i, name in enumerate(names)]
+        for i, leaf in new.items():
+            self._remember(names[i], target, leaf)
+        return leaves
+
+    def _remember(self, name: str, target: str, leaf: Leaf) -> None:
         size = payload_bytes(leaf)
         if size <= self._bytes_left:
             self._known[name, target] = leaf
             self._bytes_left -= size
-        return leaf

@@ -19,7 +19,7 @@ from moejax.transforms.compress_block import (
     compress_block,
     compress_mtp,
     only_survivors,
-    requantize,
+    requantize_once,
     within,
 )
 
@@ -109,8 +109,7 @@ class _Followed:
 
 def _compressed(model: DeepseekV3, plan: Plan, source: _Source, rounder: Rounder, progress: Progress) -> DeepseekV3:
     leaves, layers = {"norm": model.norm.get_value()}, len(model.layers)
-    embed = partial(requantize, model.embed.get_value(), embedding_inputs(model), plan.embed)
-    leaves["embed"] = rounder("embed", plan.embed, embed)
+    leaves["embed"] = requantize_once(rounder, "embed", model.embed.get_value(), embedding_inputs(model), plan.embed)
     source = source.behind_embedding(leaves["embed"])
     experts_per_token = []
     for i, block_plan in progress(list(enumerate(plan.blocks)), "compressing"):
@@ -128,8 +127,7 @@ def _compressed(model: DeepseekV3, plan: Plan, source: _Source, rounder: Rounder
             source = source.behind_block(compressed)
         leaves |= {f"{name}.{own}": leaf for own, leaf in named_leaves(compressed).items()}
         experts_per_token.append(compressed.experts_per_token)
-    head = partial(requantize, model.head.get_value(), source.head_inputs(), plan.head)
-    leaves["head"] = rounder("head", plan.head, head)
+    leaves["head"] = requantize_once(rounder, "head", model.head.get_value(), source.head_inputs(), plan.head)
     return DeepseekV3(model.config, leaves.__getitem__, experts_per_token)
 
 

@@ -12,7 +12,6 @@ from moejax.errors import InputError
 from moejax.formats import (
     ExpertWeights,
     Leaf,
-    dense,
     experts_in_buckets,
     format_name,
     parse_group_format,
@@ -25,19 +24,22 @@ from moejax.model.moe import MoE
 from moejax.planning import KEEP, BlockPlan
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import masked_bias, prune
-from moejax.transforms.rounding import round_weight
+from moejax.transforms.rounding import round_weight, to_float32
 
 # The inputs of one projection of the expert whose number is `e`.
 InputsOf = Callable[..., Inputs]
 
-# Gives the matrix of a name in a format of a name; the last argument rounds it, should it not be known already. Experts
-# are numbered as in the original.
-Rounder = Callable[[str, str, Callable[[], Leaf]], Leaf]
+# Gives matrices of one shape, by their names, in the format of a name. The last argument rounds those at some positions
+# of the list, should they not be known already. Experts are numbered as in the original.
+Rounder = Callable[[Sequence[str], str, Callable[[Sequence[int]], list[Leaf]]], list[Leaf]]
+
+# How many experts are rounded together, at most, and in how many bytes of weights and Hessians.
+_EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
 
 
-def afresh(name: str, target: str, rounded: Callable[[], Leaf]) -> Leaf:
+def afresh(names: Sequence[str], target: str, rounded: Callable[[Sequence[int]], list[Leaf]]) -> list[Leaf]:
     """The rounder that knows nothing yet."""
-    return rounded()
+    return rounded(range(len(names)))
 
 
 def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder = afresh) -> Block:
@@ -50,7 +52,7 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics, r
         if name not in statistics.input2:
             raise InputError(f"the plan gives a format to {name!r}, which is no matrix of its block")
         if name in leaves:  # an MTP block's eh_proj lies outside its decoder block
-            leaves[name] = rounder(name, target, partial(requantize, leaves[name], statistics.inputs(name), target))
+            leaves[name] = requantize_once(rounder, name, leaves[name], statistics.inputs(name), target)
     for projection, formats in plan.experts.items():
         name = f"mlp.experts.{projection}"
         leaves[name] = _quantize_experts(
@@ -64,8 +66,8 @@ def compress_mtp(mtp: MtpBlock, plan: BlockPlan, statistics: BlockStatistics, ro
     """The leaves of an MTP block that lie outside its decoder block."""
     leaves = {name: leaf for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
     target = plan.formats.get("eh_proj", KEEP)
-    rounded = partial(requantize, leaves["eh_proj"], statistics.inputs("eh_proj"), target)
-    return leaves | {"eh_proj": rounder("eh_proj", target, rounded)}
+    inputs = statistics.inputs("eh_proj")
+    return leaves | {"eh_proj": requantize_once(rounder, "eh_proj", leaves["eh_proj"], inputs, target)}
 
 
 def only_survivors(block: Block, plan: BlockPlan) -> Block:
@@ -83,14 +85,42 @@ def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:
         return leaf
-    return round_weight(_float32(leaf), inputs, parse_group_format(target))
+    return round_weight(to_float32(leaf), inputs, parse_group_format(target))
 
 
-def requantize_expert(
-    weights: ExpertWeights, e: int, experts: ExpertStatistics, projection: str, original: int, target: str
-) -> Leaf:
-    """The matrix of expert `e`, whose number in the original was `original`, in the format named `target`."""
-    return requantize(weights.expert(e), _expert_inputs(experts, jnp.asarray(original), projection), target)
+def requantize_once(rounder: Rounder, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+    """`requantize`, unless the rounder knows the result."""
+    (rounded,) = rounder([name], target, lambda _: [requantize(leaf, inputs, target)])
+    return rounded
+
+
+def requantize_experts(
+    weights: ExpertWeights,
+    experts: ExpertStatistics,
+    projection: str,
+    target: str,
+    members: Sequence[int] | np.ndarray,
+    originals: Sequence[int] | np.ndarray,
+) -> list[Leaf]:
+    """The matrices of the experts `members`, whose numbers in the original were `originals`, in the format named
+    `target`. Several are rounded together; the last of them beside some that were rounded already, so that the number
+    of experts compiles nothing anew."""
+    if target == KEEP:
+        return [weights.expert(e) for e in members]
+    rounded_together = jax.vmap(partial(round_weight, to=parse_group_format(target)))
+    together, leaves = experts_together(weights), []
+    for start in range(0, len(members), together):
+        some, original = (np.resize(list(e)[start : start + together], together) for e in (members, originals))
+        rounded = jax.device_get(rounded_together(*_matrices_and_inputs(weights, experts, some, original, projection)))
+        own = range(min(together, len(members) - start))
+        leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in own]
+    return leaves
+
+
+def experts_together(weights: ExpertWeights) -> int:
+    """How many of a layer's experts are rounded together."""
+    _, outputs, inputs = weights.shape
+    return max(1, min(_EXPERTS_TOGETHER, _BYTES_TOGETHER // (4 * inputs * (outputs + inputs))))
 
 
 def _quantize_experts(
@@ -109,15 +139,17 @@ def _quantize_experts(
     targets = [formats[members[0]] for members in members_of]
     keep, experts = np.asarray(plan.keep), statistics.experts
     if isinstance(weights.index_E, jax.core.Tracer):
-        inputs_of = partial(_expert_inputs, experts, projection=projection)
+        inputs_of = partial(experts.inputs, projection)
         buckets = _round_each_traced(weights, inputs_of, keep, members_of, targets)
         return experts_in_buckets(buckets, members_of)
     buckets = []
     for members, target in zip(members_of, targets, strict=True):
-        each = [
-            rounder(str(keep[e]), target, partial(requantize_expert, weights, e, experts, projection, keep[e], target))
-            for e in members.tolist()
-        ]
+
+        def rounded(some: Sequence[int], members: np.ndarray = members, target: str = target) -> list[Leaf]:
+            own = members[list(some)]
+            return requantize_experts(weights, experts, projection, target, own, keep[own])
+
+        each = rounder([str(e) for e in keep[members]], target, rounded)
         buckets.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *each))
     return experts_in_buckets(buckets, members_of)
 
@@ -143,16 +175,22 @@ def _round_each_traced(
     return buckets
 
 
-_float32 = jax.jit(partial(dense, dtype=jnp.float32))
 # For traces, which then see every shape and format once.
 _requantize = partial(jax.jit, static_argnames="target")(requantize)
 
 
-def within(rounder: Rounder, prefix: str, name: str, target: str, rounded: Callable[[], Leaf]) -> Leaf:
+def within(
+    rounder: Rounder, prefix: str, names: Sequence[str], target: str, rounded: Callable[[Sequence[int]], list[Leaf]]
+) -> list[Leaf]:
     """The same rounder for names within a part of the model."""
-    return rounder(f"{prefix}.{name}", target, rounded)
+    return rounder([f"{prefix}.{name}" for name in names], target, rounded)
 
 
 @partial(jax.jit, static_argnames="projection")
-def _expert_inputs(experts: ExpertStatistics, e: jax.Array, projection: str) -> Inputs:
-    return experts.inputs(projection, e)
+def _matrices_and_inputs(
+    weights: ExpertWeights, experts: ExpertStatistics, member_B: jax.Array, original_B: jax.Array, projection: str
+) -> tuple[jax.Array, Inputs]:
+    """Matrices (B, O, I) of some experts of an original, and their inputs."""
+    (bucket,) = weights.buckets
+    matrices = jax.tree.map(lambda a: a[weights.index_E[member_B]], bucket)
+    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(original_B)

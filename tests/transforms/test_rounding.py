@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import Inputs
-from moejax.formats import IntFormat, dense
-from moejax.transforms.rounding import round_weight, rounding_error
+from moejax.formats import IntFormat
+from moejax.transforms.rounding import round_weight, rounding_error, to_float32
 
 SHAPE = (2, 5, 64)
 
@@ -26,8 +26,8 @@ def problem(correlated: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, Input
 def test_the_error_is_that_of_the_outputs(correlated: bool) -> None:
     weight, hessian, output_weight, inputs = problem(correlated)
     leaf = jnp.asarray(weight, jnp.float32)
-    rounded = round_weight(leaf, inputs, IntFormat(2, 32))
-    difference = weight - np.asarray(dense(rounded, jnp.dtype("float32")), np.float64)
+    rounded = to_float32(round_weight(leaf, inputs, IntFormat(2, 32)))
+    difference = weight - np.asarray(rounded, np.float64)
     expected = np.einsum("hoi,ij,hoj,ho->", difference, hessian, difference, output_weight)
     found = rounding_error(leaf, rounded, inputs, jnp.asarray(output_weight, jnp.float32))
     assert float(found) == pytest.approx(expected, rel=1e-4)
@@ -43,7 +43,7 @@ def test_with_a_hessian_errors_are_fed_back() -> None:
     weight, _, output_weight, inputs = problem(correlated=True)
     leaf, ones = jnp.asarray(weight, jnp.float32), jnp.asarray(output_weight, jnp.float32)
     fed_back, alone = (
-        rounding_error(leaf, round_weight(leaf, own, IntFormat(2, 32)), inputs, ones)
+        rounding_error(leaf, to_float32(round_weight(leaf, own, IntFormat(2, 32))), inputs, ones)
         for own in (inputs, inputs._replace(hessian=None))
     )
     assert fed_back < 0.8 * alone
