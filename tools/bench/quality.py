@@ -1,6 +1,6 @@
 """Quality at equal bytes: recipes beside each other and beside llama.cpp's figures, and baselines of the same code.
 
-usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --text FILE --output FOLDER
+usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --output FOLDER [--text FILE]
            [--recipes fast best paper] [--llama-cpp TABLE.json] [--types Q2_K IQ2_M] [--budgets 4x 6x]
 
 At every budget every recipe's plan is carried out as `compress` does it; a recipe is a name or a file. With the recipe
@@ -8,8 +8,9 @@ At every budget every recipe's plan is carried out as `compress` does it; a reci
 the rest spent raising whole layers from layer 0; *frequency*, pruning by frequency at r = 0.75, then uniform. With
 llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), all are measured at the bytes of each of its rows too, or of
 `--types`.
-Everything is calibrated on one text and measured on the other; what was predicted before is shown beside it. One line
-of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
+Everything is calibrated on one text and measured on the other; without `--text`, on 40 chunks of the first that
+calibration leaves out: what choices are made on. What was predicted before is shown beside it. One line of JSON per row
+goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
 """
 
 import argparse
@@ -42,6 +43,8 @@ from moejax.tokenizer import load_tokenizer
 FREQUENCY = Recipe(criterion="frequency", share_kept=0.75)
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 BATCH = 8
+# Chunks of the calibration text to measure on where there is no other text.
+LEFT_OUT = 40
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=["fast", "best", "paper"])
     parser.add_argument("--llama-cpp", type=Path)
@@ -85,10 +88,16 @@ class Texts:
 
 def read_texts(options: argparse.Namespace) -> Texts:
     tokenizer = load_tokenizer(open_checkpoint(options.checkpoint).path)
-    calibration, held_out = (
-        chunks(tokenizer.encode(read_text(file).content), bos_token_id=tokenizer.bos_token_id)
-        for file in (options.calibration, options.text)
-    )
+
+    def chunks_of(file: Path) -> np.ndarray:
+        return chunks(tokenizer.encode(read_text(file).content), bos_token_id=tokenizer.bos_token_id)
+
+    calibration = chunks_of(options.calibration)
+    if options.text:
+        held_out = chunks_of(options.text)
+    else:
+        left_out = np.linspace(3, len(calibration) - 4, LEFT_OUT).astype(int)
+        held_out, calibration = calibration[left_out], np.delete(calibration, left_out, axis=0)
     return Texts(*job.split_calibration(calibration, options.calibration_chunks, 8), held_out)
 
 
