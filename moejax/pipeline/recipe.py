@@ -29,7 +29,7 @@ class Recipe:
     rotation: whether the model is rotated first, at every site that costs nothing at run time; down_rotation: whether
     the inputs of `down` are too, which costs a little.
     allocation: "solve" finds the formats of least predicted loss, weight by weight and expert by expert; "raise" gives
-    all tensors one and raises the most sensitive, as the paper does.
+    all tensors one and raises the most sensitive, as the paper does; it needs share_kept.
     sequential: whether every block is calibrated on what the compressed blocks before it put out, when the plan that
     was chosen is carried out.
     experts_per_token: "measured" tries several K'; "paper" takes round(r K) with the share r kept; or K' itself.
@@ -78,6 +78,11 @@ def recipe_from_toml(raw: Mapping[str, Any], source: str) -> Recipe:
     recipe = Recipe(**values)
     if recipe.down_rotation and not recipe.rotation:
         raise InputError(f"{source}: down_rotation is true and rotation is not; both, or rotation alone, are accepted")
+    if recipe.allocation == "raise" and recipe.share_kept is None:
+        raise InputError(
+            f"{source}: allocation is 'raise', which prunes as share_kept says, and that is missing; a share above 0, "
+            "at most 1, is accepted"
+        )
     return recipe
 
 

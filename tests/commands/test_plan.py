@@ -16,6 +16,7 @@ from moejax.model import named_leaves
 from moejax.model.moe import MoE
 from moejax.planning import Method, Plan
 from moejax.planning.plan import from_json, to_json
+from moejax.resources import config_path
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ def options_of(small_scores: Path) -> list[object]:
 
 @pytest.fixture(
     scope="module",
-    params=[("fast", "512KB"), ("equal_groups", "515KB"), ("best", "520KB")],
-    ids=["fast", "equal_groups", "best"],
+    params=[("fast", "512KB"), ("equal_groups", "515KB"), ("rotated", "520KB")],
+    ids=["fast", "equal_groups", "rotated"],
 )
 def done(
     request: pytest.FixtureRequest,
@@ -52,6 +53,9 @@ def done(
 ) -> Done:
     recipe, budget = request.param
     folder = tmp_path_factory.mktemp(recipe)
+    if recipe == "rotated":
+        recipe = folder / "rotated.toml"
+        recipe.write_text(config_path("recipes", "best").read_text() + "rotation = true\n")
     plan, output = folder / "plan.toml", folder / "out"
     arguments = [small_fp8 / "config.json", "--budget", budget, "--recipe", recipe, *options_of(small_scores)]
     printed = run("plan", *arguments, "--memory", "8MB", "--output", plan, "--json", folder / "plan.json")
@@ -108,13 +112,13 @@ def test_what_was_carried_out_is_the_plan_in_the_file(done: Done) -> None:
 def test_something_was_pruned_and_ternary(done: Done) -> None:
     """Or the figures would be those of a plan that does not try much."""
     assert all(layer["experts_kept"] < 12 for layer in done.planned["layers"])
-    if "best" not in str(done.plan):  # whose estimated errors leave no place for ternary weights
+    if "rotated" not in str(done.plan):  # whose estimated errors leave no place for ternary weights
         assert done.bytes_by_part["padding"] > 0
 
 
 def test_the_plan_says_how_its_recipe_rounds(done: Done) -> None:
     method, config = from_json(read_toml(done.plan)).method, open_checkpoint(done.output).raw_config
-    if "best" in str(done.plan):
+    if "rotated" in str(done.plan):
         assert method == Method(error_feedback=True, rotation=True)
         assert config["residual_rotation"] == "hadamard" and "down_input_transform" not in config
     else:

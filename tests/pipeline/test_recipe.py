@@ -32,7 +32,7 @@ def test_the_other_recipes() -> None:
         min_bits_block=1,
     )
     best = read_recipe("best")
-    assert best == Recipe(best.formats, error_feedback=True, rotation=True)
+    assert best == Recipe(best.formats, error_feedback=True)
     assert [own.scale_kind for own in best.formats] == ["e8"] * 5 + ["bf16"] * 4
 
 
@@ -46,6 +46,13 @@ def test_a_recipes_method_is_that_of_its_plans() -> None:
 def test_inputs_of_down_are_rotated_only_in_a_rotated_model() -> None:
     with pytest.raises(InputError, match=r"^own.toml: down_rotation is true and rotation is not; both, or"):
         recipe_from_toml({"down_rotation": True}, "own.toml")
+
+
+def test_raising_needs_a_share_to_keep() -> None:
+    """Else as many experts would be pruned as may be."""
+    with pytest.raises(InputError, match=r"^own.toml: allocation is 'raise', which prunes as share_kept says, and"):
+        recipe_from_toml({"allocation": "raise"}, "own.toml")
+    assert recipe_from_toml({"allocation": "raise", "share_kept": 1.0}, "own.toml").allocation == "raise"
 
 
 def test_formats_are_ordered_by_bits_and_each_is_there_once() -> None:

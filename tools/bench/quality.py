@@ -6,8 +6,8 @@ usage: python tools/bench/quality.py CHECKPOINT --calibration FILE --output FOLD
 At every budget every recipe's plan is carried out as `compress` does it; a recipe is a name or a file. With the recipe
 `fast` two plans that measure nothing come beside it: *uniform*, no pruning, the largest width that fits everywhere,
 the rest spent raising whole layers from layer 0; *frequency*, pruning by frequency at r = 0.75, then uniform. With
-llama.cpp's table (rows of `type`, `bytes`, `kld_mean`), all are measured at the bytes of each of its rows too, or of
-`--types`.
+llama.cpp's table (rows of `type`, `bytes`, `kld_mean`, `kld_999`, `ln_ppl_ratio`, `same_top`), all are measured at the
+bytes of each of its rows too, or of `--types`.
 Everything is calibrated on one text and measured on the other; without `--text`, on 40 chunks of the first that
 calibration leaves out: what choices are made on. What was predicted before is shown beside it. One line of JSON per row
 goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
@@ -57,10 +57,7 @@ def main() -> None:
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-    print_budgets(rows, options.budgets)
-    if options.llama_cpp:
-        for method in dict.fromkeys(row["method"] for row in rows):
-            print_peer(rows, method, llama_cpp_rows(options))
+    print_tables(rows, llama_cpp_rows(options) if options.llama_cpp else [])
 
 
 def arguments() -> argparse.Namespace:
@@ -197,39 +194,42 @@ def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row for row in rows if "kld_mean" in row and (not options.types or row["type"] in options.types)]
 
 
-def print_budgets(rows: list[dict[str, Any]], budgets: list[str]) -> None:
-    """One line of Markdown per budget and method."""
-    print("| budget | method | bytes | experts kept | perplexity | KL predicted | KL mean | KL 99.9 % | equal top-1 |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in sorted((own for own in rows if own["budget"] in budgets), key=lambda own: budgets.index(own["budget"])):
-        if row["bytes"] is None:
-            print(f"| {row['budget']} | {row['method']} | cannot be met | | | | | | |")
-            continue
+COLUMNS = (
+    "size", "method", "bytes", "experts kept", "KL predicted", "KL mean", "of llama.cpp's", "KL 99.9 %", "ln(PPL ratio)",
+    "equal top-1",
+)  # fmt: skip
+HEADER = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+
+
+def print_tables(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
+    """One line of Markdown per size and method: llama.cpp's sizes and itself first, then budgets."""
+    print(HEADER)
+    for theirs in peer:
+        label, best = theirs["type"], theirs["kld_mean"]
         print(
-            f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {row['experts']} | {row['ppl']:.3f} "
-            f"| {row['kld_predicted']:.4f} | {row['kld_mean']:.4f} | {row['kld_p999']:.3f} | {row['same_top1']:.1f} % |"
+            f"| {label} | llama.cpp | {theirs['bytes']:,} | | | {best:.4f} | | {theirs['kld_999']:.3f} "
+            f"| {theirs['ln_ppl_ratio']:.4f} | {theirs['same_top']:.1f} % |"
         )
+        for own in rows:
+            if own["budget"] == label:
+                print(line(own, best))
+    print(HEADER)
+    sizes = {theirs["type"] for theirs in peer}
+    for label in dict.fromkeys(own["budget"] for own in rows if own["budget"] not in sizes):
+        for own in rows:
+            if own["budget"] == label:
+                print(line(own, None))
 
 
-def print_peer(rows: list[dict[str, Any]], method: str, peer: list[dict[str, Any]]) -> None:
-    """One line of Markdown per row of llama.cpp's table, beside a method's result at its bytes."""
-    ours_by_type = {row["budget"]: row for row in rows if row["method"] == method and row["bytes"] is not None}
-    print(
-        f"\n| llama.cpp's type | its bytes | its KL | bytes of {method} | predicted | its KL | KL 99.9 % "
-        "| ln(PPL ratio) | ratio of KL | llama.cpp's top-1 | our top-1 |"
+def line(row: dict[str, Any], peers_divergence: float | None) -> str:
+    if row["bytes"] is None:
+        return f"| {row['budget']} | {row['method']} | cannot be met | | | | | | | |"
+    ratio = "" if peers_divergence is None else f"{row['kld_mean'] / peers_divergence:.2f}"
+    return (
+        f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {row['experts']} | {row['kld_predicted']:.4f} "
+        f"| {row['kld_mean']:.4f} | {ratio} | {row['kld_p999']:.3f} | {row['ln_ppl_ratio']:.4f} "
+        f"| {row['same_top1']:.1f} % |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for own in peer:
-        ours = ours_by_type.get(own["type"])
-        if ours is None:
-            print(f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | cannot be met | | | | | | | |")
-            continue
-        print(
-            f"| {own['type']} | {own['bytes']:,} | {own['kld_mean']:.4f} | {ours['bytes']:,} "
-            f"| {ours['kld_predicted']:.4f} | {ours['kld_mean']:.4f} | {ours['kld_p999']:.3f} "
-            f"| {ours['ln_ppl_ratio']:.4f} | {ours['kld_mean'] / own['kld_mean']:.2f} "
-            f"| {own['same_top']:.1f} % | {ours['same_top1']:.1f} % |"
-        )
 
 
 if __name__ == "__main__":
