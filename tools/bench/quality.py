@@ -195,8 +195,8 @@ def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 COLUMNS = (
-    "size", "method", "bytes", "experts kept", "KL predicted", "KL mean", "of llama.cpp's", "KL 99.9 %", "ln(PPL ratio)",
-    "equal top-1",
+    "size", "method", "bytes", "experts kept", "KL predicted", "KL mean", "of llama.cpp's", "KL 99.9 %",
+    "ln(PPL ratio)", "equal top-1",
 )  # fmt: skip
 HEADER = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
