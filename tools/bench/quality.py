@@ -205,14 +205,14 @@ def print_tables(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None
     """One line of Markdown per size and method: llama.cpp's sizes and itself first, then budgets."""
     print(HEADER)
     for theirs in peer:
-        label, best = theirs["type"], theirs["kld_mean"]
+        label, divergence = theirs["type"], theirs["kld_mean"]
         print(
-            f"| {label} | llama.cpp | {theirs['bytes']:,} | | | {best:.4f} | | {theirs['kld_999']:.3f} "
+            f"| {label} | llama.cpp | {theirs['bytes']:,} | | | {divergence:.4f} | | {theirs['kld_999']:.3f} "
             f"| {theirs['ln_ppl_ratio']:.4f} | {theirs['same_top']:.1f} % |"
         )
         for own in rows:
             if own["budget"] == label:
-                print(line(own, best))
+                print(line(own, divergence))
     print(HEADER)
     sizes = {theirs["type"] for theirs in peer}
     for label in dict.fromkeys(own["budget"] for own in rows if own["budget"] not in sizes):
