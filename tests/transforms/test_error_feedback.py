@@ -128,6 +128,18 @@ def test_every_width_is_one_compilation(kind: ScaleKind) -> None:
     assert errors == sorted(errors, reverse=True)
 
 
+def test_many_rows_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of two heads and 2 * 12 rows, in parts of 10 at most, which 24 does not divide by."""
+    weight_OI, hessian_II = problem(4)
+    weight, hessian = jnp.asarray(weight_OI.reshape(2, -1, INPUTS), jnp.float32), jnp.asarray(hessian_II, jnp.float32)
+    whole = module.quantize_with_feedback(weight, hessian, IntFormat(3, GROUP))
+    monkeypatch.setattr(module, "MOST_ROWS", 10)
+    parts = module.quantize_with_feedback(weight, hessian, IntFormat(3, GROUP))
+    assert parts.shape == whole.shape == weight.shape
+    same = np.asarray(dense(parts, jnp.dtype("float32"))) == np.asarray(dense(whole, jnp.dtype("float32")))
+    assert same.mean() > 0.99  # other sizes of matrices are summed in another order
+
+
 def error_of(weight_OI: Array, hessian_II: Array, to: GroupFormat) -> float:
     packed = module.quantize_with_feedback(
         jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian_II, jnp.float32), to, jnp.float32(0.03)
