@@ -16,7 +16,6 @@ from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
 from moejax.model.rope import Rotation
-from quick_jit import quick_jit
 from small_models import CHUNKS, CONFIG, small_model
 
 Array = NDArray[Any]
@@ -34,7 +33,7 @@ class Seen(NamedTuple):
     routing: Routing | None
 
 
-@quick_jit
+@jax.jit
 def observe(block: Block, x_BTD: jax.Array, by: Rotation) -> tuple[jax.Array, Taps, Routing | None]:
     taps: Taps = {}
     y_BTD = block(x_BTD, by, taps=taps)
@@ -97,7 +96,7 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
     """Everything in ExpertStatistics, one token and expert at a time."""
     assert seen_by.routing is not None
     experts = matrices_by_expert(seen_by.block)
-    fields = [field.name for field in dataclasses.fields(ExpertStatistics)]
+    fields = [field.name for field in dataclasses.fields(ExpertStatistics)][:-1]
     sums = {name: np.zeros([SIZES[axis] for axis in name.rsplit("_")[-1]]) for name in fields}
     experts_TK, weights_TK = map(np.asarray, seen_by.routing)
     inputs_TD = seen_by.inputs["mlp.router"].reshape(-1, SIZES["D"])

@@ -1,6 +1,6 @@
 """What calibration remembers: sums (and a peak) over tokens, from which scores and weights of errors are made."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -24,11 +24,12 @@ EXPERT_PRODUCTS_BYTES = 8 << 30
 
 class Inputs(NamedTuple):
     """What rounding asks of a weight's input x: second_moment E[x^2] (I,), hessian E[x x^T] (I, I) or None where it was
-    not collected, and over how many tokens."""
+    not collected, over how many tokens, and how many times the usual damping suits the hessian."""
 
     second_moment: jax.Array
     hessian: jax.Array | None = None
     tokens: jax.Array | float = 1.0
+    damping: jax.Array | float = 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +44,7 @@ class ExpertStatistics:
     peak_E is no sum but the largest |f_d| of any token and output d, 0 if no token chose the expert.
     Where Hessians are collected: x_EDD and hidden_EFF, g^2 times the outer products whose diagonals are x2_ED and
     hidden2_EF, None where they would take too many bytes; and x_DD and hidden_FF, their sums over all experts.
+    damping: by projection, where it was chosen.
     """
 
     count_E: jax.Array
@@ -59,6 +61,7 @@ class ExpertStatistics:
     hidden_EFF: jax.Array | None = None
     x_DD: jax.Array | None = None
     hidden_FF: jax.Array | None = None
+    damping: dict[str, jax.Array] = field(default_factory=dict)
 
     def merged(self, other: Self) -> Self:
         """The statistics of both batches' tokens."""
@@ -85,8 +88,13 @@ class ExpertStatistics:
         moment_I = jnp.take(self.input_second_moment(projection), e, axis=0)
         if self.x_DD is None:
             return Inputs(moment_I)
-        prior = PRIOR_TOKENS_PER_INPUT * moment_I.size
-        return Inputs(moment_I, self.input_hessian(projection, e), jnp.take(self.count_E, e) + prior)
+        tokens, damping = self.input_tokens(moment_I.size)[e], self.damping.get(projection, 1.0)
+        return Inputs(moment_I, self.input_hessian(projection, e), tokens, damping)
+
+    def input_tokens(self, inputs: int) -> jax.Array:
+        """Over how many tokens each expert's Hessian of so many inputs is, those that it takes from its layer's among
+        them, (E,)."""
+        return self.count_E + PRIOR_TOKENS_PER_INPUT * inputs
 
     def output_weight(self, projection: str, down_norm2_EF: jax.Array) -> jax.Array:
         """What a unit error at each output of the projection adds to the layer's output error, (E, O).
@@ -106,12 +114,14 @@ class BlockStatistics:
     """One block's sums: `input2` by weight's name (relative to the block), sum over tokens of x^2, (I,).
 
     Where Hessians are collected: `products`, sum over tokens of x x^T (I, I), by `input_name` of the weight's name.
+    damping: by weight's name, where it was chosen.
     """
 
     tokens: jax.Array
     input2: dict[str, jax.Array]
     experts: ExpertStatistics | None
     products: dict[str, jax.Array] | None = None
+    damping: dict[str, jax.Array] = field(default_factory=dict)
 
     def merged(self, other: Self) -> Self:
         """The statistics of both batches' tokens; both are of the same block."""
@@ -141,7 +151,7 @@ class BlockStatistics:
     def inputs(self, name: str) -> Inputs:
         """The input of the weight `name`."""
         hessian = None if self.products is None else self.input_hessian(name)
-        return Inputs(self.input_second_moment(name), hessian, self.tokens)
+        return Inputs(self.input_second_moment(name), hessian, self.tokens, self.damping.get(name, 1.0))
 
 
 @jax.tree_util.register_dataclass
@@ -154,6 +164,7 @@ class Statistics:
     head_input2: jax.Array
     count_C: jax.Array
     head_products: jax.Array | None = None
+    head_damping: jax.Array | float = 1.0
 
     def head_hessian(self) -> jax.Array:
         """E[x x^T] of the head's input, (D, D)."""
@@ -167,7 +178,7 @@ class Statistics:
     def head_inputs(self) -> Inputs:
         """The head's input."""
         hessian = None if self.head_products is None else self.head_hessian()
-        return Inputs(self.head_input2 / self.tokens, hessian, self.tokens)
+        return Inputs(self.head_input2 / self.tokens, hessian, self.tokens, self.head_damping)
 
 
 def expert_statistics(run: ExpertRun, num_experts: int, max_bytes: int | None = None) -> ExpertStatistics:

@@ -76,7 +76,7 @@ def run_compress(
     made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe if given is None else None, dropped)
     if given is not None:
         result = job.carry_out(
-            checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar
+            checkpoint, given, texts.calibrated, texts.probed, made, output, budget_bytes, texts.evaluated, progress_bar
         )
     else:
         prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, own_recipe, made, progress_bar)

@@ -180,7 +180,7 @@ def prepare(
     progress: Progress,
 ) -> Prepared:
     """Load, calibrate and measure."""
-    origin = read_origin(checkpoint, recipe.method, calibration, provenance, progress)
+    origin = read_origin(checkpoint, recipe.method, calibration, probed, provenance, progress)
     model = origin.model
     trial = Trial(model, probe(model, probed), origin.statistics)
     allowed = options(model, recipe)
@@ -226,13 +226,14 @@ def carry_out(
     checkpoint: HuggingFaceCheckpoint,
     plan: Plan,
     calibration: np.ndarray,
+    held_out: np.ndarray,
     provenance: dict[str, Any],
     output: Path,
     budget: int,
     evaluation: np.ndarray,
     progress: Progress,
 ) -> Result:
-    """A given plan: calibrate, write, read back, evaluate."""
-    origin = read_origin(checkpoint, plan.method, calibration, provenance, progress)
+    """A given plan: calibrate, write, read back, evaluate. `held_out` is what `prepare` calls `probed`."""
+    origin = read_origin(checkpoint, plan.method, calibration, held_out, provenance, progress)
     written = origin.write(plan, output, budget, progress)
     return Result(plan, written, evaluate_written(output, origin.original, evaluation, progress))

@@ -70,7 +70,7 @@ def quantize_with_feedback(
     if outputs <= MOST_ROWS:
         return round_rows(weight)
     rows = math.ceil(outputs / math.ceil(outputs / MOST_ROWS))
-    parts = [round_rows(own_OI) for own_OI in jnp.split(weight.reshape(-1, inputs), range(rows, outputs, rows))]
+    parts = [round_rows(own_OI) for own_OI in jnp.split(weight.reshape(-1, inputs), [*range(rows, outputs, rows)])]
     return jax.tree.map(lambda *own: jnp.concatenate(own).reshape(*outer, -1), *parts)
 
 

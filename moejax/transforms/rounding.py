@@ -19,7 +19,8 @@ def round_weight(weight: jax.Array, inputs: Inputs, to: GroupFormat) -> GroupedC
     """
     if inputs.hessian is None:
         return quantize(weight, inputs.second_moment, to)
-    return quantize_with_feedback(weight, inputs.hessian, to, damping_for(inputs.tokens, weight.shape[-1]))
+    damping = inputs.damping * damping_for(inputs.tokens, weight.shape[-1])
+    return quantize_with_feedback(weight, inputs.hessian, to, damping)
 
 
 @jax.jit

@@ -25,7 +25,6 @@ from moejax.transforms.prune import (
     pruning_order,
     super_experts,
 )
-from quick_jit import quick_jit
 from small_models import CONFIG, small_model
 
 Array = NDArray[Any]
@@ -35,7 +34,7 @@ GROUP = np.arange(E) // (E // G)
 seeds = st.integers(0, 2**32 - 1)
 
 
-@quick_jit
+@jax.jit
 def run(moe: MoE, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
     return moe(x_TD[None])[0], moe.route(x_TD)
 
@@ -60,12 +59,13 @@ def random_keep(random: np.random.RandomState, count: int) -> list[int]:
 
 def statistics_of(count_E: Array, random: np.random.RandomState) -> ExpertStatistics:
     """Sums over so many tokens per expert; those that scores do not look at are empty."""
-    sums: dict[str, Array] = {field.name: np.zeros(0) for field in dataclasses.fields(ExpertStatistics)}
+    sums: dict[str, Array] = {field.name: np.zeros(0) for field in dataclasses.fields(ExpertStatistics)[:-1]}
     sums["count_E"] = count_E
     sums["weight_E"] = count_E * random.uniform(0.1, 0.9, len(count_E))
     sums["weighted_norm_E"] = count_E * random.uniform(0.1, 9, len(count_E))
     sums["norm2_E"] = count_E * random.uniform(0.1, 9, len(count_E))
-    return ExpertStatistics(**{name: jnp.asarray(own, jnp.float32) for name, own in sums.items()})
+    arrays: dict[str, Any] = {name: jnp.asarray(own, jnp.float32) for name, own in sums.items()}
+    return ExpertStatistics(**arrays)
 
 
 def scores_by_hand(statistics: ExpertStatistics, criterion: str, alpha: float) -> list[float]:

@@ -4,6 +4,7 @@ import pytest
 
 from moejax.calibrate import Inputs
 from moejax.formats import IntFormat
+from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
 from moejax.transforms.rounding import round_weight, rounding_error, to_float32
 
 SHAPE = (2, 5, 64)
@@ -47,3 +48,13 @@ def test_with_a_hessian_errors_are_fed_back() -> None:
         for own in (inputs, inputs._replace(hessian=None))
     )
     assert fed_back < 0.8 * alone
+
+
+def test_damping_is_the_usual_one_times_the_inputs_own() -> None:
+    weight, _, _, inputs = problem(correlated=True)
+    leaf, to = jnp.asarray(weight, jnp.float32), IntFormat(2, 32)
+    assert inputs.hessian is not None
+    expected = quantize_with_feedback(leaf, inputs.hessian, to, 0.1 * damping_for(200.0, SHAPE[-1]))
+    found = round_weight(leaf, inputs._replace(damping=0.1), to)
+    assert np.array_equal(to_float32(found), to_float32(expected))
+    assert not np.array_equal(to_float32(found), to_float32(round_weight(leaf, inputs, to)))

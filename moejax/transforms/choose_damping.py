@@ -1,0 +1,112 @@
+"""How much error feedback damps Hessians of few tokens, chosen matrix by matrix on tokens that calibration left out.
+
+Inputs that lie in few directions want less damping than others. Where tokens are many that is worth nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
+from moejax.formats import ExpertWeights, Leaf, parse_group_format
+from moejax.model import DeepseekV3, named_leaves
+from moejax.model.leaves import Weight
+from moejax.planning.plan import PROJECTIONS
+from moejax.progress import Progress, silent
+from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
+from moejax.transforms.error_feedback import DAMPING, damping_for
+from moejax.transforms.rounding import rounding_error, to_float32
+
+# Multiples of `damping_for` that are tried.
+MULTIPLES = (0.1, 0.3, 1.0, 3.0)
+
+# Every matrix is rounded to two bits for this, in the largest of these groups that its rows fill.
+_FORMATS = ("int2g128", "int2g64", "int2g32")
+
+
+def choose_damping(
+    model: DeepseekV3, statistics: Statistics, held_out: Statistics, progress: Progress = silent
+) -> Statistics:
+    """The same `statistics` with the damping that loses least: of MULTIPLES the one whose rounded Q has the least
+    E|(W - Q) x|^2 over the tokens of `held_out`, matrix by matrix.
+
+    The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
+    statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that; so do those
+    that no two-bit format holds.
+    """
+    blocks = [named_leaves(layer) for layer in model.layers]
+    for mtp in model.mtp:
+        blocks.append({name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()})
+    cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
+    chosen = tuple(_of_block(*case) for case in progress(cases, "choosing damping"))
+    head = _of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
+    return replace(statistics, blocks=chosen, head_damping=1.0 if head is None else head)
+
+
+def _of_block(leaves: dict[str, Weight], sums: BlockStatistics, held_out: BlockStatistics) -> BlockStatistics:
+    """The block's statistics with damping chosen."""
+    matrices = [name for name in sums.input2 if not name.endswith("router")]
+    own = {name: _of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name)) for name in matrices}
+    experts = sums.experts
+    if experts is not None and held_out.experts is not None:
+        each = {
+            projection: _of_experts(leaves[f"mlp.experts.{projection}"], experts, held_out.experts, projection)
+            for projection in PROJECTIONS
+        }
+        experts = replace(experts, damping=_known(each))
+    return replace(sums, damping=_known(own), experts=experts)
+
+
+def _of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> jax.Array | None:
+    if not _are_few(inputs.tokens, leaf.shape[-1]):
+        return None
+
+    def rounded(target: str, multiple: jax.Array) -> list[Leaf]:
+        return [requantize(leaf, inputs._replace(damping=multiple), target)]
+
+    return _best(rounded, [leaf], [held_out])
+
+
+def _of_experts(
+    weights: ExpertWeights, sums: ExpertStatistics, held_out: ExpertStatistics, projection: str
+) -> jax.Array | None:
+    if not _are_few(jnp.mean(sums.input_tokens(weights.shape[-1])), weights.shape[-1]):
+        return None
+    members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights)]
+
+    def rounded(target: str, multiple: jax.Array) -> list[Leaf]:
+        damped = replace(sums, damping={projection: multiple})
+        return requantize_experts(weights, damped, projection, target, members, members)
+
+    return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
+
+
+def _are_few(tokens: jax.Array | float, inputs: int) -> bool:
+    return float(damping_for(tokens, inputs)) > DAMPING
+
+
+def _best(
+    rounded: Callable[[str, jax.Array], list[Leaf]], leaves: Sequence[Leaf], held_out: Sequence[Inputs]
+) -> jax.Array | None:
+    """The multiple of least error; None where no format holds the matrices, which are of one shape."""
+    *outer, width = leaves[0].shape
+    target = next((name for name in _FORMATS if parse_group_format(name).fits(width)), None)
+    if target is None:
+        return None
+    matrices, ones = [to_float32(leaf) for leaf in leaves], jnp.ones(outer)
+    multiples = [jnp.float32(multiple) for multiple in MULTIPLES]
+    error_MB = [
+        [
+            float(rounding_error(matrix, to_float32(leaf), inputs, ones))
+            for matrix, leaf, inputs in zip(matrices, rounded(target, multiple), held_out, strict=True)
+        ]
+        for multiple in multiples
+    ]
+    return multiples[int(np.argmin(np.log(np.maximum(error_MB, 1e-300)).mean(axis=1)))]
+
+
+def _known(chosen: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
+    return {name: multiple for name, multiple in chosen.items() if multiple is not None}
