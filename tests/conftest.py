@@ -1,11 +1,16 @@
 """What every test shares: JAX on the CPU, reproducible hypothesis examples, the checkpoints that tests work on."""
 
+import importlib.metadata
 import json
 import os
 import re
 
 # Before the first import of JAX: with libtpu installed, it would look for a TPU first and log that there is none.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the tests' time is compiling, which takes half as long without optimizations. JAX 0.11 has lost the last flag.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" + (
+    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
+)
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +26,16 @@ from small_checkpoint import random_scores, words, write_published_checkpoint, w
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("moejax")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A module's tests run in one process, and those that calibrate the small checkpoint in the same one: what its main
+    job makes and compiles they share."""
+    calibrating = {item.path for item in items if "calibration_text" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "small job" if item.path in calibrating else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 # A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.

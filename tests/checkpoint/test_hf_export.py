@@ -26,7 +26,6 @@ from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.pipeline.origin import Origin, abstract_origin, copied_files
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
-from quick_jit import quick_jit
 from small_checkpoint import FP8_CONFIG
 from small_models import CONFIG, FP8_BLOCK, RAW_CONFIG, small_model
 
@@ -35,14 +34,14 @@ EQUAL = {1: (0, 1, 2, 5, 6, 7, 8, 10, 11), 2: (1, 2, 3, 4, 6, 7, 8, 9, 11), 3: (
 TOKENS = np.random.RandomState(0).randint(FP8_CONFIG["vocab_size"], size=(1, 9))
 
 
-@quick_jit
+@jax.jit
 def both_logits(model: DeepseekV3, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The model's logits and its MTP block's."""
     hidden = model.hidden(tokens_BT)
     return model.logits(hidden), model.draft_logits(tokens_BT, hidden)
 
 
-@quick_jit
+@jax.jit
 def replayed_logits(model: DeepseekV3, tokens_BT: jax.Array, choices: list[jax.Array | None]) -> jax.Array:
     return model(tokens_BT, choices=choices)
 

@@ -12,9 +12,8 @@ from moejax.checkpoint import hf_leaves
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.formats import ExpertWeights, Fp8Blocks, dense, describe
 from moejax.model import Layout
-from quick_jit import quick_jit
 
-quick_dense = quick_jit(dense, static_argnums=1)
+quick_dense = jax.jit(dense, static_argnums=1)
 
 
 def write(folder: Path, config: Config, tensors: Tensors) -> HuggingFaceCheckpoint:

@@ -27,7 +27,6 @@ from moejax.kernels.hadamard_matrix import hadamard_matrix, hadamard_order
 from moejax.model import DeepseekV3, Layout, config_from_hf, named_leaves
 from moejax.transforms.rotate import rotate
 from native_checkpoint import assert_equal_bits
-from quick_jit import quick_jit
 from small_checkpoint import FP8_CONFIG
 from small_models import CONFIG, RAW_CONFIG, small_model
 
@@ -44,7 +43,7 @@ def raw_config_of(model: DeepseekV3, raw_config: dict[str, Any] = RAW_CONFIG) ->
     return raw_config | {name: getattr(model.config, name) for name in names}
 
 
-@quick_jit
+@jax.jit
 def logits(model: DeepseekV3, tokens_BT: jax.Array) -> jax.Array:
     return model(tokens_BT)
 

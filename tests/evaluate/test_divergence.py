@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from moejax.evaluate.text import chunks
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
 from moejax.tokenizer import load_tokenizer
-from quick_jit import quick_jit
 from small_models import CHUNKS, CONFIG, first_layers, small_model
 
 Array = NDArray[Any]
@@ -64,9 +64,9 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 '''
 PERPLEXITY = 12.356730
 
-quick_logits = quick_jit(DeepseekV3.__call__)
-quick_hidden = quick_jit(DeepseekV3.hidden)
-quick_draft_logits = quick_jit(DeepseekV3.draft_logits)
+quick_logits = jax.jit(DeepseekV3.__call__)
+quick_hidden = jax.jit(DeepseekV3.hidden)
+quick_draft_logits = jax.jit(DeepseekV3.draft_logits)
 
 
 def figures_of(*arguments: Any, **options: Any) -> dict[str, float]:

@@ -14,14 +14,13 @@ from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.parts import PartsInMemory
-from quick_jit import quick_jit
 from small_models import CHUNKS, CONFIG, small_model
 
 BATCHES = [CHUNKS[:2], CHUNKS[2:]]
 T = CHUNKS.shape[1]
 L = CONFIG.num_hidden_layers
 
-quick_hidden = quick_jit(DeepseekV3.hidden)
+quick_hidden = jax.jit(DeepseekV3.hidden)
 
 
 @dataclass
@@ -75,7 +74,7 @@ def test_final_states_are_those_of_the_whole_model_and_one_part_is_there_at_a_ti
     normed = np.asarray(model.normed(quick_hidden(model, tokens)))
     np.testing.assert_allclose(np.concatenate(states.scored), normed[:, T // 2 : T - 1], rtol=1e-4, atol=1e-5)
     following, by = model.embedded(tokens[:, 1:]), model.rotation(jnp.arange(T - 1), jnp.dtype(jnp.float32))
-    drafted = np.asarray(quick_jit(lambda *given: given[0](*given[1:]))(model.mtp[0], normed[:, :-1], following, by))
+    drafted = np.asarray(jax.jit(lambda *given: given[0](*given[1:]))(model.mtp[0], normed[:, :-1], following, by))
     np.testing.assert_allclose(np.concatenate(states.drafted), drafted[:, T // 2 : T - 2], rtol=1e-4, atol=1e-5)
 
 

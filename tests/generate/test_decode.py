@@ -16,7 +16,6 @@ from moejax.generate import decode as module
 from moejax.generate.decode import Decoding, cache_length, chunks, generate, generate_batch
 from moejax.generate.sampling import Sampling
 from moejax.model import DeepseekV3
-from quick_jit import quick_jit
 from small_models import CONFIG, first_layers
 
 PROMPT = [5, 80, 13, 60, 2, 41]
@@ -28,7 +27,7 @@ TINY_PROMPT = [0, 531, 887, 729, 895, 447, 13, 222]
 TINY_CONTINUATION = [366, 1005, 82, 66, 27, 466, 21, 776]
 
 
-@quick_jit
+@jax.jit
 def next_logits(model: DeepseekV3, tokens_1T: jax.Array, last: int) -> jax.Array:
     """Logits (C,) of the token behind the one at index `last`, by a whole forward pass."""
     return model(tokens_1T)[0, last]

@@ -13,7 +13,6 @@ from moejax import kernels
 from moejax.formats import Leaf, gather_experts
 from moejax.kernels import pallas_tpu, xla
 from moejax.kernels.hadamard_matrix import hadamard_matrix, hadamard_order
-from quick_jit import quick_jit
 
 # Bounds on |error| / (|x| |w|^T): in bfloat16 a weight and a result are rounded by 2^-9 each; in float32 it is the sum
 # that rounds.
@@ -78,7 +77,7 @@ def x64() -> Iterator[None]:
 @cache
 def jitted(operation: Callable[..., jax.Array], **static: str | bool) -> Callable[..., jax.Array]:
     """Compiled once for all tests of this file, whose tiles are the same."""
-    return quick_jit(partial(operation, **static))
+    return jax.jit(partial(operation, **static))
 
 
 def random_rows(*shape: int, dtype: str) -> jax.Array:

@@ -10,12 +10,11 @@ import pytest
 from model_cases import BASE, Config, random_tensors, write_hf_checkpoint
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.model import DeepseekV3
-from quick_jit import quick_jit
 
 BATCH, TOKENS, CACHED = 2, 9, 12
 
-extend = quick_jit(DeepseekV3.extend, static_argnames="dtype")
-hidden = quick_jit(DeepseekV3.hidden, static_argnames="dtype")
+extend = jax.jit(DeepseekV3.extend, static_argnames="dtype")
+hidden = jax.jit(DeepseekV3.hidden, static_argnames="dtype")
 
 
 @pytest.fixture(scope="module", params=["q_lora", "no_q_lora"])

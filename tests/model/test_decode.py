@@ -21,7 +21,6 @@ from moejax.model.deepseek_v3 import Block, head_logits
 from moejax.model.latent_cache import LatentCache
 from moejax.model.moe import MoE, Routing
 from moejax.model.rope import Rotation
-from quick_jit import quick_jit
 from small_models import model_of
 
 # Behind the end of a row, where nobody may look.
@@ -52,15 +51,15 @@ def extend(
 
 
 # Functions of this module's own, as what JAX compiles with small blocks is kept by the function.
-extend_jitted = quick_jit(extend, static_argnames="dtype")
+extend_jitted = jax.jit(extend, static_argnames="dtype")
 
 
-@quick_jit
+@jax.jit
 def head(model: DeepseekV3, hidden_BTD: jax.Array) -> jax.Array:
     return model.logits(hidden_BTD)
 
 
-@quick_jit
+@jax.jit
 def draft(
     model: DeepseekV3, following_BT: jax.Array, hidden_BTD: jax.Array, cache: LatentCache, start_B: jax.Array
 ) -> tuple[jax.Array, LatentCache]:
@@ -140,7 +139,7 @@ def test_float32_is_hugging_face_to_1e_4(name: str) -> None:
         assert relative_error(drafts, golden["mtp_logits"]) < 1e-4
 
 
-@quick_jit
+@jax.jit
 def run_block(
     block: Block, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
 ) -> tuple[jax.Array, LatentCache, list[jax.Array]]:

@@ -19,10 +19,9 @@ from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
 from moejax.model.rope import Rotation
-from quick_jit import quick_jit
 
-draft_logits = quick_jit(DeepseekV3.draft_logits)
-head_logits = quick_jit(DeepseekV3.logits)
+draft_logits = jax.jit(DeepseekV3.draft_logits)
+head_logits = jax.jit(DeepseekV3.logits)
 
 
 class Run(NamedTuple):
@@ -34,7 +33,7 @@ class Run(NamedTuple):
     weights: NDArray[Any]
 
 
-@quick_jit
+@jax.jit
 def run_block(
     block: Block, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None
 ) -> tuple[jax.Array, Routing | None]:

@@ -19,7 +19,6 @@ from moejax.model import Config, DeepseekV3, config_from_hf
 from moejax.model.leaves import Taps, named_leaves
 from moejax.model.moe import ExpertRun, MoE, Routing
 from moejax.model.steps import embed, run_block, run_blocks
-from quick_jit import quick_jit
 
 Array = NDArray[Any]
 
@@ -30,13 +29,13 @@ CONFIG = config_from_hf(BASE | SIZES)
 UNNORMALIZED = config_from_hf(BASE | SIZES | {"norm_topk_prob": False})
 ONE_GROUP = config_from_hf(BASE | SIZES | {"n_group": 1, "topk_group": 1})
 
-choose = quick_jit(MoE.choose)
-forward = quick_jit(MoE.__call__)
-quick_dense = quick_jit(dense, static_argnums=1)
-quick_encode = quick_jit(encode, static_argnums=2)
+choose = jax.jit(MoE.choose)
+forward = jax.jit(MoE.__call__)
+quick_dense = jax.jit(dense, static_argnums=1)
+quick_encode = jax.jit(encode, static_argnums=2)
 
 
-@quick_jit
+@jax.jit
 def routed_output(moe: MoE, x_TD: jax.Array) -> tuple[Routing, jax.Array, ExpertRun]:
     routing = moe.route(x_TD)
     return routing, *moe.experts(x_TD, routing)
@@ -287,7 +286,7 @@ def test_down_may_take_the_rotated_products() -> None:
     moe, x_TD = random_moe(15, config), inputs(16)[0]
     own = {name: leaf for name, leaf in named_leaves(moe).items() if name.endswith("down")}
     turned = jax.tree.map(lambda a: a @ rotation_FF.T if a.ndim > 1 else a, own)
-    y_TD, taps = quick_jit(tapped)(moe, x_TD)
+    y_TD, taps = jax.jit(tapped)(moe, x_TD)
     np.testing.assert_allclose(y_TD, forward_by_hand(with_leaves(moe, turned), np.asarray(x_TD)), atol=1e-6)
     run, shared = taps["experts"], [x_TD @ wide(own.get_value()).T for own in (moe.shared.gate, moe.shared.up)]
     for taken, gate, up in ((run.hidden_RF, run.gate_RF, run.up_RF), (taps["shared.down"], *shared)):

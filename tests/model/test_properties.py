@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from model_cases import BASE, Tensors, random_tensors
 from moejax.model import DeepseekV3
 from moejax.model.latent_cache import LatentCache
-from quick_jit import quick_jit
 from small_models import model_of
 
 GROUPS, PER_GROUP = 4, 3
@@ -45,12 +44,12 @@ def original() -> DeepseekV3:
     return model_of(RAW_CONFIG, TENSORS)
 
 
-@quick_jit
+@jax.jit
 def hidden(model: DeepseekV3, tokens_BT: jax.Array) -> jax.Array:
     return model.hidden(tokens_BT, "float64")
 
 
-@quick_jit
+@jax.jit
 def extend(
     model: DeepseekV3, tokens_BT: jax.Array, cache: list[LatentCache], start_B: jax.Array
 ) -> tuple[jax.Array, list[LatentCache]]:

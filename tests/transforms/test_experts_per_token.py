@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from moejax.model import named_leaves
 from moejax.model.moe import MoE, Routing
 from moejax.transforms.experts_per_token import adjust, fit_routing_scale, paper_rule
-from quick_jit import quick_jit
 from small_models import CONFIG, small_model
 
 X_TD = np.random.RandomState(0).randn(50, CONFIG.hidden_size).astype(np.float32)
 
 
-@quick_jit
+@jax.jit
 def routed(moe: MoE, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
     routing = moe.route(x_TD)
     return moe.experts(x_TD, routing)[0], routing

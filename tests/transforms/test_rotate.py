@@ -27,7 +27,6 @@ from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
 from moejax.transforms.rotate import draw_signs, rotate
 from native_checkpoint import assert_equal_bits
-from quick_jit import quick_jit
 from small_models import CONFIG, RAW_CONFIG, model_of, small_model
 
 SHALLOW = BASE | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "n_routed_experts": 8, "n_group": 2}
@@ -69,14 +68,14 @@ def original(case: str) -> DeepseekV3:
     return model_of(CASES[case], uneven(random_tensors(CASES[case], seed=2)))
 
 
-@quick_jit
+@jax.jit
 def whole_sequences(model: DeepseekV3, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits in float64, of the model and of its MTP block."""
     hidden = model.hidden(tokens_BT, jnp.float64)
     return model.logits(hidden), model.draft_logits(tokens_BT, hidden)
 
 
-@quick_jit
+@jax.jit
 def behind_a_cache(model: DeepseekV3, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same of a prompt and the token after it; the MTP block's only of the last position."""
     batch, length = tokens_BT.shape
@@ -194,7 +193,7 @@ def test_a_seed_draws_the_same_signs_again_and_another_draws_others() -> None:
     assert not np.array_equal(first["embed"], other["embed"])
 
 
-@quick_jit
+@jax.jit
 def run_block(
     block: Block, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
