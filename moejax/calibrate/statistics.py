@@ -164,7 +164,7 @@ class Statistics:
     head_input2: jax.Array
     count_C: jax.Array
     head_products: jax.Array | None = None
-    head_damping: jax.Array | float = 1.0
+    head_damping: jax.Array | None = None
 
     def head_hessian(self) -> jax.Array:
         """E[x x^T] of the head's input, (D, D)."""
@@ -178,7 +178,8 @@ class Statistics:
     def head_inputs(self) -> Inputs:
         """The head's input."""
         hessian = None if self.head_products is None else self.head_hessian()
-        return Inputs(self.head_input2 / self.tokens, hessian, self.tokens, self.head_damping)
+        damping = 1.0 if self.head_damping is None else self.head_damping
+        return Inputs(self.head_input2 / self.tokens, hessian, self.tokens, damping)
 
 
 def expert_statistics(run: ExpertRun, num_experts: int, max_bytes: int | None = None) -> ExpertStatistics:

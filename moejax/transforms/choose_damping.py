@@ -43,7 +43,7 @@ def choose_damping(
     cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
     chosen = tuple(_of_block(*case) for case in progress(cases, "choosing damping"))
     head = _of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
-    return replace(statistics, blocks=chosen, head_damping=1.0 if head is None else head)
+    return replace(statistics, blocks=chosen, head_damping=head)
 
 
 def _of_block(leaves: dict[str, Weight], sums: BlockStatistics, held_out: BlockStatistics) -> BlockStatistics:

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
+from moejax.formats import parse_group_format
 from moejax.pipeline import compress as job
 from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
 from moejax.pipeline.probe import probe
@@ -22,7 +23,9 @@ from moejax.planning.solve import menu_survivors
 from moejax.progress import silent
 from moejax.tokenizer import load_tokenizer
 
-BUDGETS = ("4x", "6x", "8x", "12.6x")
+BUDGETS = ("4x", "8x", "12.6x")
+# Fewer than a user's recipe has, for time.
+FORMATS = tuple(parse_group_format(f"{name}g128") for name in ("ternary", "int2", "int3", "int4", "int6", "int8"))
 CALIBRATED, PROBED, EVALUATED = 16, 2, 8
 
 
@@ -47,7 +50,7 @@ def rows(tiny: Path) -> list[Row]:
         for text in (default_calibration_text(400_000), default_evaluation_text(200_000))
     )
     calibrated, probed = job.split_calibration(calibration, CALIBRATED, PROBED)
-    prepared = job.prepare(checkpoint, calibrated, probed, Recipe(), {}, silent)
+    prepared = job.prepare(checkpoint, calibrated, probed, Recipe(FORMATS), {}, silent)
     held_out = held_out[np.linspace(0, len(held_out) - 1, EVALUATED).astype(int)]
     unseen = replace(prepared.trial, probe=probe(prepared.model, held_out))
     found = []
@@ -61,7 +64,7 @@ def plans(prepared: job.Prepared) -> Iterator[tuple[str, Plan, float | None]]:
     """Planned, as far as prediction alone decides; one width for everything; the same after pruning by frequency at the
     paper's share."""
     config, size_of = prepared.model.config, prepared.origin.size_of
-    by_frequency = measure_pruning(prepared.trial, Recipe(criterion="frequency", share_kept=0.75), silent)
+    by_frequency = measure_pruning(prepared.trial, Recipe(FORMATS, criterion="frequency", share_kept=0.75), silent)
     pruned = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
     kept = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned.costs.experts.items()}
     for label in BUDGETS:

@@ -76,7 +76,7 @@ def test_every_matrix_but_the_router_has_one() -> None:
 
 
 def test_where_tokens_are_many_nothing_is_chosen() -> None:
-    many, few = (jax.tree.map(lambda sums, n=n: n * sums, statistics_with_hessians()) for n in (1e4, 1.0))
+    many = jax.tree.map(lambda sums: 1e4 * sums, statistics_with_hessians())
     many = choose_damping(small_model(), many, held_out())
     assert not any(block.damping or (block.experts and block.experts.damping) for block in many.blocks)
-    assert many.head_damping == few.head_damping == 1.0
+    assert many.head_damping is None
