@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["plan"]
+from moejax.version import __version__
+
+__all__ = ["__version__", "plan"]
 
 if TYPE_CHECKING:
     from moejax.pipeline.plan import plan

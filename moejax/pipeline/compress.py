@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from moejax import __version__
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
@@ -36,6 +35,7 @@ from moejax.planning.fit import Problem, check_budget, losses_of_plan
 from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
 from moejax.progress import Progress
+from moejax.version import __version__
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
 _SCALE_DIGITS = 16

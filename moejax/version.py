@@ -1,0 +1,3 @@
+"""The package's version, in a place every folder may import."""
+
+__version__ = "0.1.0"
