@@ -22,6 +22,7 @@ import pytest
 from command_line import refused, run
 from moejax.resources import tiny_checkpoint
 from small_checkpoint import random_scores, words, write_published_checkpoint, write_small_checkpoint
+from small_job import FORMATS
 
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
@@ -104,11 +105,14 @@ def text_options(calibration_text: Path, heldout_text: Path) -> list[object]:
 
 @pytest.fixture(scope="session")
 def compressed(small: Path, text_options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint in the smallest budget that a refusal names; `figures.json` and `printed` lie beside it."""
-    folder = tmp_path_factory.mktemp("compressed")
-    message = refused(folder, "compress", small, "--budget", "100KB", "--output", folder / "out", *text_options)
+    """The small checkpoint in the smallest budget that a refusal names, with few formats; `figures.json` and `printed`
+    lie beside it."""
+    folder, recipe = tmp_path_factory.mktemp("compressed"), tmp_path_factory.mktemp("recipe") / "few.toml"
+    recipe.write_text(f"formats = {json.dumps(FORMATS)}")
+    options = ["--output", folder / "out", "--recipe", recipe, *text_options]
+    message = refused(folder, "compress", small, "--budget", "100KB", *options)
     smallest = re.search(r"a budget of 100.00 KB \(100000 bytes\) cannot be met; .* \((\d+) bytes\)$", message.strip())
     assert smallest is not None, message
     budget = ["--budget", f"{smallest[1]}B", "--json", folder / "figures.json"]
-    (folder / "printed").write_text(run("compress", small, "--output", folder / "out", *budget, *text_options))
+    (folder / "printed").write_text(run("compress", small, *budget, *options))
     return folder / "out"

@@ -17,10 +17,9 @@ from moejax.pipeline.compress import (
     require_original,
     split_calibration,
 )
-from moejax.pipeline.recipe import Recipe
 from moejax.progress import silent
 from moejax.tokenizer import load_tokenizer
-from small_job import Job
+from small_job import RECIPE, Job
 
 Tokenize = Callable[[Path], np.ndarray]
 
@@ -34,8 +33,8 @@ def tokenize(small: Path) -> Tokenize:
 @pytest.fixture(scope="session")
 def prepared(small: Path, calibration_text: Path, tokenize: Tokenize) -> Prepared:
     calibrated, probed = split_calibration(tokenize(calibration_text), calibration=2, probed=1)
-    made = provenance(read_text(calibration_text), len(calibrated), Recipe())
-    return prepare(require_original(open_checkpoint(small)), calibrated, probed, Recipe(), made, silent)
+    made = provenance(read_text(calibration_text), len(calibrated), RECIPE)
+    return prepare(require_original(open_checkpoint(small)), calibrated, probed, RECIPE, made, silent)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from moejax.formats import dense, parse_group_format
 from moejax.model import named_leaves
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.options import options
-from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.working_copy import one_bucket, with_leaves
 from moejax.planning.costs import Costs, Menu
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.quantize import quantize
+from small_job import RECIPE
 
 BLOCKS = ("mtp.0.block", "layers.2")
 
@@ -23,7 +23,7 @@ def costs(prepared: Prepared) -> Costs:
 
 @pytest.fixture(scope="module")
 def free(prepared: Prepared) -> Costs:
-    return options(prepared.model, Recipe())
+    return options(prepared.model, RECIPE)
 
 
 def menus(costs: Costs) -> list[Menu]:

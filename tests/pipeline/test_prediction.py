@@ -25,8 +25,8 @@ from moejax.tokenizer import load_tokenizer
 
 BUDGETS = ("4x", "8x", "12.6x")
 # Fewer than a user's recipe has, for time.
-FORMATS = tuple(parse_group_format(f"{name}g128") for name in ("ternary", "int2", "int3", "int4", "int6", "int8"))
-CALIBRATED, PROBED, EVALUATED = 16, 2, 8
+FORMATS = tuple(parse_group_format(f"{name}g128") for name in ("int1", "ternary", "int2", "int3", "int4", "int8"))
+CALIBRATED, PROBED, EVALUATED = 8, 1, 4
 
 
 @dataclass(frozen=True)
