@@ -29,16 +29,6 @@ hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("moejax")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A module's tests run in one process, and those that calibrate the small checkpoint in the same one: what its main
-    job makes and compiles they share."""
-    calibrating = {item.path for item in items if "calibration_text" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "small job" if item.path in calibrating else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 # A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.
 _MAPPINGS, _MANY_MAPPINGS = Path("/proc/self/maps"), 40_000
 

@@ -9,7 +9,7 @@ from moejax.pipeline.compress import Planned
 from moejax.pipeline.recipe import Recipe
 
 # Fewer than usual: every format is compiled for every shape.
-FORMATS = ("ternaryg128", "int2g128", "int3g128", "int4g128", "int8g128")
+FORMATS = ("int1g128", "ternaryg128", "int2g128", "int3g128", "int4g128", "int8g128")
 RECIPE = Recipe(tuple(map(parse_group_format, FORMATS)))
 
 

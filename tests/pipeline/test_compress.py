@@ -33,7 +33,7 @@ from moejax.planning.plan import KEEP, from_json
 from moejax.planning.predict import LossCurves
 from moejax.progress import silent
 from moejax.transforms.compress import compress
-from small_job import Job
+from small_job import RECIPE, Job
 
 
 @given(st.integers(2, 60), st.integers(1, 60), st.integers(1, 10))
@@ -76,9 +76,9 @@ def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepar
     """`check`, which sees shapes alone, names a budget that the measured plan meets."""
     checkpoint = require_original(open_checkpoint(small))
     with pytest.raises(InputError, match="cannot be met") as error:
-        check(checkpoint, 1000, Recipe())
+        check(checkpoint, 1000, RECIPE)
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
-    check(checkpoint, named, Recipe())
+    check(checkpoint, named, RECIPE)
     planned = plan_within(prepared, named, silent)
     assert smallest_bytes <= prepared.origin.size_of(planned.plan) <= named
 
