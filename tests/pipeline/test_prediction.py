@@ -1,5 +1,5 @@
-"""What is predicted of plans is what they cost: on the tiny trained checkpoint, across plans such as those of the README's table,
-on text that neither calibration nor the choice of plans saw."""
+"""What is predicted of plans is what they cost: on the tiny trained checkpoint, across plans such as those of the
+README's table, on text that neither calibration nor the choice of plans saw."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
