@@ -131,7 +131,7 @@ def test_kimi_k2_can_be_read() -> None:
 
 
 def test_it_is_moejaxs_own_function() -> None:
-    assert moejax.plan is plan and moejax.__all__ == ["plan"]
+    assert moejax.plan is plan and moejax.__all__ == ["__version__", "plan"]
     assert list(inspect.signature(moejax.plan).parameters)[:2] == ["config", "budget"]
     with pytest.raises(AttributeError, match="has no attribute 'plans'"):
         moejax.plans  # noqa: B018
