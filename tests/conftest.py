@@ -14,10 +14,12 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from command_line import refused, run
 from moejax.resources import tiny_checkpoint
@@ -27,6 +29,32 @@ from small_job import FORMATS
 # No deadline, because an example's first call compiles; derandomized, so that a run can be repeated.
 hypothesis.settings.register_profile("moejax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("moejax")
+
+
+# Modules that look at the same compressed checkpoints; what one of them compiles, most of the others need.
+_SHARING = ("tests/commands/", "tests/pipeline/", "tests/test_bad_", "tests/test_cli.py")
+_LONGEST = "tests/pipeline/test_prediction.py"
+
+
+def _turn(nodeid: str) -> int:
+    """When a test has its turn: one process begins with the modules that share, another with the longest of all."""
+    return 1 if nodeid.startswith(_LONGEST) else 0 if nodeid.startswith(_SHARING) else 2
+
+
+class _SharingScheduling(LoadFileScheduling):  # type: ignore[misc]
+    """Each process takes whole modules, but those that share go to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "sharing" if _turn(nodeid) == 0 else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return _SharingScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _turn(item.nodeid))
 
 
 # A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.
