@@ -5,7 +5,7 @@ The number of levels is traced, so that every shape, group size and kind of scal
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ SWEEPS = 3
 # Rows rounded together at most: what rounding takes beside the weight grows with them. More are cut into equal parts.
 MOST_ROWS = 8192
 
+# In which order columns are rounded: from the largest diagonal of the Hessian to the smallest, or from last to first.
+ColumnOrder = Literal["diagonal", "natural"]
+
 # Columns whose changes reach the rest of their group together; it divides every group size.
 _COLUMNS = 8
 
@@ -49,7 +52,11 @@ class Rounded(NamedTuple):
 
 
 def quantize_with_feedback(
-    weight: jax.Array, hessian: jax.Array, to: GroupFormat, damping: jax.Array | float = DAMPING
+    weight: jax.Array,
+    hessian: jax.Array,
+    to: GroupFormat,
+    damping: jax.Array | float = DAMPING,
+    column_order: ColumnOrder = "diagonal",
 ) -> GroupedCodes:
     """Round a weight (..., O, I) to a format so that E|(W - Q) x|^2 is small, given the `hessian` E[x x^T] (I, I).
 
@@ -63,7 +70,7 @@ def quantize_with_feedback(
 
     def round_rows(weight: jax.Array) -> GroupedCodes:
         weight_OI = weight.reshape(-1, inputs)
-        rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind)
+        rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
         return _pack(rounded, weight.shape[:-1], to)
 
     outputs = math.prod(outer)
@@ -74,7 +81,7 @@ def quantize_with_feedback(
     return jax.tree.map(lambda *own: jnp.concatenate(own).reshape(*outer, -1), *parts)
 
 
-@partial(jax.jit, static_argnames=("group_size", "scale_kind"))
+@partial(jax.jit, static_argnames=("group_size", "scale_kind", "column_order"))
 def _round(
     weight_OI: jax.Array,
     hessian_II: jax.Array,
@@ -82,10 +89,11 @@ def _round(
     group_size: int,
     damping: jax.Array | float,
     scale_kind: ScaleKind,
+    column_order: ColumnOrder,
 ) -> Rounded:
     weight_IO = weight_OI.T.astype(jnp.float32)
     damped_II = damped(hessian_II, damping)
-    fed_back = feed_back(weight_IO, damped_II, levels, group_size, scale_kind)
+    fed_back = feed_back(weight_IO, damped_II, levels, group_size, scale_kind, column_order)
     return descend(weight_IO, damped_II, fed_back, levels, scale_kind=scale_kind)
 
 
@@ -108,6 +116,7 @@ def feed_back(
     levels: jax.Array | int,
     group_size: int,
     scale_kind: ScaleKind = "bf16",
+    column_order: ColumnOrder = "diagonal",
 ) -> Rounded:
     """Round column by column (the weight's, here rows), errors fed back.
 
@@ -117,12 +126,13 @@ def feed_back(
 
     so columns are rounded from last to first, each to the level nearest to w_i + sum_(j>i) D_j U_ij/U_ii, its weight
     and the feedback. That is GPTQ (arXiv:2210.17323), or LDLQ (arXiv:2307.13304), without H's inverse. The sooner a
-    column comes the more columns can make up for its error: groups come in order of their sums of H_ii, and columns in
-    that order within their group.
+    column comes the more columns can make up for its error: by "diagonal" groups come in order of their sums of H_ii,
+    and columns in that order within their group; by "natural" they stand as they are.
 
     A group's scale is chosen when its turn comes: the one of `SHARES` whose codes, each with its feedback, cost least.
     """
-    order_I = _order(jnp.diagonal(hessian_II), group_size)
+    natural = column_order == "natural"
+    order_I = jnp.arange(len(weight_IO)) if natural else _by_diagonal(jnp.diagonal(hessian_II), group_size)
     upper_II = _factor(hessian_II[order_I][:, order_I])
     pivot_I = jnp.diagonal(upper_II)
     feedback_II = jnp.triu(upper_II, 1) / pivot_I[:, None]
@@ -245,7 +255,7 @@ def _round_group(
     return steps_G1O[:, 0], jnp.take_along_axis(scale_SO, best_1O, axis=0)[0]
 
 
-def _order(diagonal_I: jax.Array, group_size: int) -> jax.Array:
+def _by_diagonal(diagonal_I: jax.Array, group_size: int) -> jax.Array:
     """Inputs from the least to the largest, group by group: groups by their sums, inputs within each."""
     diagonal_NG = diagonal_I.reshape(-1, group_size)
     order_N, order_NG = jnp.argsort(jnp.sum(diagonal_NG, axis=1)), jnp.argsort(diagonal_NG, axis=1)

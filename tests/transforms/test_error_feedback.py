@@ -22,7 +22,7 @@ from moejax.formats import ExpertWeights, GroupFormat, IntFormat, ScaleKind, Ter
 from moejax.model import DeepseekV3, named_leaves
 from moejax.tokenizer import load_tokenizer
 from moejax.transforms import error_feedback as module
-from moejax.transforms.error_feedback import Rounded, damped, damping_for, descend, feed_back
+from moejax.transforms.error_feedback import ColumnOrder, Rounded, damped, damping_for, descend, feed_back
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 
@@ -45,12 +45,14 @@ def cost(weight_OI: Array, rounded_OI: Array, hessian_II: Array) -> float:
     return float(np.sum((error_OI @ hessian_II) * error_OI))
 
 
-def run_feed_back(weight_OI: Array, hessian_II: Array, levels: int, kind: ScaleKind = "bf16") -> Rounded:
+def run_feed_back(
+    weight_OI: Array, hessian_II: Array, levels: int, kind: ScaleKind = "bf16", order: ColumnOrder = "diagonal"
+) -> Rounded:
     w, h = jnp.asarray(weight_OI.T, jnp.float32), jnp.asarray(hessian_II, jnp.float32)
-    return _feed_back(w, h, levels, kind)
+    return _feed_back(w, h, levels, GROUP, kind, order)
 
 
-_feed_back = jax.jit(lambda w, h, levels, kind: feed_back(w, h, levels, GROUP, kind), static_argnums=3)
+_feed_back = jax.jit(feed_back, static_argnums=(3, 4, 5))
 _descend = jax.jit(descend, static_argnames=("sweeps", "scale_kind"))
 
 
@@ -59,12 +61,14 @@ def weight_of(rounded: Rounded) -> Array:
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_column_is_rounded_to_the_level_nearest_to_its_target(levels: int, kind: ScaleKind) -> None:
+@pytest.mark.parametrize(("kind", "by"), [("bf16", "diagonal"), ("e8", "diagonal"), ("bf16", "natural")])
+def test_every_column_is_rounded_to_the_level_nearest_to_its_target(
+    levels: int, kind: ScaleKind, by: ColumnOrder
+) -> None:
     """Column by column from the last: w_i + sum_(j>i) D_j U_ij / U_ii, with H = U^T U and the errors D found so far."""
     weight_OI, hessian_II = problem(levels)
     hessian_II += 0.05 * np.diag(np.diag(hessian_II))
-    found = run_feed_back(weight_OI, hessian_II, levels, kind)
+    found = run_feed_back(weight_OI, hessian_II, levels, kind, by)
     assert_can_be_stored(found.scale_NO, kind)
     steps_OI, scale_ON = np.asarray(found.steps_IO, np.float64).T, np.asarray(found.scale_NO, np.float64).T
     scale_OI, middle = np.repeat(scale_ON, GROUP, axis=1), (levels - 1) / 2
@@ -73,6 +77,7 @@ def test_every_column_is_rounded_to_the_level_nearest_to_its_target(levels: int,
     diagonal = np.diag(hessian_II)
     groups = sorted(range(INPUTS // GROUP), key=lambda n: diagonal[n * GROUP : (n + 1) * GROUP].sum())
     order = [i for n in groups for i in sorted(range(n * GROUP, (n + 1) * GROUP), key=lambda i: diagonal[i])]
+    order = order if by == "diagonal" else list(range(INPUTS))
     upper = np.linalg.cholesky(hessian_II[np.ix_(order, order)]).T
     error_OI = (weight_OI - steps_OI * scale_OI)[:, order]
     differing: int = 0
@@ -82,6 +87,15 @@ def test_every_column_is_rounded_to_the_level_nearest_to_its_target(levels: int,
         differing += int(np.count_nonzero(code_O - middle != steps_OI[:, order[i]]))
     # Float32 decides a few ties otherwise.
     assert differing <= 0.002 * steps_OI.size
+
+
+def test_the_order_of_columns_counts_unless_they_stand_in_it() -> None:
+    weight_OI, hessian_II = problem(20)
+    mixed, sorted_ = hessian_II, hessian_II[np.ix_(*2 * [np.argsort(np.diag(hessian_II))])]
+    for hessian, alike in ((mixed, False), (sorted_, True)):
+        arguments = jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian, jnp.float32), IntFormat(2, GROUP)
+        packed = [module.quantize_with_feedback(*arguments, column_order=by) for by in ("diagonal", "natural")]
+        assert np.array_equal(packed[0].words, packed[1].words) is alike
 
 
 def assert_can_be_stored(scale_NO: jax.Array, kind: ScaleKind) -> None:

@@ -1,4 +1,4 @@
-"""What choices of error feedback are worth: zero points, and damping chosen matrix by matrix.
+"""What choices of error feedback are worth: zero points, the order of columns, and damping chosen matrix by matrix.
 
 usage: python tools/bench/feedback_choices.py CHECKPOINT --calibration FILE
 
@@ -8,12 +8,15 @@ Zero points: every group of every output gets a shift z of full precision, for n
 optimum (W - Q) H B^T (B H B^T)^-1 for the codes found, B the groups' indicators, and codes found again for W - z; the
 best of five rounds. So it is more than a stored zero point could bring.
 
+Order: the error with columns rounded by the Hessian's diagonal, of that with columns as they stand.
+
 Damping: the error at 2 bits with multiples of what `damping_for` says, after 64 chunks of calibration and after 2,
 measured on 64 chunks that neither saw; and with the multiple that was best for the matrix on 16 others.
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -48,6 +51,7 @@ def main() -> None:
         calibrate(model, own, hessians=True) for own in (rows[:64], rows[:2], rows[64:80], rows[80:144])
     )
     print_zero_points(model, ample)
+    print_order(model, ample)
     for label, calibrated in (("64 chunks", ample), ("2 chunks", short)):
         print_damping(label, model, calibrated, choosing, measuring)
 
@@ -96,6 +100,22 @@ def best_shift(error_OI: jax.Array, hessian_II: jax.Array) -> jax.Array:
     between_NN = hessian_II.reshape(groups, GROUP, groups, GROUP).sum(axis=(1, 3))
     shift_ON = jnp.linalg.solve(between_NN + 1e-6 * jnp.trace(between_NN) * jnp.eye(groups), passed_ON.T).T
     return jnp.repeat(shift_ON, GROUP, axis=1)
+
+
+def print_order(model: DeepseekV3, statistics: Statistics) -> None:
+    """Errors by the diagonal, relative to those in natural order."""
+    print("\n| format | error by the diagonal, of that in natural order | least | most |\n|---|---|---|---|")
+    cases = list(matrices(model, statistics))
+    for to in FORMATS:
+        ratios = []
+        for weight, (inputs,) in cases:
+            assert inputs.hessian is not None
+            damping = damping_for(inputs.tokens, weight.shape[-1])
+            own = partial(quantize_with_feedback, weight, inputs.hessian, to, damping)
+            rounded = own(column_order="diagonal"), own(column_order="natural")
+            by_diagonal, natural = (error(weight - to_float32(each), inputs) for each in rounded)
+            ratios.append(by_diagonal / natural)
+        print(f"| {to.name} | {mean(np.asarray(ratios)):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |", flush=True)
 
 
 def print_damping(
