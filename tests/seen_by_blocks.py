@@ -97,7 +97,7 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
     assert seen_by.routing is not None
     experts = matrices_by_expert(seen_by.block)
     fields = [field.name for field in dataclasses.fields(ExpertStatistics)][:-1]
-    sums = {name: np.zeros([SIZES[axis] for axis in name.rsplit("_")[-1]]) for name in fields}
+    sums = {name: np.zeros([SIZES[axis] for axis in name.rsplit("_")[-1]]) for name in fields if "_" in name}
     experts_TK, weights_TK = map(np.asarray, seen_by.routing)
     inputs_TD = seen_by.inputs["mlp.router"].reshape(-1, SIZES["D"])
     for x_D, chosen_K, weights_K in zip(inputs_TD, experts_TK, weights_TK, strict=True):
@@ -120,6 +120,7 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
             sums["peak_E"][e] = max(sums["peak_E"][e], np.abs(f_D).max())
             for field, x in (("x_EDD", x_D), ("hidden_EFF", hidden_F)):
                 sums[field][e] += g**2 * np.outer(x, x)
+    sums["tokens"] = np.asarray(len(inputs_TD))
     return sums | {"x_DD": sums["x_EDD"].sum(axis=0), "hidden_FF": sums["hidden_EFF"].sum(axis=0)}
 
 

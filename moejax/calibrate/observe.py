@@ -105,9 +105,9 @@ def _observe_mtp(
 
 def _summed(taps: Taps, block: Block, x_BTD: jax.Array, max_bytes: int | None) -> BlockStatistics:
     """Hessians left out where `max_bytes`, an upper bound to what experts' own take, is None."""
-    experts = None
+    experts, tokens = None, x_BTD.shape[0] * x_BTD.shape[1]
     if isinstance(block.mlp, MoE):
-        experts = expert_statistics(taps.pop("mlp.experts"), block.mlp.num_experts, max_bytes)
+        experts = expert_statistics(taps.pop("mlp.experts"), tokens, block.mlp.num_experts, max_bytes)
     input2 = {name: jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(range(x.ndim - 1))) for name, x in taps.items()}
-    tokens = jnp.asarray(x_BTD.shape[0] * x_BTD.shape[1], jnp.float32)
-    return BlockStatistics(tokens, input2, experts, None if max_bytes is None else input_products(taps))
+    hessians = None if max_bytes is None else input_products(taps)
+    return BlockStatistics(jnp.asarray(tokens, jnp.float32), input2, experts, hessians)

@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 class ExpertStatistics:
     """Sums over the tokens that chose expert e: gate weight g, gate and up outputs a and u, output f = expert_e(x).
 
-    count_E: 1. weight_E: g. weighted_norm_E: g*|f|. norm2_E: |f|^2. gate2_E: g^2.
+    tokens: all that came to the layer. count_E: 1. weight_E: g. weighted_norm_E: g*|f|. norm2_E: |f|^2. gate2_E: g^2.
     x2_ED: g^2 * x^2, the input of gate and up. hidden2_EF: g^2 * (silu(a)*u)^2, the input of down.
     gate_slope2_EF: g^2 * (silu'(a)*u)^2 and up_slope2_EF: g^2 * silu(a)^2, what an error of a or u becomes in down's
     input, squared.
@@ -47,6 +47,7 @@ class ExpertStatistics:
     damping: by projection, where it was chosen.
     """
 
+    tokens: jax.Array
     count_E: jax.Array
     weight_E: jax.Array
     weighted_norm_E: jax.Array
@@ -78,8 +79,7 @@ class ExpertStatistics:
         Drawn toward the layer's by PRIOR_TOKENS_PER_INPUT * I average tokens; the layer's where experts have no
         products of their own. Its diagonal is `input_second_moment` but for the larger prior.
         """
-        down = projection == "down"
-        own_EII, layer_II = (self.hidden_EFF, self.hidden_FF) if down else (self.x_EDD, self.x_DD)
+        own_EII, layer_II = self._products(projection)
         assert layer_II is not None, "calibrated without hessians"
         return _shrunk_hessian(own_EII, layer_II, self.gate2_E, self.count_E, jnp.asarray(e))
 
@@ -88,13 +88,21 @@ class ExpertStatistics:
         moment_I = jnp.take(self.input_second_moment(projection), e, axis=0)
         if self.x_DD is None:
             return Inputs(moment_I)
-        tokens, damping = self.input_tokens(moment_I.size)[e], self.damping.get(projection, 1.0)
+        tokens, damping = self.input_tokens(projection)[e], self.damping.get(projection, 1.0)
         return Inputs(moment_I, self.input_hessian(projection, e), tokens, damping)
 
-    def input_tokens(self, inputs: int) -> jax.Array:
-        """Over how many tokens each expert's Hessian of so many inputs is, those that it takes from its layer's among
-        them, (E,)."""
-        return self.count_E + PRIOR_TOKENS_PER_INPUT * inputs
+    def input_tokens(self, projection: str) -> jax.Array:
+        """Over how many tokens each expert's `input_hessian` is, those that it takes from its layer's among them, (E,);
+        all of the layer's where experts have no products of their own."""
+        own_EII, layer_II = self._products(projection)
+        assert layer_II is not None, "calibrated without hessians"
+        if own_EII is None:
+            return jnp.full_like(self.count_E, self.tokens)
+        return self.count_E + PRIOR_TOKENS_PER_INPUT * len(layer_II)
+
+    def _products(self, projection: str) -> tuple[jax.Array | None, jax.Array | None]:
+        """Each expert's, where there are such, and the layer's."""
+        return (self.hidden_EFF, self.hidden_FF) if projection == "down" else (self.x_EDD, self.x_DD)
 
     def output_weight(self, projection: str, down_norm2_EF: jax.Array) -> jax.Array:
         """What a unit error at each output of the projection adds to the layer's output error, (E, O).
@@ -182,8 +190,8 @@ class Statistics:
         return Inputs(self.head_input2 / self.tokens, hessian, self.tokens, damping)
 
 
-def expert_statistics(run: ExpertRun, num_experts: int, max_bytes: int | None = None) -> ExpertStatistics:
-    """The statistics of one batch.
+def expert_statistics(run: ExpertRun, tokens: int, num_experts: int, max_bytes: int | None = None) -> ExpertStatistics:
+    """The statistics of one batch of so many tokens.
 
     Hessians are collected unless `max_bytes` is None: each expert's own where a block's take no more than that.
     """
@@ -196,6 +204,7 @@ def expert_statistics(run: ExpertRun, num_experts: int, max_bytes: int | None = 
     slope_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
     peak_R = jnp.max(jnp.abs(float32(run.y_RD)), axis=-1)
     sums = ExpertStatistics(
+        tokens=jnp.asarray(tokens, jnp.float32),
         count_E=jnp.sum(chosen_ER, axis=1),
         weight_E=chosen_ER @ g_R,
         weighted_norm_E=chosen_ER @ (g_R * norm_R),
@@ -220,6 +229,7 @@ def _with_products(sums: ExpertStatistics, run: ExpertRun, max_bytes: int) -> Ex
     return replace(sums, x_EDD=x_EDD, hidden_EFF=hidden_EFF, x_DD=x_DD, hidden_FF=hidden_FF)
 
 
+@jax.jit
 def _shrunk_mean(sums_EI: jax.Array, weight_E: jax.Array, count_E: jax.Array) -> jax.Array:
     """Each expert's weighted mean, drawn toward the layer's by PRIOR_TOKENS average tokens."""
     layer_mean_I = jnp.sum(sums_EI, axis=0) / jnp.maximum(jnp.sum(weight_E), 1e-30)

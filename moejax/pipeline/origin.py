@@ -19,7 +19,7 @@ from moejax.model.config import ROTATION_FIELDS
 from moejax.planning import Method, Plan
 from moejax.planning.plan import to_json
 from moejax.progress import Progress, silent
-from moejax.transforms.choose_damping import choose_damping
+from moejax.transforms.choose_damping import choose_damping, has_few_tokens
 from moejax.transforms.compress import compress, compress_in_sequence
 from moejax.transforms.compress_block import Rounder, afresh
 from moejax.transforms.rotate import rotate
@@ -84,11 +84,12 @@ def read_origin(
     provenance: dict[str, Any],
     progress: Progress,
 ) -> Origin:
-    """A checkpoint's model, loaded and calibrated for a method; damping is chosen on the chunks held out."""
+    """A checkpoint's model, loaded and calibrated for a method; where tokens are few, damping is chosen on the chunks
+    held out."""
     original = load_model(checkpoint)
     model = _ready(original, method)
     statistics = calibrate(model, chunks, progress=progress, hessians=method.error_feedback)
-    if method.error_feedback:
+    if method.error_feedback and has_few_tokens(statistics):
         statistics = choose_damping(model, statistics, calibrate(model, held_out, hessians=True), progress)
     raw_config = _ready_config(checkpoint.raw_config, model)
     return Origin(original, model, statistics, raw_config, copied_files(checkpoint.path), provenance, chunks)

@@ -27,6 +27,16 @@ MULTIPLES = (0.1, 0.3, 1.0, 3.0)
 _FORMATS = ("int2g128", "int2g64", "int2g32")
 
 
+def has_few_tokens(statistics: Statistics) -> bool:
+    """Whether there are weights whose damping `choose_damping` chooses. The statistics have Hessians."""
+    inputs = [(statistics.tokens, statistics.head_input2.size)]
+    for block in statistics.blocks:
+        inputs += [(block.tokens, input2_I.size) for input2_I in block.input2.values()]
+    layers = [block.experts for block in statistics.blocks if block.experts is not None]
+    experts = any(_experts_have_few(sums, projection) for sums in layers for projection in PROJECTIONS)
+    return experts or any(_are_few(tokens, width) for tokens, width in inputs)
+
+
 def choose_damping(
     model: DeepseekV3, statistics: Statistics, held_out: Statistics, progress: Progress = silent
 ) -> Statistics:
@@ -73,7 +83,7 @@ def _of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> jax.Array | None
 def _of_experts(
     weights: ExpertWeights, sums: ExpertStatistics, held_out: ExpertStatistics, projection: str
 ) -> jax.Array | None:
-    if not _are_few(jnp.mean(sums.input_tokens(weights.shape[-1])), weights.shape[-1]):
+    if not _experts_have_few(sums, projection):
         return None
     members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights)]
 
@@ -82,6 +92,10 @@ def _of_experts(
         return requantize_experts(weights, damped, projection, target, members, members)
 
     return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
+
+
+def _experts_have_few(sums: ExpertStatistics, projection: str) -> bool:
+    return _are_few(jnp.mean(sums.input_tokens(projection)), sums.input_second_moment(projection).shape[-1])
 
 
 def _are_few(tokens: jax.Array | float, inputs: int) -> bool:

@@ -124,8 +124,10 @@ def test_statistics_of_two_batches_merge_into_those_of_both() -> None:
     runs = random_run([0, 0, 1, 2, 3, 3, 3], 0), random_run([0, 1, 1, 2, 4], 1)
     in_order = np.argsort(np.concatenate([run.expert_R for run in runs]), kind="stable")
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts)[in_order], *runs)
-    both = expert_statistics(together, 6, EXPERT_PRODUCTS_BYTES)
-    first, second = (expert_statistics(run, 6, EXPERT_PRODUCTS_BYTES) for run in runs)
+    both = expert_statistics(together, 10, 6, EXPERT_PRODUCTS_BYTES)
+    first, second = (
+        expert_statistics(run, tokens, 6, EXPERT_PRODUCTS_BYTES) for run, tokens in zip(runs, (6, 4), strict=True)
+    )
     assert both.x_EDD is not None and both.hidden_EFF is not None
     for merged in (first.merged(second), second.merged(first)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged, both)
@@ -177,7 +179,7 @@ def random_sums(count_E: Array, seed: int = 0) -> ExpertStatistics:
     """Sums of experts with so many tokens each; gate weights lie near 0.3."""
     random = np.random.RandomState(seed)
     gate2_E = count_E * random.uniform(0.05, 0.15, len(count_E))
-    sums: dict[str, Array] = {name: count_E for name in FIELDS} | {"gate2_E": gate2_E}
+    sums: dict[str, Array] = {name: count_E for name in FIELDS} | {"tokens": count_E.sum(), "gate2_E": gate2_E}
     for name, axis, size in (("x", "D", 5), ("hidden", "F", 4)):
         roots_EII = random.randn(len(count_E), size, size)
         own_EII = gate2_E[:, None, None] * (roots_EII @ roots_EII.swapaxes(1, 2))
@@ -272,7 +274,9 @@ def test_a_layer_that_no_token_reached_has_finite_hessians() -> None:
 def test_experts_share_their_layer_s_products_where_their_own_take_too_much() -> None:
     """Of 6 experts, x takes 6*4*4 and hidden 6*3*3 numbers of four bytes."""
     run = random_run([0, 0, 1, 2, 3, 3, 3], 0)
-    own, one, none = (expert_statistics(run, 6, max_bytes) for max_bytes in (4 * 6 * 16, 4 * 6 * 16 - 1, 4 * 6 * 9 - 1))
+    own, one, none = (
+        expert_statistics(run, 5, 6, max_bytes) for max_bytes in (4 * 6 * 16, 4 * 6 * 16 - 1, 4 * 6 * 9 - 1)
+    )
     assert own.x_EDD is not None and own.hidden_EFF is not None
     assert one.x_EDD is None and one.hidden_EFF is not None
     assert none.x_EDD is None and none.hidden_EFF is None
@@ -282,12 +286,16 @@ def test_experts_share_their_layer_s_products_where_their_own_take_too_much() ->
     for e in range(6):
         np.testing.assert_allclose(none.input_hessian("up", e), none.x_DD / jnp.sum(none.gate2_E), rtol=1e-6)
         np.testing.assert_allclose(one.input_hessian("down", e), own.input_hessian("down", e), rtol=1e-5, atol=1e-6)
+    # A Hessian is of its expert's own tokens and as many of the layer's as it has inputs, or of all that came.
+    np.testing.assert_array_equal(one.input_tokens("down"), jnp.asarray([2, 1, 1, 3, 0, 0]) + 3)
+    np.testing.assert_array_equal(one.input_tokens("up"), jnp.full(6, 5))
+    assert [one.inputs("up", 3).tokens, one.inputs("down", 3).tokens] == [5, 6]
 
 
 def test_deepseek_v3_s_experts_have_hessians_of_their_own_for_down_alone() -> None:
     rows, experts, D, F = 8 * 512, 256, 7168, 2048
     inside = (abstract_array((rows, size), jnp.float32) for size in (D, F, F, F, D))
     run = ExpertRun(abstract_array((rows,), jnp.int32), abstract_array((rows,), jnp.float32), *inside)
-    sums = jax.eval_shape(lambda run: expert_statistics(run, experts, EXPERT_PRODUCTS_BYTES), run)
+    sums = jax.eval_shape(lambda run: expert_statistics(run, rows // 8, experts, EXPERT_PRODUCTS_BYTES), run)
     assert sums.x_EDD is None and sums.x_DD is not None and sums.x_DD.shape == (D, D)
     assert sums.hidden_EFF is not None and sums.hidden_EFF.shape == (experts, F, F)

@@ -1,5 +1,6 @@
 """The damping chosen for a matrix is the one of least error on held-out tokens, found here in NumPy and float64."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -11,7 +12,7 @@ from moejax.calibrate import ExpertStatistics, Inputs, Statistics, calibrate
 from moejax.formats import ExpertWeights, Leaf, parse_group_format
 from moejax.model import named_leaves
 from moejax.planning.plan import PROJECTIONS
-from moejax.transforms.choose_damping import MULTIPLES, choose_damping
+from moejax.transforms.choose_damping import MULTIPLES, choose_damping, has_few_tokens
 from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
 from moejax.transforms.rounding import to_float32
 from seen_by_blocks import statistics_with_hessians
@@ -77,6 +78,13 @@ def test_every_matrix_but_the_router_has_one() -> None:
 
 def test_where_tokens_are_many_nothing_is_chosen() -> None:
     many = jax.tree.map(lambda sums: 1e4 * sums, statistics_with_hessians())
+    assert has_few_tokens(statistics_with_hessians()) and not has_few_tokens(many)
     many = choose_damping(small_model(), many, held_out())
     assert not any(block.damping or (block.experts and block.experts.damping) for block in many.blocks)
     assert many.head_damping is None
+
+
+def test_a_layers_experts_alone_can_have_few() -> None:
+    few = statistics_with_hessians()
+    many = jax.tree.map(lambda sums: 1e4 * sums, few)
+    assert has_few_tokens(replace(many, blocks=(*many.blocks[:1], replace(many.blocks[1], experts=experts_of(few)))))
