@@ -43,17 +43,17 @@ def main() -> None:
         print(json.dumps(measure(outputs, inputs, options.format)))
         return
     config = config_from_hf(read_json_object(config_path("models", options.model)))
+    counts = {f"{outputs}x{inputs}": count for (outputs, inputs), count in sorted(matrices(config).items())}
+    if unknown := set(options.shapes) - counts.keys():
+        parser.error(f"{options.model} has no matrices of {min(unknown)}; its shapes are {', '.join(counts)}")
     print("| outputs x inputs | such matrices | seconds each | peak memory | hours for all |\n|---|---|---|---|---|")
     hours = 0.0
-    for (outputs, inputs), count in sorted(matrices(config).items()):
-        shape = f"{outputs}x{inputs}"
-        if options.shapes and shape not in options.shapes:
-            continue
+    for shape in options.shapes or counts:
         command = [sys.executable, __file__, "--format", options.format, "--in-this-process", "--shapes", shape]
         seconds, memory = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        own = seconds * count / 3600
+        own = seconds * counts[shape] / 3600
         hours += own
-        print(f"| {shape} | {count:,} | {seconds:.2f} | {format_size(memory)} | {own:.1f} |", flush=True)
+        print(f"| {shape} | {counts[shape]:,} | {seconds:.2f} | {format_size(memory)} | {own:.1f} |", flush=True)
     print(f"\n{hours:.0f} hours in all")
 
 
