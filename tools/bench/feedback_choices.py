@@ -1,4 +1,4 @@
-"""What choices of error feedback are worth: zero points, the order of columns, and damping chosen matrix by matrix.
+"""What choices of error feedback are worth: zero points, the order of columns, and how much Hessians are damped.
 
 usage: python tools/bench/feedback_choices.py CHECKPOINT --calibration FILE
 
@@ -12,9 +12,13 @@ Order: the error with columns rounded by the Hessian's diagonal, of that with co
 
 Damping: the error at 2 bits with multiples of what `damping_for` says, after 64 chunks of calibration and after 2,
 measured on 64 chunks that neither saw; and with the multiple that was best for the matrix on 16 others.
+
+Shared Hessians: the error at 2 bits of experts' gate and up that have their layer's, damped as suits all of the layer's
+tokens, of that damped as suits the expert's own.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -54,6 +58,9 @@ def main() -> None:
     print_order(model, ample)
     for label, calibrated in (("64 chunks", ample), ("2 chunks", short)):
         print_damping(label, model, calibrated, choosing, measuring)
+    for several in (2, 9, 32):
+        shared = calibrate(model, rows[:several], hessians=True, expert_bytes=0)
+        print_shared(f"{several} chunks", model, shared, measuring)
 
 
 def matrices(model: DeepseekV3, *several: Statistics) -> Iterator[tuple[jax.Array, list[Inputs]]]:
@@ -134,6 +141,23 @@ def print_damping(
     cells = [f"{m:g}x {mean(relative[:, k]):.3f}" for k, m in enumerate(MULTIPLES)]
     own_choice = mean(relative[np.arange(len(chosen)), chosen])
     print(f"\nDamping after {label}: {', '.join(cells)}; chosen by matrix {own_choice:.3f}", flush=True)
+
+
+def print_shared(label: str, model: DeepseekV3, shared: Statistics, measuring: Statistics) -> None:
+    ratios = []
+    for i in LAYERS:
+        sums, held_out = shared.blocks[i].experts, measuring.blocks[i].experts
+        if sums is None or held_out is None:
+            continue
+        for projection, e in itertools.product(("gate", "up"), range(EXPERTS)):
+            weight = to_float32(named_leaves(model.layers[i])[f"mlp.experts.{projection}"].expert(e))
+            inputs, own = sums.inputs(projection, e), float(sums.count_E[e]) + weight.shape[-1]
+            by_layer, by_own = (
+                error(weight - to_float32(round_weight(weight, each, FORMATS[2])), held_out.inputs(projection, e))
+                for each in (inputs, inputs._replace(tokens=own))
+            )
+            ratios.append(by_layer / by_own)
+    print(f"\nShared Hessians after {label}: damped by all tokens {mean(np.asarray(ratios)):.3f}", flush=True)
 
 
 def mean(ratios: np.ndarray) -> float:
