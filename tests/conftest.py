@@ -7,10 +7,10 @@ import re
 
 # Before the first import of JAX: with libtpu installed, it would look for a TPU first and log that there is none.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the tests' time is compiling, which takes half as long without optimizations. JAX 0.11 has lost the last flag.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" + (
-    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else ""
-)
+# Most of the tests' time is compiling, which takes half as long without optimizations.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have lost the flag
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +67,14 @@ def bounded_mappings() -> Iterator[None]:
     yield
     if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Optimizations again, for what computes longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,18 @@ Whatever is tried (rounded weights, masked experts), arrays keep their shapes, s
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import ExpertWeights, Leaf, dense
+from moejax.formats import ExpertWeights, Leaf
 from moejax.model import named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
 from moejax.transforms.prune import masked_bias
+from moejax.transforms.rounding import to_float32
 
 _PER_EXPERT = ("mlp.router", "mlp.bias", "mlp.group_id")
 
@@ -51,14 +53,17 @@ def _dense(leaf: Leaf | ExpertWeights) -> Leaf | ExpertWeights:
         return one_bucket(_dense_experts(leaf))
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.integer):
         return leaf
-    return dense(leaf, jnp.float32)
+    return to_float32(leaf)
 
 
 def _dense_experts(weights: ExpertWeights) -> jax.Array:
     """Every expert's matrix, (E, O, I)."""
     if len(weights.buckets) == 1:
-        return dense(weights.buckets[0], jnp.float32)[weights.index_E]
-    return jnp.stack([dense(weights.expert(e), jnp.float32) for e in range(weights.num_experts)])
+        return to_float32(weights.buckets[0])[weights.index_E]
+    # One by one, because buckets are of any size and every other would be compiled.
+    buckets, bucket_E, index_E = jax.device_get((weights.buckets, weights.bucket_E, weights.index_E))
+    each = [jax.tree.map(itemgetter(i), buckets[b]) for b, i in zip(bucket_E, index_E, strict=True)]
+    return jnp.stack([to_float32(leaf) for leaf in each])
 
 
 def one_bucket(experts_EOI: jax.Array) -> ExpertWeights:

@@ -41,7 +41,7 @@ def ranks(values: list[float]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def rows(tiny: Path) -> list[Row]:
+def rows(tiny: Path, optimized: None) -> list[Row]:
     """Every plan with its predicted and its measured mean KL divergence."""
     checkpoint = job.require_original(open_checkpoint(tiny))
     tokenizer = load_tokenizer(tiny)
