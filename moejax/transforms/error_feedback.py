@@ -5,12 +5,13 @@ The number of levels is traced, so that every shape, group size and kind of scal
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.errors import InputError
 from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
 from moejax.formats.grouped import centre, round_to_codes
 from moejax.formats.scales import as_stored, encode_scales
@@ -63,10 +64,12 @@ def quantize_with_feedback(
     `feed_back` rounds; `descend` then improves codes and scales. A row's result depends on no other row:
     matrices with the same input may be stacked along O; matrices with inputs of their own are batched by `jax.vmap`.
 
-    Raises InputError if rows of I inputs fill no whole groups or words.
+    Raises InputError if rows of I inputs fill no whole groups or words, or there is no such `column_order`.
     """
     *outer, inputs = weight.shape
     to.require_fit(inputs)
+    if column_order not in get_args(ColumnOrder):
+        raise InputError(f"column_order is {column_order!r}; {' or '.join(get_args(ColumnOrder))} is accepted")
 
     def round_rows(weight: jax.Array) -> GroupedCodes:
         weight_OI = weight.reshape(-1, inputs)

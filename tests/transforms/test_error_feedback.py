@@ -196,6 +196,11 @@ def test_rows_that_fill_no_groups_are_refused() -> None:
         module.quantize_with_feedback(jnp.ones((4, 96)), jnp.eye(96), IntFormat(2, 128))
 
 
+def test_another_order_of_columns_is_refused() -> None:
+    with pytest.raises(InputError, match="column_order is 'random'; diagonal or natural is accepted"):
+        module.quantize_with_feedback(jnp.ones((4, 96)), jnp.eye(96), IntFormat(2, 32), column_order="random")  # type: ignore[arg-type]
+
+
 AMPLE, SHORT, HELD_OUT = slice(0, 24), slice(0, 2), slice(24, 36)
 
 
