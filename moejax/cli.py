@@ -1,13 +1,15 @@
 """The command line: thin, typed, no logic of its own."""
 
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from moejax.errors import InputError
+from moejax.errors import InputError, Note
 
 app = tyro.extras.SubcommandApp()
 
@@ -187,13 +189,28 @@ def export(
 def main() -> None:
     """Run a command; bad input is one sentence and exit code 2, a failure of the machine one sentence and 1."""
     try:
-        app.cli(prog="moejax", description="Compress DeepSeek-V3-class models to a byte budget.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Note)
+            warnings.showwarning = _shown_by(warnings.showwarning)
+            app.cli(prog="moejax", description="Compress DeepSeek-V3-class models to a byte budget.")
     except InputError as error:
         _leave(str(error), 2)
     except (OSError, MemoryError) as error:
         _leave(str(error) or type(error).__name__, 1)
     except KeyboardInterrupt:
         _leave("interrupted", 1)
+
+
+def _shown_by(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: a note is one sentence, others are as `otherwise` has them."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            print(f"moejax: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def _leave(message: str, code: int) -> None:

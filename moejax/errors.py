@@ -1,6 +1,7 @@
-"""The exception for bad input, in a place every folder may import."""
+"""What users are told of their input, bad or merely surprising, in a place every folder may import."""
 
 import reprlib
+import warnings
 
 MAX_MESSAGE = 2000
 """The most characters of a message; paths and lists of choices stay far below."""
@@ -20,6 +21,18 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(_printable(_shortened(message, MAX_MESSAGE)))
+
+
+class Note(UserWarning):
+    """What was done is not all that the input promises or asks for, but what a user would want; one sentence says so.
+
+    The command line prints it on standard error; in Python it is a warning.
+    """
+
+
+def note(message: str) -> None:
+    """Say so; once for every call."""
+    warnings.warn(Note(_printable(_shortened(message, MAX_MESSAGE))), stacklevel=3)
 
 
 def brief(value: object) -> str:

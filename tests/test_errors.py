@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from moejax.errors import MAX_MESSAGE, InputError, brief
+from command_line import moejax
+from moejax.errors import MAX_MESSAGE, InputError, Note, brief, note
 
 
 def test_a_message_of_one_short_line_is_kept() -> None:
@@ -41,3 +42,15 @@ def test_a_short_value_is_shown_as_it_is(value: object) -> None:
 )
 def test_only_a_part_of_a_huge_value_is_shown(text: str) -> None:
     assert len(brief(json.loads(text))) <= 200
+
+
+def test_notes_are_printed_by_commands_and_warnings_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: object) -> None:
+        note("a byte-order mark was left out\n")
+        note("a byte-order mark was left out\n")
+
+    monkeypatch.setattr("moejax.commands.inspect.run_inspect", work)
+    ran = moejax("inspect")
+    assert (ran.code, ran.err) == (0, 2 * "moejax: a byte-order mark was left out\\n\n")
+    with pytest.warns(Note, match="byte-order"):
+        work()
