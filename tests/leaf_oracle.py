@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import Fp8Blocks, GroupedInt, GroupedTernary, Leaf, abstract_leaf, dense
+from moejax.formats import Fp8Blocks, GroupedCodes, GroupedInt, GroupedTernary, Leaf, abstract_leaf, dense
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
@@ -36,13 +36,13 @@ def in_float32(leaf: Leaf) -> jax.Array:
     return dense(leaf, jnp.float32)
 
 
-def planar_codes(words: IntArray, bits: int) -> IntArray:
-    """In a plane of n = 32/p fields of p bits, field i of word j holds code i*(I/n) + j; the first plane is top."""
-    inputs = words.shape[-1] * 32 // bits
+def planar_codes(words: IntArray, bits: int, inputs: int) -> IntArray:
+    """In a plane of n = 32/p fields of p bits and W words, field i of word j holds code i*W + j; the first plane is
+    top."""
     code = np.arange(inputs)
     codes, start = np.zeros((*words.shape[:-1], inputs), np.int64), 0
     for width in PLANES[bits]:
-        words_of_plane = inputs * width // 32
+        words_of_plane = words.shape[-1] * width // bits
         i, j = code // words_of_plane, code % words_of_plane
         codes = codes * 2**width + (words[..., start + j] >> (i * width)) % 2**width
         start += words_of_plane
@@ -60,11 +60,10 @@ def ternary_codes(words: IntArray, inputs: int) -> IntArray:
 def to_numpy(leaf: Leaf) -> FloatArray:
     """The dense weight, (..., O, I)."""
     if isinstance(leaf, GroupedInt):
-        steps = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits) - (2**leaf.bits - 1) / 2
-        return steps * _each(leaf.scale, steps.shape[-1] // leaf.scale.shape[-1])
+        steps = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits, leaf.inputs) - (2**leaf.bits - 1) / 2
+        return steps * scale_of_each(leaf)
     if isinstance(leaf, GroupedTernary):
-        inputs = leaf.scale.shape[-1] * leaf.group_size
-        return (ternary_codes(np.asarray(leaf.words, np.int64), inputs) - 1) * _each(leaf.scale, leaf.group_size)
+        return (ternary_codes(np.asarray(leaf.words, np.int64), leaf.inputs) - 1) * scale_of_each(leaf)
     if isinstance(leaf, Fp8Blocks):
         values, scale = np.asarray(leaf.values, np.float64), np.asarray(leaf.scale_inv, np.float64)
         outputs, inputs = values.shape[-2:]
@@ -72,9 +71,9 @@ def to_numpy(leaf: Leaf) -> FloatArray:
     return np.asarray(leaf, np.float64)
 
 
-def _each(scale: jax.Array, group_size: int) -> FloatArray:
+def scale_of_each(leaf: GroupedCodes) -> FloatArray:
     """The scale of every input, (..., O, I)."""
-    return np.repeat(scales_of(scale), group_size, axis=-1)
+    return scales_of(leaf.scale)[..., np.arange(leaf.inputs) // leaf.group_size]
 
 
 def scales_of(stored: jax.Array | np.ndarray) -> FloatArray:

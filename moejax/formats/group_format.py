@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from moejax.errors import InputError
 from moejax.formats import planar, trits
 from moejax.formats.abstract import abstract_array
-from moejax.formats.grouped import GroupedCodes, group, round_to_codes, ungroup
+from moejax.formats.grouped import GroupedCodes, group, groups_per_row, round_to_codes, ungroup
 from moejax.formats.grouped_int import GroupedInt
 from moejax.formats.grouped_ternary import GroupedTernary
 from moejax.formats.scales import DTYPES, SUFFIXES, ScaleKind, decode_scales, encode_scales
 
 
 class _Packing(abc.ABC):
-    """How a format packs rows, and which rows it holds."""
+    """How a format packs rows."""
 
     group_size: int
     scale_kind: ScaleKind
@@ -28,11 +28,6 @@ class _Packing(abc.ABC):
     @abc.abstractmethod
     def name(self) -> str:
         """The format in one word, as plans and manifests write it."""
-
-    @property
-    @abc.abstractmethod
-    def inputs_multiple(self) -> int:
-        """The number that a row's length must be a multiple of."""
 
     @abc.abstractmethod
     def words_per_row(self, inputs: int) -> int:
@@ -43,27 +38,15 @@ class _Packing(abc.ABC):
         """Codes (..., O, I) in [0, levels) to words uint32 (..., O, W)."""
 
     @abc.abstractmethod
-    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedCodes:
-        """The weight that these arrays are."""
-
-    def fits(self, inputs: int) -> bool:
-        """Whether the format holds rows of that many inputs."""
-        return inputs % self.inputs_multiple == 0
-
-    def require_fit(self, inputs: int) -> None:
-        """Raise InputError where `fits` is false."""
-        if not self.fits(inputs):
-            raise InputError(
-                f"format {self.name} cannot hold rows of {inputs} inputs: they must be a multiple of "
-                f"{self.inputs_multiple}"
-            )
+    def leaf(self, words: jax.Array, scale: jax.Array, inputs: int) -> GroupedCodes:
+        """The weight, of rows of that many inputs, that these arrays are."""
 
     def abstract(self, shape: Sequence[int]) -> GroupedCodes:
         """The packed leaf of a weight (..., O, I), shapes only."""
         *outer, inputs = shape
-        self.require_fit(inputs)
         words = abstract_array((*outer, self.words_per_row(inputs)), jnp.uint32)
-        return self.leaf(words, abstract_array((*outer, inputs // self.group_size), DTYPES[self.scale_kind]))
+        groups = groups_per_row(inputs, self.group_size)
+        return self.leaf(words, abstract_array((*outer, groups), DTYPES[self.scale_kind]), inputs)
 
 
 @dataclass(frozen=True)
@@ -85,18 +68,14 @@ class IntFormat(_Packing):
     def levels(self) -> int:
         return 2**self.bits
 
-    @property
-    def inputs_multiple(self) -> int:
-        return math.lcm(self.group_size, planar.inputs_multiple(self.bits))
-
     def words_per_row(self, inputs: int) -> int:
-        return inputs * self.bits // planar.WORD_BITS
+        return planar.words_per_row(inputs, self.bits)
 
     def pack(self, codes: jax.Array) -> jax.Array:
         return planar.pack(codes, self.bits)
 
-    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedInt:
-        return GroupedInt(words, scale, self.bits)
+    def leaf(self, words: jax.Array, scale: jax.Array, inputs: int) -> GroupedInt:
+        return GroupedInt(words, scale, self.bits, self.group_size, inputs)
 
 
 @dataclass(frozen=True)
@@ -122,18 +101,14 @@ class TernaryFormat(_Packing):
         """What a code is worth, log2 3 = 1.58; it takes 1.6."""
         return math.log2(3)
 
-    @property
-    def inputs_multiple(self) -> int:
-        return self.group_size
-
     def words_per_row(self, inputs: int) -> int:
         return trits.words_per_row(inputs)
 
     def pack(self, codes: jax.Array) -> jax.Array:
         return trits.pack(codes)
 
-    def leaf(self, words: jax.Array, scale: jax.Array) -> GroupedTernary:
-        return GroupedTernary(words, scale, self.group_size)
+    def leaf(self, words: jax.Array, scale: jax.Array, inputs: int) -> GroupedTernary:
+        return GroupedTernary(words, scale, self.group_size, inputs)
 
 
 GroupFormat = IntFormat | TernaryFormat
@@ -155,9 +130,10 @@ def parse_group_format(name: str) -> GroupFormat:
 
 
 def encode(weight: jax.Array, scale: jax.Array, to: GroupFormat) -> GroupedCodes:
-    """Round every weight (..., O, I) to the nearest level of its group's scale (..., O, I/group_size), and pack."""
+    """Round every weight (..., O, I) to the nearest level of its group's scale (..., O, groups), and pack."""
     stored = encode_scales(scale, to.scale_kind)
     weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
     decoded = decode_scales(stored, weight.dtype)[..., None]
     codes = round_to_codes(group(weight, to.group_size), decoded, to.levels)
-    return to.leaf(to.pack(ungroup(codes).astype(jnp.uint32)), stored)
+    inputs = weight.shape[-1]
+    return to.leaf(to.pack(ungroup(codes, inputs).astype(jnp.uint32)), stored, inputs)

@@ -10,24 +10,19 @@ from moejax.formats.grouped import GroupedCodes
 from moejax.formats.scales import SUFFIXES
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["words", "scale"], meta_fields=["group_size"])
+@partial(jax.tree_util.register_dataclass, data_fields=["words", "scale"], meta_fields=["group_size", "inputs"])
 @dataclass(frozen=True)
 class GroupedTernary(GroupedCodes):
     """weight[..., o, i] = (code[..., o, i] - 1) * scale[..., o, i // group_size]: -s, 0 or s.
 
-    The last words of a row may hold padding, so its length follows from the scales, and the group size is stored.
-
     words: uint32 (..., O, ceil(I/20)), planar (see `trits`).
-    scale: bfloat16 or uint8 (..., O, I/group_size).
+    scale: bfloat16 or uint8 (..., O, ceil(I/group_size)).
     """
 
     words: jax.Array
     scale: jax.Array
     group_size: int = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.scale.shape[:-1], self.scale.shape[-1] * self.group_size)
+    inputs: int = field(metadata={"static": True})
 
     @property
     def levels(self) -> int:
@@ -38,4 +33,4 @@ class GroupedTernary(GroupedCodes):
         return f"ternaryg{self.group_size}{SUFFIXES[self.scale_kind]}"
 
     def codes(self) -> jax.Array:
-        return trits.unpack(self.words, self.shape[-1])
+        return trits.unpack(self.words, self.inputs)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 class PackedTensor(abc.ABC):
     """A weight (..., O, I) whose arrays hold fewer bytes than its elements would.
 
-    Subclasses are frozen dataclasses, registered as pytrees with their arrays as data. The logical shape is derived
-    from the arrays, never stored, so that indexing, stacking and `jax.vmap` over leading axes cannot make it wrong.
+    Subclasses are frozen dataclasses, registered as pytrees with their arrays as data. Leading axes are
+    derived from the arrays, never stored, so that indexing, stacking and `jax.vmap` over them cannot make them wrong.
     """
 
     @property

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import jax
 
-from moejax.formats import trits
+from moejax.formats import planar, trits
 from moejax.formats.dense import payload_bytes
 from moejax.formats.fp8_blocks import Fp8Blocks
 from moejax.formats.grouped import GroupedCodes
+from moejax.formats.grouped_int import GroupedInt
 from moejax.formats.grouped_ternary import GroupedTernary
 from moejax.formats.packed import PackedTensor
 
@@ -35,8 +36,10 @@ def _scales(leaf: object) -> object:
 
 
 def _padding_bytes(leaf: object) -> int:
-    if not isinstance(leaf, GroupedTernary):
+    if not isinstance(leaf, GroupedTernary | GroupedInt):
         return 0
-    inputs, rows = leaf.shape[-1], leaf.size // leaf.shape[-1]
+    inputs, rows = leaf.inputs, leaf.size // leaf.inputs
+    if isinstance(leaf, GroupedInt):
+        return rows * (planar.padded(inputs, leaf.bits) - inputs) * leaf.bits // 8
     unfilled = trits.words_per_row(inputs) * trits.CODES_PER_WORD - inputs
     return rows * unfilled * 4 // trits.CODES_PER_WORD

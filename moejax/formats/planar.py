@@ -1,8 +1,9 @@
 """Planar words: the bit layout of packed integers.
 
-A row of I codes of p bits becomes I/n words of n = 32/p fields; field i of word j holds code i*(I/n) + j, so that every
-field of neighbouring words is a contiguous run of codes. Widths that are no power of two are sums of planes, widest
-first (3 bits = a 2-bit plane, then a 1-bit plane), stored one behind the other in the same row of words.
+A row of I codes of p bits becomes W = ceil(I/n) words of n = 32/p fields; field i of word j holds code i*W + j, so that
+every field of neighbouring words is a contiguous run of codes. Widths that are no power of two are sums of planes,
+widest first (3 bits = a 2-bit plane, then a 1-bit plane), stored one behind the other in the same row of words; then I
+is first rounded up to what fills the words of every plane. Fields beyond I are padding and hold code 0.
 """
 
 import jax
@@ -18,19 +19,26 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 def inputs_multiple(bits: int) -> int:
-    """The number that a row's length must be a multiple of, so that every plane fills whole words."""
+    """The number of inputs whose codes fill whole words in every plane."""
     return WORD_BITS // planes(bits)[-1]
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Codes (..., I) in [0, 2^bits) to words uint32 (..., I*bits/32).
+def padded(inputs: int, bits: int) -> int:
+    """A row's length with its padding: the next multiple of `inputs_multiple`."""
+    return -(-inputs // inputs_multiple(bits)) * inputs_multiple(bits)
 
-    Raises ValueError if I is no multiple of `inputs_multiple(bits)`.
-    """
-    inputs = codes.shape[-1]
-    if inputs % inputs_multiple(bits):
-        raise ValueError(f"{bits}-bit rows hold a multiple of {inputs_multiple(bits)} inputs, not {inputs}")
+
+def words_per_row(inputs: int, bits: int) -> int:
+    """The words of all planes of a row of that many codes."""
+    return padded(inputs, bits) * bits // WORD_BITS
+
+
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Codes (..., I) in [0, 2^bits) to words uint32 (..., `words_per_row`)."""
+    *outer, inputs = codes.shape
     codes = codes.astype(jnp.uint32)
+    if more := padded(inputs, bits) - inputs:
+        codes = jnp.concatenate([codes, jnp.zeros((*outer, more), jnp.uint32)], axis=-1)
     words, shift = [], bits
     for width in planes(bits):
         shift -= width
@@ -38,15 +46,15 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     return jnp.concatenate(words, axis=-1)
 
 
-def unpack(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `pack`: words uint32 (..., W) to codes int32 (..., 32*W/bits)."""
-    inputs = words.shape[-1] * WORD_BITS // bits
-    codes, start = jnp.zeros((*words.shape[:-1], inputs), jnp.int32), 0
+def unpack(words: jax.Array, bits: int, inputs: int) -> jax.Array:
+    """The inverse of `pack`: words uint32 (..., W) to codes int32 (..., inputs)."""
+    length = padded(inputs, bits)
+    codes, start = jnp.zeros((*words.shape[:-1], length), jnp.int32), 0
     for width in planes(bits):
-        stop = start + inputs * width // WORD_BITS
+        stop = start + length * width // WORD_BITS
         codes = (codes << width) | _unpack_plane(words[..., start:stop], width)
         start = stop
-    return codes
+    return codes[..., :inputs]
 
 
 def _mask(width: int) -> int:

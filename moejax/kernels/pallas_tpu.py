@@ -8,8 +8,8 @@ Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-o
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
 The other operations go to XLA, and so does `matmul` where `takes` is false: for weights other than one `GroupedInt`
-matrix, inputs other than float32 and bfloat16, rows too long for VMEM, and rows whose fields do not fill registers: I
-must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and of 64 at 8.
+matrix, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows whose
+fields fill no registers: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
 """
 
 import math
@@ -41,7 +41,9 @@ def takes(x: jax.Array, w: Leaf) -> bool:
     """Whether the kernel multiplies these rows with this weight itself."""
     if not isinstance(w, GroupedInt) or w.ndim != 2 or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    inputs = w.shape[1]
+    inputs = w.inputs
+    if inputs % w.group_size or inputs % planar.inputs_multiple(w.bits):
+        return False
     return inputs <= MAX_INPUTS and _run(inputs, w.group_size, w.bits) % SUBLANES == 0
 
 

@@ -45,7 +45,7 @@ _SCALE_DIGITS = 16
 class Prepared:
     """Everything measured that no budget changes; `plan_within` takes it from here.
 
-    costs: of every format that fits. problem: of those that the recipe allows. pruning: by block, with its probes.
+    costs: of every format. problem: of those that the recipe allows. pruning: by block, with its probes.
     """
 
     checkpoint: HuggingFaceCheckpoint

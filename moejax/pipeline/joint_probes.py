@@ -48,7 +48,7 @@ def _joint_choice(costs: Costs, family: str, level: float) -> Choice:
 
 
 def _in_format(menu: Menu, level: int) -> np.ndarray:
-    """Format `level` of every row, KEEP (the last) where it does not fit or saves nothing."""
+    """Format `level` of every row, KEEP (the last) where it is not allowed or saves nothing."""
     keep = len(menu.formats) - 1
     usable_N = np.isfinite(menu.cost_NF[:, level]) & (menu.bytes_NF[:, level] < menu.bytes_NF[:, keep])
     return np.where(usable_N, level % len(menu.formats), keep)

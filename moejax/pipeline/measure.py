@@ -37,7 +37,7 @@ _PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
 
 
 def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress) -> Costs:
-    """Costs of every format that fits, allowed or not; `menus` has their bytes, and the costs of pruning."""
+    """Costs of every format, allowed or not; `menus` has their bytes, and the costs of pruning."""
     model = trial.model
     measured = _Measurement(trial, recipe, named_leaves(model), {})
     cost_NF = np.stack([measured.tensor(name) for name in progress(list(quantizable(model)), "measuring weights")])
@@ -117,13 +117,12 @@ class _Measurement:
         inputs: Sequence[Inputs],
         output_weights: Sequence[jax.Array],
     ) -> np.ndarray:
-        """Errors of weights of one shape at every candidate format, (B, F); infinite where a format does not fit."""
+        """Errors of weights of one shape at every candidate format, (B, F)."""
         dense_B = [to_float32(leaf) for leaf in leaves]
-        error_BF = np.full((len(leaves), len(self.recipe.formats)), np.inf)
+        error_BF = np.empty((len(leaves), len(self.recipe.formats)))
         for f, to in enumerate(self.recipe.formats):
-            if to.fits(leaves[0].shape[-1]):
-                cases = zip(dense_B, map(to_float32, rounded(to)), inputs, output_weights, strict=True)
-                error_BF[:, f] = [rounding_error(*case) for case in cases]
+            cases = zip(dense_B, map(to_float32, rounded(to)), inputs, output_weights, strict=True)
+            error_BF[:, f] = [rounding_error(*case) for case in cases]
         return error_BF
 
     def _down_norm2(self, index: int) -> jax.Array:
@@ -139,13 +138,10 @@ class _Measurement:
         self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]
     ) -> np.ndarray:
         """error_F as KL divergence, and 0 for KEEP."""
-        usable = [f for f in range(len(error_F)) if np.isfinite(error_F[f])]
-        if not usable:
-            return np.append(error_F, 0.0)
         if name.startswith("mtp."):
             scale = self._last_layers_scale(name)
         else:
-            probed = min(usable, key=lambda f: abs(self.recipe.formats[f].bits - bits))
+            probed = min(range(len(error_F)), key=lambda f: abs(self.recipe.formats[f].bits - bits))
             # Rounding makes a tiny divergence negative.
             measured = max(divergence(self.recipe.formats[probed]), 0.0)
             scale = measured / max(float(error_F[probed]), 1e-300)

@@ -106,11 +106,9 @@ def _options_of(leaf: Leaf, min_bits: int, recipe: Recipe) -> tuple[np.ndarray, 
     as_it_is = payload_bytes(leaf)
     sizes, costs = [], []
     for candidate in recipe.formats:
-        fits = candidate.fits(leaf.shape[-1])
-        size = payload_bytes(candidate.abstract(leaf.shape)) if fits else as_it_is
-        allowed = fits and candidate.bits >= min_bits and size < as_it_is
+        size = payload_bytes(candidate.abstract(leaf.shape))
         sizes.append(size)
-        costs.append(0.0 if allowed else np.inf)
+        costs.append(0.0 if candidate.bits >= min_bits and size < as_it_is else np.inf)
     return np.asarray([*sizes, as_it_is]), np.asarray([*costs, 0.0])
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
-from moejax.formats import ExpertWeights, Leaf, parse_group_format
+from moejax.formats import ExpertWeights, Leaf
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.planning.plan import PROJECTIONS
@@ -23,8 +23,8 @@ from moejax.transforms.rounding import rounding_error, to_float32
 # Multiples of `damping_for` that are tried.
 MULTIPLES = (0.1, 0.3, 1.0, 3.0)
 
-# Every matrix is rounded to two bits for this, in the largest of these groups that its rows fill.
-_FORMATS = ("int2g128", "int2g64", "int2g32")
+# What every matrix is rounded to for this.
+_FORMAT = "int2g128"
 
 
 def has_few_tokens(statistics: Statistics) -> bool:
@@ -44,8 +44,7 @@ def choose_damping(
     E|(W - Q) x|^2 over the tokens of `held_out`, matrix by matrix.
 
     The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
-    statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that; so do those
-    that no two-bit format holds.
+    statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that.
     """
     blocks = [named_leaves(layer) for layer in model.layers]
     for mtp in model.mtp:
@@ -74,8 +73,8 @@ def _of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> jax.Array | None
     if not _are_few(inputs.tokens, leaf.shape[-1]):
         return None
 
-    def rounded(target: str, multiple: jax.Array) -> list[Leaf]:
-        return [requantize(leaf, inputs._replace(damping=multiple), target)]
+    def rounded(multiple: jax.Array) -> list[Leaf]:
+        return [requantize(leaf, inputs._replace(damping=multiple), _FORMAT)]
 
     return _best(rounded, [leaf], [held_out])
 
@@ -87,9 +86,9 @@ def _of_experts(
         return None
     members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights)]
 
-    def rounded(target: str, multiple: jax.Array) -> list[Leaf]:
+    def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})
-        return requantize_experts(weights, damped, projection, target, members, members)
+        return requantize_experts(weights, damped, projection, _FORMAT, members, members)
 
     return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
 
@@ -102,20 +101,14 @@ def _are_few(tokens: jax.Array | float, inputs: int) -> bool:
     return float(damping_for(tokens, inputs)) > DAMPING
 
 
-def _best(
-    rounded: Callable[[str, jax.Array], list[Leaf]], leaves: Sequence[Leaf], held_out: Sequence[Inputs]
-) -> jax.Array | None:
-    """The multiple of least error; None where no format holds the matrices, which are of one shape."""
-    *outer, width = leaves[0].shape
-    target = next((name for name in _FORMATS if parse_group_format(name).fits(width)), None)
-    if target is None:
-        return None
-    matrices, ones = [to_float32(leaf) for leaf in leaves], jnp.ones(outer)
+def _best(rounded: Callable[[jax.Array], list[Leaf]], leaves: Sequence[Leaf], held_out: Sequence[Inputs]) -> jax.Array:
+    """The multiple of least error for matrices of one shape."""
+    matrices, ones = [to_float32(leaf) for leaf in leaves], jnp.ones(leaves[0].shape[:-1])
     multiples = [jnp.float32(multiple) for multiple in MULTIPLES]
     error_MB = [
         [
             float(rounding_error(matrix, to_float32(leaf), inputs, ones))
-            for matrix, leaf, inputs in zip(matrices, rounded(target, multiple), held_out, strict=True)
+            for matrix, leaf, inputs in zip(matrices, rounded(multiple), held_out, strict=True)
         ]
         for multiple in multiples
     ]

@@ -36,7 +36,7 @@ def compress(
 
     Weights are rounded with error feedback where the statistics hold Hessians.
 
-    Raises InputError if the plan's blocks, experts or weights are not the model's, or a format does not fit its weight.
+    Raises InputError if the plan's blocks, experts or weights are not the model's.
     """
     check_plan(plan, model.config)
     return _compressed(model, plan, _Known(statistics), rounder, progress)

@@ -37,9 +37,13 @@ ColumnOrder = Literal["diagonal", "natural"]
 # Columns whose changes reach the rest of their group together; it divides every group size.
 _COLUMNS = 8
 
+# What an input that fills a group up counts, as a share of the others' mean.
+_PADDING = 1e-6
+
 
 class Rounded(NamedTuple):
-    """A weight (O, I) on even levels, inputs first: Q[o, i] = steps_IO[i, o] * scale_NO[i // group_size, o].
+    """A weight (O, I) on even levels, inputs first: Q[o, i] = steps_IO[i, o] * scale_NO[i // group_size, o]; I is a
+    multiple of the group size.
 
     steps_IO: a code minus the centre of the levels. scale_NO: float32, but a number that stored scales hold.
     """
@@ -64,17 +68,16 @@ def quantize_with_feedback(
     `feed_back` rounds; `descend` then improves codes and scales. A row's result depends on no other row:
     matrices with the same input may be stacked along O; matrices with inputs of their own are batched by `jax.vmap`.
 
-    Raises InputError if rows of I inputs fill no whole groups or words, or there is no such `column_order`.
+    Raises InputError if there is no such `column_order`.
     """
     *outer, inputs = weight.shape
-    to.require_fit(inputs)
     if column_order not in get_args(ColumnOrder):
         raise InputError(f"column_order is {column_order!r}; {' or '.join(get_args(ColumnOrder))} is accepted")
 
     def round_rows(weight: jax.Array) -> GroupedCodes:
         weight_OI = weight.reshape(-1, inputs)
         rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
-        return _pack(rounded, weight.shape[:-1], to)
+        return _pack(rounded, weight.shape, to)
 
     outputs = math.prod(outer)
     if outputs <= MOST_ROWS:
@@ -94,10 +97,18 @@ def _round(
     scale_kind: ScaleKind,
     column_order: ColumnOrder,
 ) -> Rounded:
-    weight_IO = weight_OI.T.astype(jnp.float32)
-    damped_II = damped(hessian_II, damping)
+    weight_IO, damped_II = _in_whole_groups(weight_OI.T.astype(jnp.float32), damped(hessian_II, damping), group_size)
     fed_back = feed_back(weight_IO, damped_II, levels, group_size, scale_kind, column_order)
     return descend(weight_IO, damped_II, fed_back, levels, scale_kind=scale_kind)
+
+
+def _in_whole_groups(weight_IO: jax.Array, hessian_II: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """With inputs behind a shorter last group whose weights are zero, which no other input makes up for, and which cost
+    next to nothing."""
+    if not (more := -len(weight_IO) % group_size):
+        return weight_IO, hessian_II
+    own = _PADDING * jnp.mean(jnp.diagonal(hessian_II)) * jnp.eye(more)
+    return jnp.pad(weight_IO, ((0, more), (0, 0))), jax.scipy.linalg.block_diag(hessian_II, own)
 
 
 def damping_for(tokens: jax.Array | float, inputs: int) -> jax.Array:
@@ -282,7 +293,8 @@ def _put(x_IO: jax.Array, own_GO: jax.Array, n: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _pack(rounded: Rounded, outer: tuple[int, ...], to: GroupFormat) -> GroupedCodes:
-    codes_OI = (rounded.steps_IO + centre(to.levels)).T.astype(jnp.uint32)
+def _pack(rounded: Rounded, shape: tuple[int, ...], to: GroupFormat) -> GroupedCodes:
+    *outer, inputs = shape
+    codes_OI = (rounded.steps_IO[:inputs] + centre(to.levels)).T.astype(jnp.uint32)
     scale_ON = encode_scales(rounded.scale_NO.T, to.scale_kind)
-    return to.leaf(to.pack(codes_OI.reshape(*outer, -1)), scale_ON.reshape(*outer, -1))
+    return to.leaf(to.pack(codes_OI.reshape(shape)), scale_ON.reshape(*outer, -1), inputs)

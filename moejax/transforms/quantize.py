@@ -25,10 +25,7 @@ def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> Gr
 
     The scale is the best of a grid or the least-squares scale for the codes it gave,
     s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (levels - 1)/2.
-
-    Raises InputError if rows of I inputs fill no whole groups or words.
     """
-    to.require_fit(weight.shape[-1])
     scale, _ = search_scales(weight, second_moment, to.levels, to.group_size, to.scale_kind)
     return _encode(weight, scale, to)
 
@@ -41,7 +38,7 @@ def search_scales(
     group_size: int,
     scale_kind: ScaleKind = "bf16",
 ) -> tuple[jax.Array, jax.Array]:
-    """Every group's best scale and its weighted squared error, both (..., O, I/group_size)."""
+    """Every group's best scale and its weighted squared error, both (..., O, ceil(I/group_size))."""
     w_grouped = group(weight.astype(jnp.float32), group_size)
     h_grouped = group(positive(second_moment), group_size)[..., None, :, :]
     middle = centre(levels)

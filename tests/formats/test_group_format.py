@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,37 +80,11 @@ def test_refuses_unknown_names(name: str) -> None:
         parse_group_format(name)
 
 
-@pytest.mark.parametrize(
-    ("group_format", "inputs", "fits"),
-    [
-        (IntFormat(3, 32), 64, True),
-        (IntFormat(3, 64), 96, False),
-        (IntFormat(3, 16), 48, False),
-        (IntFormat(4, 128), 128, True),
-        (IntFormat(4, 128), 64, False),
-        (TernaryFormat(32), 96, True),
-        (TernaryFormat(64), 96, False),
-        (TernaryFormat(128), 64, False),
-    ],
-)
-def test_fits(group_format: GroupFormat, inputs: int, fits: bool) -> None:
-    assert group_format.fits(inputs) == fits
-
-
-@pytest.mark.parametrize(("group_format", "multiple"), [(IntFormat(3, 16), 32), (TernaryFormat(64), 64)])
-def test_refuses_rows_that_do_not_fit(group_format: GroupFormat, multiple: int) -> None:
-    reason = f"{group_format.name} cannot hold rows of 80 inputs: they must be a multiple of {multiple}$"
-    with pytest.raises(InputError, match=reason):
-        group_format.require_fit(80)
-    with pytest.raises(InputError, match=reason):
-        group_format.abstract((8, 80))
-
-
-@given(group_formats, st.sampled_from([(), (3,)]), st.integers(1, 5), st.integers(1, 3))
+@given(group_formats, st.sampled_from([(), (3,)]), st.integers(1, 5), st.integers(1, 600))
 def test_abstract_shapes_and_bytes_are_the_concrete_ones(
-    group_format: GroupFormat, batch: tuple[int, ...], outputs: int, groups: int
+    group_format: GroupFormat, batch: tuple[int, ...], outputs: int, inputs: int
 ) -> None:
-    shape = (*batch, outputs, groups * group_format.group_size)
+    shape, groups = (*batch, outputs, inputs), -(-inputs // group_format.group_size)
     abstract = group_format.abstract(shape)
     encoded = jax.eval_shape(
         lambda weight, scale: encode(weight, scale, group_format), jnp.ones(shape), jnp.ones((*shape[:-1], groups))
@@ -126,6 +102,10 @@ def test_bytes_are_exact(group_size: int, scale_kind: ScaleKind, scale_bytes: in
         packed = 4 * 20 if isinstance(group_format, TernaryFormat) else inputs * group_format.bits // 8
         expected = outputs * packed + scale_bytes * outputs * inputs // group_size
         assert payload_bytes(group_format.abstract((outputs, inputs))) == expected
+        # 352 is a multiple of 32 but not of the larger groups.
+        packed = 4 * 18 if isinstance(group_format, TernaryFormat) else 352 * group_format.bits // 8
+        expected = outputs * packed + scale_bytes * outputs * math.ceil(352 / group_size)
+        assert payload_bytes(group_format.abstract((outputs, 352))) == expected
 
 
 @given(
@@ -147,8 +127,9 @@ def test_encode_chooses_the_nearest_level(group_format: GroupFormat, spread: flo
 
 @pytest.mark.parametrize("group_format", [*every_format(32), *every_format(32, "e8")])
 def test_encode_returns_what_it_was_given(group_format: GroupFormat) -> None:
-    """A weight on the levels keeps its code, also when bfloat16 has moved it: by a quarter of a step at most."""
-    leaf = random_leaf(f"{group_format.name}[8,256]")
+    """A weight on the levels keeps its code, also when bfloat16 has moved it: by a quarter of a step at most. The last
+    group of a row is shorter."""
+    leaf = random_leaf(f"{group_format.name}[8,239]")
     assert isinstance(leaf, GroupedCodes)
     for dtype in (jnp.float32, jnp.bfloat16):
         again = jitted_encode(in_float32(leaf).astype(dtype), leaf.decoded_scale(jnp.float32), group_format)

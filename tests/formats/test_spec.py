@@ -41,9 +41,9 @@ def test_round_trip(spec: str) -> None:
     assert describe(abstract_leaf(spec)) == spec
 
 
-@given(group_formats, st.integers(1, 4), st.integers(1, 4))
-def test_round_trip_of_groups(group_format: GroupFormat, outputs: int, groups: int) -> None:
-    spec = f"{group_format.name}[{outputs},{groups * group_format.group_size}]"
+@given(group_formats, st.integers(1, 4), st.integers(1, 600))
+def test_round_trip_of_groups(group_format: GroupFormat, outputs: int, inputs: int) -> None:
+    spec = f"{group_format.name}[{outputs},{inputs}]"
     assert describe(abstract_leaf(spec)) == spec
 
 
@@ -111,9 +111,3 @@ def test_refuses_what_describes_no_leaf(spec: str) -> None:
 def test_refuses_unknown_formats(name: str) -> None:
     with pytest.raises(InputError, match=f"unknown format '{name}'"):
         abstract_leaf(f"{name}[8,128]")
-
-
-def test_refuses_rows_that_do_not_fit() -> None:
-    for name in ("int3g64", "ternaryg64"):
-        with pytest.raises(InputError, match=f"{name} cannot hold rows of 96 inputs.*multiple of 64"):
-            abstract_leaf(f"{name}[8,96]")

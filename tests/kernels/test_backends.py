@@ -31,6 +31,10 @@ MATRICES = [
     "ternaryg64e8[40,512]",
     "ternaryg128[40,512]",
     "ternaryg32[24,160]",  # no padding
+    "int3g128[40,192]",  # a shorter last group
+    "int8g128[40,192]",
+    "int5g64e8[24,75]",  # and padded words
+    "ternaryg128[24,201]",
     "fp8b128x128[200,136]",
     "fp8b32x32[64,96]",
     "f32[40,96]",
@@ -38,6 +42,7 @@ MATRICES = [
 ]
 BATCHES = [
     "int4g32[3,40,128]",
+    "int4g64[3,40,100]",
     "ternaryg64[3,40,128]",
     "int4g64e8[3,40,128]",
     "fp8b32x32[3,40,96]",

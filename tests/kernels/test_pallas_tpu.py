@@ -33,7 +33,15 @@ def test_takes_multiples_of(bits: int, multiple: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["int4g32[2,16,128]", "int4g32[16,32768]", "fp8b128x128[16,128]", "bf16[16,128]", "ternaryg64[16,640]"]
+    "spec",
+    [
+        "int4g32[2,16,128]",
+        "int4g32[16,32768]",
+        "int8g128[16,192]",
+        "fp8b128x128[16,128]",
+        "bf16[16,128]",
+        "ternaryg64[16,640]",
+    ],
 )
 def test_leaves_others_to_xla(spec: str) -> None:
     assert not has_kernel(spec)
