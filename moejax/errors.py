@@ -23,6 +23,10 @@ class InputError(ValueError):
         super().__init__(_printable(_shortened(message, MAX_MESSAGE)))
 
 
+class InternalError(RuntimeError):
+    """moejax did not do what it says it does; the message is one sentence that says what."""
+
+
 class Note(UserWarning):
     """What was done is not all that the input promises or asks for, but what a user would want; one sentence says so.
 

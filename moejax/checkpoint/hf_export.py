@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.checkpoint.atomic import atomic_folder
 from moejax.checkpoint.hf_config import linear_block
 from moejax.checkpoint.hf_tensors import Block, Convert, as_it_is, hf_tensors
 from moejax.checkpoint.load import Checkpoint
 from moejax.checkpoint.safetensors_folder import CONFIG_FILE
 from moejax.checkpoint.safetensors_writer import write_shards
-from moejax.checkpoint.store import atomic_folder, folder_bytes
+from moejax.checkpoint.store import folder_bytes, payload_bytes
 from moejax.errors import InputError
 from moejax.formats import Leaf, dense
 from moejax.kernels import hadamard
@@ -59,7 +60,7 @@ def write_huggingface(
 
     Raises InputError, leaving nothing, for what such a folder cannot hold: integer formats without `dtype`; numbers of
     experts or K that differ by layer, groups of several sizes; routing scales that differ by layer, or rotated inputs
-    of `down`, without `dtype`; MTP blocks of a rotated model.
+    of `down`, without `dtype`; MTP blocks of a rotated model. So it does where less is free than the tensors take.
     """
     _check_rotations(checkpoint.config, is_dequantized=dtype is not None)
     routing = _common_routing(checkpoint, is_dequantized=dtype is not None)
@@ -77,7 +78,8 @@ def write_huggingface(
         )
     )
     abstract = _abstract_tensors(config, dict(checkpoint.abstract_leaves()), block, convert)
-    with atomic_folder(output) as folder:
+    size = payload_bytes(abstract) + sum(file.stat().st_size for file in copied)
+    with atomic_folder(output, size) as folder:
         write_shards(folder, hf_tensors(config, checkpoint.leaf, block, convert), abstract, shard_bytes, progress)
         (folder / CONFIG_FILE).write_text(json.dumps(raw_config, indent=2) + "\n")
         for file in copied:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moejax.checkpoint import store
+from moejax.checkpoint.atomic import atomic_folder
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.leaf_checks import check_arrays, check_indices
 from moejax.errors import InputError, brief
@@ -64,8 +65,7 @@ def item_of(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class NativeBytes:
-    """The bytes of a folder by what they are: arrays, orbax's and zarr's descriptions of them, the manifest, and the
-    files copied from the original."""
+    """The bytes of a folder: arrays, orbax's and zarr's descriptions of them, manifest, copied files."""
 
     arrays: int
     descriptions: int
@@ -95,9 +95,12 @@ def write_native(
     budget: int,
     progress: Progress = silent,
 ) -> int:
-    """Write the checkpoint and return its bytes. Raises InputError, leaving nothing, if they exceed `budget`."""
-    items = _items(model)
-    with store.atomic_folder(output) as folder:
+    """Write the checkpoint and return its bytes. Raises, leaving nothing, InputError if they exceed `budget` or what is
+    free, OSError if they cannot be written, InternalError if they are others than `native_bytes` predicts."""
+    items, predicted = _items(model), native_bytes(model, description, copied).total
+    if predicted > budget:
+        raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
+    with atomic_folder(output, predicted) as folder:
         checksums: dict[str, str] = {}
         for item, leaves in progress(list(items.items()), "writing"):
             arrays = {name: np.asarray(array) for name, array in _arrays_of(leaves).items()}
@@ -106,10 +109,8 @@ def write_native(
         (folder / MANIFEST).write_bytes(_manifest(model, description, checksums))
         for file in copied:
             (folder / file.name).write_bytes(file.read_bytes())
-        written = store.folder_bytes(folder)
-        if written > budget:
-            raise InputError(f"{output}: {written} bytes are over the budget of {budget}; nothing was written")
-    return written
+        store.check_written(f"{output}", store.folder_bytes(folder), predicted)
+    return predicted
 
 
 @dataclass(frozen=True)

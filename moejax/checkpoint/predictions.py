@@ -12,8 +12,6 @@ and SHA-256.
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
+from moejax.checkpoint.atomic import atomic_file, require_space
 from moejax.checkpoint.safetensors_folder import DTYPES, TensorInfo, read_header
 from moejax.errors import InputError
 from moejax.formats import Leaf, abstract_leaf, describe
@@ -82,11 +81,13 @@ def saved_predictions(
     of the chunks and as many chunks at a time as it is given. The head is asked for once and not kept. The file appears
     whole or not at all.
 
-    Raises InputError, before the block runs, if `path` exists or cannot be written.
+    Raises InputError, before the block runs, if `path` exists, cannot be written or needs more bytes than are free.
     """
-    with _atomic_file(path) as stream:
+    with atomic_file(path) as stream:
         states = _write_beginning(stream, origin, tokens_NT, head(), np.dtype(dtype))
-        end = stream.tell() + math.prod(states.shape) * states.dtype.itemsize
+        left = math.prod(states.shape) * states.dtype.itemsize
+        end = stream.tell() + left
+        require_space(path, left)
 
         def append(states_BSD: np.ndarray) -> None:
             if states_BSD.dtype != states.dtype or states_BSD.shape[1:] != states.shape[1:]:
@@ -152,24 +153,3 @@ def _header(arrays: dict[str, Any], metadata: dict[str, str]) -> bytes:
 
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, which becomes `path` if the block succeeds and vanishes if not."""
-    if os.path.lexists(path):
-        raise InputError(f"{path}: exists already; give a path that is free")
-    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        stream = temporary.open("xb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give a file in a folder that exists") from None
-    try:
-        with stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    except BaseException:  # an interrupt leaves nothing behind either
-        temporary.unlink(missing_ok=True)
-        raise

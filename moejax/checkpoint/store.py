@@ -5,16 +5,19 @@ shapes and dtypes only, and a leaf can be memory-mapped. Orbax writes the items,
 `ocp.PyTreeCheckpointer().restore(folder / "items" / item)`. Format: https://zarr-specs.readthedocs.io (version 2).
 """
 
+import errno
 import functools
 import json
+import logging
 import math
 import os
 import re
-import secrets
 import shutil
+import sys
+import threading
+import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +28,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from moejax.checkpoint.atomic import atomic_folder
 from moejax.checkpoint.json_file import read_json_object
-from moejax.errors import InputError
+from moejax.errors import InputError, InternalError
 
 ITEMS_FOLDER = "items"
 _TREE_FILE = "_METADATA"
 _ARRAY_FILE = ".zarray"
+# Seconds that a write which goes on after another one failed is waited for.
+_LONGEST_WRITE = 10.0
 
 _DTYPES: dict[str, np.dtype[Any]] = {np.dtype(code).str: np.dtype(code) for code in "?bBhHiIqQefd"} | {
     np.dtype(scalar).name: np.dtype(scalar)
@@ -52,14 +58,25 @@ class ArrayLike(Protocol):
 def write_item(folder: Path, name: str, leaves: Mapping[str, np.ndarray | jax.Array]) -> None:
     """Writes `leaves` as the item `name` of the store in `folder`; the item appears whole or not at all.
 
-    It takes `item_bytes(leaves)` bytes. Raises InputError if the item exists, ValueError as `item_bytes` does.
+    It takes `item_bytes(leaves)` bytes. Raises InputError if the item exists, ValueError as `item_bytes` does, OSError
+    if it cannot be written, and InternalError if it takes other bytes.
     """
     _check_name(name)
-    _check_leaves(leaves)
+    size = item_bytes(leaves)
     arrays = {leaf: np.asarray(array) for leaf, array in leaves.items()}
     (folder / ITEMS_FOLDER).mkdir(exist_ok=True)
     with atomic_folder(folder / ITEMS_FOLDER / name) as temporary:
-        _handler().save(epath.Path(temporary), args=ocp.args.PyTreeSave(arrays))
+        if shutil.disk_usage(temporary).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+        with _failing_once(temporary):
+            _handler().save(epath.Path(temporary), args=ocp.args.PyTreeSave(arrays))
+        check_written(f"item {name}", folder_bytes(temporary), size)
+
+
+def check_written(what: str, found: int, predicted: int) -> None:
+    """Raises InternalError if the bytes written are not those predicted."""
+    if found != predicted:
+        raise InternalError(f"{what} takes {found} bytes and was predicted to take {predicted}; nothing was written")
 
 
 def read_item(folder: Path, name: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -111,57 +128,41 @@ def checksum(array: np.ndarray | jax.Array) -> str:
 
 
 @contextmanager
-def atomic_folder(output: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `output`, which becomes `output` if the block succeeds and vanishes if not.
-
-    Raises InputError, before the block runs, if `output` exists or its parent cannot be written to.
-    """
-    output = Path(os.path.abspath(output))
-    temporary = _temporary_beside(output)
+def _failing_once(folder: Path) -> Iterator[None]:
+    """Raises as OSError what the threads of orbax and tensorstore that write to `folder` fail with, none of which
+    prints it beside. After a failure or an interrupt they are waited for: no file appears after that."""
+    show = sys.unraisablehook
+    sys.unraisablehook = _but_for_closed_loops(show)
     try:
-        yield temporary
-        _sync_tree(temporary)
-        temporary.rename(output)
-    except BaseException:  # an interrupt leaves nothing behind either
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except BaseException as error:  # the hook stays, since some come late
+        _wait_for_writers(folder)
+        if isinstance(error, ValueError):  # tensorstore's, whatever went wrong
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            number, reason = (int(code[1]), os.strerror(int(code[1]))) if code else (errno.EIO, str(error))
+            raise OSError(number, reason, str(folder)) from error
         raise
-    _sync(output.parent)
+    sys.unraisablehook = show
 
 
-def require_free(output: Path) -> None:
-    """Raises the InputError that `atomic_folder` would: before the work whose result is to lie there."""
-    _temporary_beside(Path(os.path.abspath(output))).rmdir()
+def _but_for_closed_loops(show: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """After one leaf's failure orbax closes the loop to which tensorstore reports the others: each would be shown."""
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    return show_others
 
 
-def _temporary_beside(output: Path) -> Path:
-    if os.path.lexists(output):
-        raise InputError(f"{output}: exists already; give a path that is free")
-    temporary = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"{output}: no folder can be made in {output.parent} ({error.strerror}); "
-            "give a path in a folder that exists and can be written to"
-        ) from error
-    return temporary
-
-
-def _sync_tree(folder: Path) -> None:
-    """Waits until everything in `folder`, and its own entries, are on the disk.
-
-    In threads, because file systems commit what waits together in one go (measured: 20 times faster).
-    """
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(_sync, [folder, *folder.rglob("*")]))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _wait_for_writers(folder: Path) -> None:
+    """tensorstore writes a file under a name of its own that ends in `.__lock` while it is at it."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            thread.join()
+    end = time.monotonic() + _LONGEST_WRITE
+    while any(folder.rglob("*.__lock")) and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 @functools.cache
@@ -170,8 +171,11 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
     The handler alone, because a `Checkpointer` around it adds its own temporary folder, files with timestamps and the
     folder's path, and warnings about the OCDBT files that are not there. NumPy arrays alone, because `jax.Array` leaves
-    bring further files that describe shardings; not copied before writing, because nobody changes them meanwhile.
+    bring further files that describe shardings; not copied before writing, because nobody changes them meanwhile. What
+    its threads and loops log is what `save` raises.
     """
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
+    logging.getLogger("asyncio").addFilter(lambda record: ".partial/" not in str(record.msg))
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # unused, but orbax warns where it is missing

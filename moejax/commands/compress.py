@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from moejax.checkpoint.atomic import require_free
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import open_checkpoint
-from moejax.checkpoint.store import require_free
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize

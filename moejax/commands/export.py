@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from moejax.checkpoint.atomic import require_free
 from moejax.checkpoint.hf_export import Dtype, write_huggingface
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.load import open_checkpoint
-from moejax.checkpoint.store import require_free
 from moejax.checkpoint.summary import summarize
 from moejax.pipeline.origin import copied_files
 from moejax.planning.size import format_size

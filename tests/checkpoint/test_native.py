@@ -14,6 +14,7 @@ import pytest
 from moejax.checkpoint import native
 from moejax.checkpoint.native import Description, native_bytes, open_native, write_native
 from moejax.checkpoint.store import folder_bytes
+from moejax.errors import InternalError
 from moejax.formats import describe, payload_bytes
 from moejax.model import DeepseekV3, Layout, named_leaves
 from native_checkpoint import (
@@ -114,6 +115,26 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr(native, "_manifest", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         write_native(model, tmp_path / "out", DESCRIPTION, [], BUDGET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_bytes_than_predicted_are_a_bug(
+    model: DeepseekV3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted = native_bytes(model, DESCRIPTION, [])
+    monkeypatch.setattr(native, "native_bytes", lambda *_: replace(predicted, manifest=predicted.manifest + 1))
+    size = predicted.total
+    with pytest.raises(InternalError, match=f"out takes {size} bytes and was predicted to take {size + 1}; nothing"):
+        write_native(model, tmp_path / "out", DESCRIPTION, [], BUDGET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_than_is_free_is_refused(model: DeepseekV3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = native_bytes(model, DESCRIPTION, []).total
+    usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    write = lambda: write_native(model, tmp_path / "out", DESCRIPTION, [], BUDGET)  # noqa: E731
+    refused(write, str(tmp_path / "out"), f"{size} bytes are needed", f"{tmp_path} has {size - 1} free")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,8 @@ import errno
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -19,7 +21,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
 from moejax.checkpoint.store import (
-    atomic_folder,
     checksum,
     folder_bytes,
     item_bytes,
@@ -27,7 +28,7 @@ from moejax.checkpoint.store import (
     read_item,
     write_item,
 )
-from moejax.errors import InputError
+from moejax.errors import InputError, InternalError
 
 DTYPES = [
     np.dtype(scalar)
@@ -167,6 +168,57 @@ def test_an_item_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "items").iterdir())
 
 
+def test_a_disk_that_takes_no_more_is_one_error_and_nothing_is_printed(tmp_path: Path) -> None:
+    """In a process of its own, which may write no file over 1000 bytes: tensorstore's threads fail, leaf by leaf."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+import numpy as np
+from moejax.checkpoint.store import write_item
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    write_item(Path({str(tmp_path)!r}), "a", {{f"leaf_{{n}}": np.ones(2000, np.uint8) for n in range(40)}})
+except OSError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{tmp_path / 'items' / 'a'}'\n"
+    assert not ran.stderr
+    assert not list((tmp_path / "items").iterdir())
+
+
+def test_what_orbax_fails_with_otherwise_is_an_oserror_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("DATA_LOSS: the disk has had enough")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "save", fail)
+    with pytest.raises(OSError, match=r"the disk has had enough: '.*items/a'"):
+        write_item(tmp_path, "a", LEAVES)
+    assert not list((tmp_path / "items").iterdir())
+
+
+def test_an_item_that_is_larger_than_what_is_free_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=item_bytes(LEAVES) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "save", lambda *_, **__: pytest.fail("nothing must be written"))
+    with pytest.raises(OSError, match=r"No space left on device: '.*items/a'"):
+        write_item(tmp_path, "a", LEAVES)
+
+
+def test_an_item_of_other_bytes_than_predicted_is_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, size = ocp.PyTreeCheckpointHandler.save, item_bytes(LEAVES)
+
+    def save_more(handler: Any, directory: Path, **more: Any) -> None:
+        save(handler, directory, **more)
+        (directory / "unasked").write_text("more")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "save", save_more)
+    with pytest.raises(InternalError, match=f"item a takes {size + 4} bytes and was predicted to take {size}; nothing"):
+        write_item(tmp_path, "a", LEAVES)
+    assert not list((tmp_path / "items").iterdir())
+
+
 def damage_chunk(item: Path) -> None:
     chunk = item / "q_a" / "0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -232,46 +284,3 @@ def test_checksum_is_crc32_of_the_bytes(array: np.ndarray) -> None:
 
 def test_checksum_of_a_jax_array() -> None:
     assert checksum(jnp.arange(4, dtype=jnp.uint8)) == checksum(np.arange(4, dtype=np.uint8)) == "8bb98613"
-
-
-def test_atomic_folder_appears_when_done(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "out") as temporary:
-        assert temporary.parent == tmp_path
-        (temporary / "sub").mkdir()
-        (temporary / "sub" / "file").write_text("text")
-        assert not (tmp_path / "out").exists()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "sub" / "file").read_text() == "text"
-
-
-def test_atomic_folder_takes_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with atomic_folder(Path("out")):
-        os.chdir("/")
-    assert (tmp_path / "out").is_dir()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_atomic_folder_vanishes_on_failure(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as temporary:
-        (temporary / "file").write_text("text")
-        raise error
-    assert not list(tmp_path.iterdir())
-
-
-def test_atomic_folder_refuses_what_exists(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("text")
-    (tmp_path / "link").symlink_to("nowhere")
-    for name in ("folder", "file", "link", "folder/.", "folder/.."):
-        with pytest.raises(InputError, match="exists already"), atomic_folder(tmp_path / name):
-            pytest.fail("the block must not run")
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_atomic_folder_refuses_a_parent_that_cannot_take_it(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("text")
-    for output in (tmp_path / "missing" / "out", tmp_path / "file" / "out", tmp_path / ("a" * 250)):
-        with pytest.raises(InputError, match="no folder can be made in"), atomic_folder(output):
-            pytest.fail("the block must not run")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -17,9 +17,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from moejax.checkpoint.atomic import atomic_folder
 from moejax.checkpoint.hf_names import expected_tensors
 from moejax.checkpoint.safetensors_writer import write_shards
-from moejax.checkpoint.store import atomic_folder
 from moejax.model import config_from_hf
 from moejax.resources import tiny_checkpoint
 
