@@ -27,6 +27,11 @@ def unrotated_config(raw_config: Mapping[str, Any], source: str) -> Config:
     return config
 
 
+def without_mtp(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The Hugging Face config of the same model without its MTP blocks."""
+    return {**raw_config, "num_nextn_predict_layers": 0}
+
+
 def dense_dtype(raw_config: Mapping[str, Any], source: str) -> str:
     """`dtype` (transformers 5) or `torch_dtype`: what tensors are stored in where nothing else is said.
 

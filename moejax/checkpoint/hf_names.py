@@ -55,7 +55,7 @@ def hf_name(name: str, config: Config) -> str | None:
 
 
 def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight that a checkpoint of this config holds, FP8 scales apart."""
+    """Name and shape of every weight that a checkpoint of this config is published with, FP8 scales apart."""
     for name, shape in Layout(config).shapes().items():
         tensor = hf_name(name, config)
         if tensor is None or name.endswith("k_b"):

@@ -1,11 +1,13 @@
 """Opening a Hugging Face `deepseek_v3` checkpoint: every tensor is accounted for.
 
-An unknown, missing or misshapen tensor is an error that names it.
+An unknown, missing or misshapen tensor is an error that names it. Only MTP layers may be otherwise than the config says
+(see `hf_mtp`), which a note tells.
 """
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoint.hf_config import DENSE_DTYPES, fp8_block, unrotated_config
+from moejax.checkpoint.hf_config import DENSE_DTYPES, fp8_block, unrotated_config, without_mtp
+from moejax.checkpoint.hf_fused import fused_name, unfused
+from moejax.checkpoint.hf_layouts import refuse_other_folders, refuse_other_layouts, refuse_wrapped
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
-from moejax.checkpoint.hf_names import MTP_COPIES, SCALE, TOP, expected_tensors, hf_name, num_elements
+from moejax.checkpoint.hf_mtp import copies, lacks_mtp, left_out_mtp, mtp_layers, note_mtp
+from moejax.checkpoint.hf_names import SCALE, expected_tensors, hf_name
 from moejax.checkpoint.safetensors_folder import (
     CONFIG_FILE,
     SafetensorsFolder,
@@ -40,12 +45,17 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True)
 class HuggingFaceCheckpoint:
-    """An opened and checked checkpoint; `leaf` reads one weight of the model."""
+    """An opened and checked checkpoint; `leaf` reads one weight of the model.
+
+    raw_config: without MTP layers where the model has none. num_elements: the numbers in the tensors that the published
+    config asks for and the files hold, FP8 scales apart; so MTP layers and their copies count, dropped or not.
+    """
 
     path: Path
     raw_config: dict[str, Any]
     config: Config
     folder: SafetensorsFolder
+    num_elements: int
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
@@ -53,9 +63,9 @@ class HuggingFaceCheckpoint:
         return (self.config.num_experts_per_tok,) * self.config.num_blocks
 
     @property
-    def num_elements(self) -> int:
-        """Every element of the checkpoint except FP8 scales, MTP blocks included."""
-        return num_elements(self.config)
+    def dropped_mtp(self) -> int:
+        """How many MTP layers the files hold and the model has not."""
+        return len(mtp_layers(self.folder.left_out))
 
     def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
@@ -80,24 +90,48 @@ class HuggingFaceCheckpoint:
         return values
 
 
-def open_huggingface(path: Path) -> HuggingFaceCheckpoint:
-    """Open a folder and check its tensors' names, shapes and dtypes against its config, and MTP blocks' copies.
+def open_huggingface(path: Path, drop_mtp: bool = False) -> HuggingFaceCheckpoint:
+    """Open a folder and check its tensors' names, shapes and dtypes against its config.
 
-    Other tensors are not read. Raises InputError naming the tensor, the file or the config's field that is wrong.
+    Of the tensors only MTP layers' copies of embedding and head are read, and compared with the model's own, which are
+    used. A note says where they differ or are missing, where there is no tensor of MTP layers that the config promises
+    (the model then has none), and where there are MTP layers that it does not mention. With `drop_mtp` the tensors of
+    all MTP layers are not looked at, nor are files that hold nothing else.
+
+    Raises InputError naming the tensor, the file or the config's field that is wrong, or the layout that is not read.
     """
-    raw_config = read_config_json(path)
-    config = unrotated_config(raw_config, str(path / CONFIG_FILE))
-    folder = open_folder(path)
+    refuse_other_folders(path)
+    raw_config, source = read_config_json(path), str(path / CONFIG_FILE)
+    refuse_wrapped(raw_config, source)
+    promised = unrotated_config(raw_config, source)
+    folder = open_folder(path, partial(left_out_mtp, config=promised, drop_mtp=drop_mtp))
+    refuse_other_layouts(folder.tensors)
+    folder = replace(folder, tensors=unfused(folder.tensors, promised))
+    if drop_mtp or lacks_mtp(folder.tensors, promised):
+        raw_config = without_mtp(raw_config)
+    config = unrotated_config(raw_config, source)
     _check_tensors(folder, config, raw_config, path)
     _check_experts(folder, config)
-    checkpoint = HuggingFaceCheckpoint(path, raw_config, config, folder)
-    _check_mtp_copies(checkpoint)
-    return checkpoint
+    if not drop_mtp:
+        note_mtp(folder, promised, config)
+    return HuggingFaceCheckpoint(path, raw_config, config, folder, _num_elements(folder, promised))
+
+
+def _num_elements(folder: SafetensorsFolder, promised: Config) -> int:
+    held = folder.tensors.keys() | folder.left_out
+    return sum(
+        math.prod(shape)
+        for name, shape in expected_tensors(promised)
+        if name in held or fused_name(name) in folder.left_out
+    )
 
 
 def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[str, Any], path: Path) -> None:
     expected: dict[str, tuple[int, ...]] = {}
+    not_needed = {name + suffix for name, _ in copies(config) for suffix in ("", SCALE)}
     for name, shape in expected_tensors(config):  # no further than the folder goes, whatever sizes a config claims
+        if name in not_needed:
+            continue
         info = folder.tensors.get(name)
         if info is None:
             raise InputError(f"{path}: the tensor {name} is missing; the config asks for it")
@@ -109,7 +143,7 @@ def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[s
             block = fp8_block(raw_config, str(path / CONFIG_FILE))
             expected[name + SCALE] = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     for name, info in folder.tensors.items():
-        if _NO_WEIGHT.fullmatch(name):
+        if name in not_needed or _NO_WEIGHT.fullmatch(name):
             continue
         if name not in expected:
             raise InputError(f"{info.file}: the tensor {name} is none of a deepseek_v3 model with this config")
@@ -141,20 +175,6 @@ def _check_experts(folder: SafetensorsFolder, config: Config) -> None:
                 raise InputError(
                     f"{own.file}: the tensor {other} has dtype {own.dtype}; {wanted} is needed, as {first} has"
                 )
-
-
-def _check_mtp_copies(checkpoint: HuggingFaceCheckpoint) -> None:
-    config, folder = checkpoint.config, checkpoint.folder
-    for layer in range(config.num_hidden_layers, config.num_blocks):
-        for copy, original in MTP_COPIES.items():
-            name = f"model.layers.{layer}.{copy}"
-            if not np.array_equal(_bits(folder.read(name)), _bits(folder.read(TOP[original]))):
-                file = folder.tensors[name].file
-                raise InputError(f"{file}: the tensor {name} differs from {TOP[original]}, which an MTP block shares")
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).view(np.uint8)
 
 
 def _all_finite(values: np.ndarray) -> bool:

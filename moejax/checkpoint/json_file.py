@@ -18,6 +18,10 @@ A safetensors header has 8 for a tensor and an index has 1; the whole of a 671B 
 """
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS left in place of the real one (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """Reads `file` as one JSON object.
 
@@ -27,7 +31,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def read_bounded(file: Path, most: int, kind: str) -> bytes:
-    """Reads `file`. Raises InputError, naming its `kind`, if it cannot be read or has more than `most` bytes.
+    """Reads `file`. Raises InputError, naming its `kind`, if it cannot be read, has more than `most` bytes, or is what
+    Git LFS puts in its place.
 
     Only regular files, and links to them, are opened: a pipe would wait for a writer, a device may never end.
     """
@@ -38,9 +43,19 @@ def read_bounded(file: Path, most: int, kind: str) -> bytes:
         if status.st_size > most:
             raise InputError(f"{file}: {status.st_size} bytes of {kind} are more than the {most} that are accepted")
         with file.open("rb") as stream:
-            return stream.read(status.st_size)
+            content = stream.read(status.st_size)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); a readable {kind} file is needed") from error
+    refuse_pointer(content, file)
+    return content
+
+
+def refuse_pointer(content: bytes, file: Path) -> None:
+    """Raises InputError if what `file` begins with is a pointer of Git LFS."""
+    if content.startswith(POINTER):
+        raise InputError(
+            f"{file}: is a Git LFS pointer in place of the file itself; `git lfs pull` in its folder fetches it"
+        )
 
 
 def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:

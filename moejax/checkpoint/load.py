@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.native import MANIFEST, open_native
 from moejax.checkpoint.safetensors_folder import resolve_checkpoint
+from moejax.errors import InputError
 from moejax.model import Config, DeepseekV3
 from moejax.model.leaves import Weight
 from moejax.resources import tiny_checkpoint
@@ -38,10 +39,18 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(name: str | Path | None = None) -> Checkpoint:
-    """Open a folder (native if it has a manifest), a hub name, or, given none, the tiny checkpoint of the package."""
+def open_checkpoint(name: str | Path | None = None, drop_mtp: bool = False) -> Checkpoint:
+    """Open a folder (native if it has a manifest), a hub name, or, given none, the tiny checkpoint of the package.
+
+    With `drop_mtp` it is as if a Hugging Face checkpoint had no MTP layers, see `open_huggingface`. Raises InputError
+    for a folder that is no sound checkpoint, and if the MTP layers of a native one are to be dropped.
+    """
     path = tiny_checkpoint() if name is None else resolve_checkpoint(name)
-    return open_native(path) if (path / MANIFEST).is_file() else open_huggingface(path)
+    if not (path / MANIFEST).is_file():
+        return open_huggingface(path, drop_mtp)
+    if drop_mtp:
+        raise InputError(f"{path}: is compressed already; --drop-mtp takes an original Hugging Face checkpoint")
+    return open_native(path)
 
 
 def load_model(checkpoint: Checkpoint) -> DeepseekV3:

@@ -7,16 +7,19 @@ sharded checkpoints `model.safetensors.index.json`, whose `weight_map` says whic
 import math
 import os
 import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moejax.checkpoint.json_file import parse_json_object, read_json_object
+from moejax.checkpoint.json_file import POINTER, parse_json_object, read_json_object, refuse_pointer
 from moejax.errors import InputError, brief
+
+T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -77,10 +80,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class SafetensorsFolder:
-    """A checkpoint folder whose headers have been read and agree with its index; no tensor's bytes have."""
+    """A checkpoint folder whose headers have been read and agree with its index; no tensor's bytes have.
+
+    left_out: the names of tensors that were not looked at.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
+    left_out: frozenset[str] = frozenset()
 
     def read(self, name: str) -> np.ndarray:
         """Returns the tensor `name` as a read-only array over a memory map, which lives as long as the array does."""
@@ -93,8 +100,15 @@ class SafetensorsFolder:
         return np.asarray(mapped).view(info.dtype).reshape(info.shape)
 
 
-def open_folder(path: Path) -> SafetensorsFolder:
+def nothing(_: Collection[str]) -> frozenset[str]:
+    """No name."""
+    return frozenset()
+
+
+def open_folder(path: Path, leave_out: Callable[[Collection[str]], frozenset[str]] = nothing) -> SafetensorsFolder:
     """Reads the headers of the checkpoint in the folder `path`: one `model.safetensors`, or shards with an index.
+
+    Of all names `leave_out` gives those of tensors that are not wanted; a shard that holds only such need not be there.
 
     Raises InputError if the folder or a file is missing, a file is corrupt or truncated, a header is larger than
     `MAX_HEADER_BYTES`, a tensor's dtype is not in `DTYPES`, or the files do not hold exactly the tensors that the index
@@ -103,10 +117,14 @@ def open_folder(path: Path) -> SafetensorsFolder:
     if not path.is_dir():
         raise InputError(f"{path}: is not a folder; give the folder of a Hugging Face checkpoint")
     if (path / SINGLE_FILE).is_file():
-        return SafetensorsFolder(path, read_header(path / SINGLE_FILE))
+        tensors = read_header(path / SINGLE_FILE)
+        left_out = leave_out(tensors.keys())
+        return SafetensorsFolder(path, _without(tensors, left_out), left_out)
     if not (path / INDEX_FILE).is_file():
         raise InputError(f"{path}: has neither {SINGLE_FILE} nor {INDEX_FILE}; one of them is needed")
-    return SafetensorsFolder(path, _read_shards(path, _read_weight_map(path / INDEX_FILE)))
+    weight_map = _read_weight_map(path / INDEX_FILE)
+    left_out = leave_out(weight_map.keys())
+    return SafetensorsFolder(path, _read_shards(path, _without(weight_map, left_out), left_out), left_out)
 
 
 def read_config_json(path: Path) -> dict[str, Any]:
@@ -150,17 +168,22 @@ def _read_weight_map(index_file: Path) -> dict[str, str]:
             raise InputError(f"{index_file}: gives tensor {tensor} the file {brief(shard)}, which is not a file name")
         if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
             raise InputError(f"{index_file}: gives tensor {tensor} the file {shard}, which is outside the folder")
-    for shard in sorted(set(weight_map.values())):
-        if not (index_file.parent / shard).is_file():
-            raise InputError(f"{index_file}: names the file {shard}, which is not in the folder; fetch it too")
     return weight_map
 
 
-def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+def _without(values: Mapping[str, T], left_out: frozenset[str]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def _read_shards(path: Path, weight_map: dict[str, str], left_out: frozenset[str]) -> dict[str, TensorInfo]:
     """Reads every shard's header and compares it with the index, in both directions."""
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        for name, info in read_header(path / shard).items():
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not (path / shard).is_file():
+            raise InputError(f"{path / INDEX_FILE}: names the file {shard}, which is not in the folder; fetch it too")
+    for shard in shards:
+        for name, info in _without(read_header(path / shard), left_out).items():
             if name in tensors:
                 raise InputError(f"{path}: tensor {name} is in {tensors[name].file.name} and in {shard}; one is needed")
             if name not in weight_map:
@@ -180,6 +203,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
     try:
         with file.open("rb") as stream:
+            refuse_pointer(stream.read(len(POINTER)), file)
+            stream.seek(0)
             header_bytes = int.from_bytes(stream.read(8), "little")
             if header_bytes > MAX_HEADER_BYTES:
                 raise SafetensorError(f"header too large: {header_bytes} bytes, {MAX_HEADER_BYTES} are accepted")

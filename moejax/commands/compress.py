@@ -61,14 +61,13 @@ def run_compress(
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
-    whole, own_recipe = job.require_original(open_checkpoint(name)), read_recipe(recipe or "fast")
-    checkpoint = job.drop_mtp(whole) if drop_mtp else whole
-    dropped = whole.config.num_blocks - checkpoint.config.num_blocks
+    checkpoint, own_recipe = job.require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
+    dropped = checkpoint.dropped_mtp
     given = None if plan is None else from_json(read_toml(plan))
-    limit = None if budget is None else parse_budget(budget, whole.num_elements)
+    limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
-    bf16 = format_size(2 * whole.num_elements)
+    bf16 = format_size(2 * checkpoint.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
     if dropped:
         print(f"MTP blocks dropped: {dropped}")
@@ -81,7 +80,7 @@ def run_compress(
     else:
         prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, own_recipe, made, progress_bar)
         result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
-    _report(whole, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
+    _report(checkpoint, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
 
 
 def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, budget: int | None) -> int:

@@ -1,7 +1,7 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.text import Text
-from moejax.model import DeepseekV3, config_from_hf
+from moejax.model import DeepseekV3
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     candidates,
@@ -24,7 +24,7 @@ from moejax.pipeline.joint_probes import measure_curves
 from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
 from moejax.pipeline.options import options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files, read_origin, without_mtp
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files, read_origin
 from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
@@ -99,12 +99,6 @@ def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
     if not isinstance(checkpoint, HuggingFaceCheckpoint):
         raise InputError("the checkpoint is compressed already; compress takes an original Hugging Face checkpoint")
     return checkpoint
-
-
-def drop_mtp(checkpoint: HuggingFaceCheckpoint) -> HuggingFaceCheckpoint:
-    """The checkpoint as if its MTP blocks were not there: no leaf, no plan and no config that follows has them."""
-    raw_config = without_mtp(checkpoint.raw_config)
-    return replace(checkpoint, raw_config=raw_config, config=config_from_hf(raw_config, str(checkpoint.path)))
 
 
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:

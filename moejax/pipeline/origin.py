@@ -112,11 +112,6 @@ def _ready_config(raw_config: Mapping[str, Any], model: DeepseekV3) -> dict[str,
     return {**raw_config, **{name: value for name, value in rotations.items() if value is not None}}
 
 
-def without_mtp(raw_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The Hugging Face config of the same model without its MTP blocks."""
-    return {**raw_config, "num_nextn_predict_layers": 0}
-
-
 def copied_files(folder: Path) -> list[Path]:
     """The files that go from an original's folder into every compressed checkpoint."""
     return [file for name in COPIED_FILES if (file := folder / name).is_file()]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.checkpoint.abstract import abstract_original
+from moejax.checkpoint.hf_config import without_mtp
 from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.summary import summarize
@@ -21,7 +22,7 @@ from moejax.pipeline.activated_experts import candidates
 from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
 from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
 from moejax.pipeline.options import limited_counts, options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files, without_mtp
+from moejax.pipeline.origin import Origin, abstract_origin, copied_files
 from moejax.pipeline.recipe import Recipe
 from moejax.planning import Plan
 from moejax.planning.allocate import smallest_choice

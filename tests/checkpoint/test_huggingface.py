@@ -146,16 +146,6 @@ def test_a_tensor_of_a_dtype_that_cannot_be_a_weight_is_named(
     assert message.endswith(accepted)
 
 
-@pytest.mark.parametrize("copy", ["embed_tokens.weight", "shared_head.head.weight"])
-def test_an_mtp_blocks_own_embedding_or_head_is_refused(tmp_path: Path, copy: str) -> None:
-    config, name = CONFIG | {"num_nextn_predict_layers": 1}, f"model.layers.2.{copy}"
-    tensors = random_tensors(config, seed=32)
-    rounded = tensors | {name: tensors[name].astype(BF16)}
-    assert f"the tensor {name} differs from" in refusal(tmp_path / "rounded", config, rounded)
-    tensors[name][3, 5] += 1
-    assert f"the tensor {name} differs from" in refusal(tmp_path / "changed", config, tensors)
-
-
 def test_experts_of_one_projection_must_have_one_dtype(tmp_path: Path, tensors: Tensors) -> None:
     first = EXPERT.replace("experts.2", "experts.0")
     mixed = tensors | {EXPERT: tensors[EXPERT].astype(BF16)}
