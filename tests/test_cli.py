@@ -2,17 +2,24 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from command_line import Ran, moejax, run
+from moejax.checkpoint import hf_export
 from moejax.checkpoint.store import folder_bytes
 from moejax.commands import inspect
+from moejax.errors import InternalError
+from moejax.progress import counted
+from moejax.report.console import progress_bar
 from small_checkpoint import words
 
 # The keys of `--json` that do not change (those of a divergence are there with `--against`, `mtp_ppl` where the model
@@ -149,14 +156,117 @@ def test_usage_errors(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (MemoryError(), "MemoryError"),
-        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "some/file"), "some/file: no space left on device"),
+        (OSError("of some kind"), "of some kind"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "out of memory; 7.28 TiB could not be had"),
+        (RuntimeError("RESOURCE_EXHAUSTED: compiling failed"), "out of memory"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: while trying to allocate 1.5GiB."),
+            "out of memory; 1.5 GiB could not be had",
+        ),
+        (InternalError("1 is not 2"), "1 is not 2: this is a bug of moejax, please report it"),
     ],
 )
 def test_failures_of_the_machine(monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str) -> None:
     monkeypatch.setattr(inspect, "run_inspect", mock.Mock(side_effect=error))
     assert moejax("inspect") == Ran(1, "", f"moejax: {message}\n")
+
+
+@pytest.mark.parametrize("library", [np, jnp], ids=["numpy", "jax"])
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
+    monkeypatch.setattr(inspect, "run_inspect", lambda *_: library.ones((2**50,), np.int8).block_until_ready())
+    sizes = {np: "1.00 PiB", jnp: f"{2**50} bytes"}
+    assert moejax("inspect") == Ran(1, "", f"moejax: out of memory; {sizes[library]} could not be had\n")
+
+
+def test_a_mistake_of_moejax_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "run_inspect", mock.Mock(side_effect=RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        moejax("inspect")
+
+
+def test_a_progress_bar_ends_before_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_at_the_second_step(*_: object) -> None:
+        with counted(progress_bar, 3, "work") as begin:
+            begin()
+            begin()
+            raise OSError("the reason")
+
+    monkeypatch.setattr(inspect, "run_inspect", fail_at_the_second_step)
+    ran = moejax("inspect")
+    assert re.fullmatch(r"work .* 1/3 .*\nmoejax: the reason\n", ran.err), ran.err
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")]
+)
+def test_a_signal_leaves_nothing_half_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, message: str
+) -> None:
+    """The signal comes while the partial folder is there."""
+
+    def stop(*_: object, **__: object) -> None:
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(hf_export, "write_shards", stop)
+    before = signal.getsignal(number)
+    ran = moejax("export", small, "--to", "hf", "--output", tmp_path / "out")
+    assert ran == Ran(128 + number, "", f"moejax: {message}\n")
+    assert not list(tmp_path.iterdir()) and signal.getsignal(number) is before
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "run_inspect", lambda *_: signal.raise_signal(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert moejax("inspect") == Ran(0, "", "")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_of_its_own_that_is_terminated_while_orbax_writes(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+import orbax.checkpoint as ocp
+from moejax import cli
+from moejax.commands import inspect
+from moejax.checkpoint.native import Description, write_native
+from moejax.checkpoint.load import load_model, open_checkpoint
+from pathlib import Path
+
+def write(*_):
+    checkpoint = open_checkpoint()
+    write_native(load_model(checkpoint), Path("out"), Description(checkpoint.raw_config, {}, {}), [], 10**9)
+
+def save_and_stop(handler, folder, args):
+    save(handler, folder, args=args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+save, ocp.PyTreeCheckpointHandler.save = ocp.PyTreeCheckpointHandler.save, save_and_stop
+inspect.run_inspect = write
+sys.argv = ["moejax", "inspect"]
+cli.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (143, "", "moejax: terminated\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_comes_without_jax() -> None:
+    program = """
+import sys
+from moejax import cli
+sys.argv = ["moejax", "--help"]
+try:
+    cli.main()
+finally:
+    assert not {"jax", "numpy", "orbax"} & sys.modules.keys()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "compress" in ran.stdout and not ran.stderr
 
 
 def test_a_process_of_its_own_in_another_folder(compressed: Path, tmp_path: Path) -> None:

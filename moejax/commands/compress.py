@@ -66,6 +66,7 @@ def run_compress(
     given = None if plan is None else from_json(read_toml(plan))
     limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
+    require_free(output, budget_bytes)
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
