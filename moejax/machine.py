@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -10,7 +11,7 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 def available_memory() -> int:
     """What this process holds and what it can have beside: of the machine, and of every cgroup that it is in."""
-    free = [_cgroup_free(group) for group in _own_cgroups()]
+    free = [_cgroup_free(group, files) for group, files in _own_cgroups()]
     machine = _fields(_PROC / "meminfo").get("MemAvailable")
     if machine is None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -44,21 +45,50 @@ def _fields(file: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[2:] == ["kB"]}
 
 
-def _own_cgroups() -> list[Path]:
-    """This process's cgroup (version 2) and those around it; none where there are none."""
+@dataclass(frozen=True)
+class _Files:
+    """Where a version of cgroups tells what a group may hold, what it holds, and what of that is file cache that can
+    be given up, of it and the groups in it."""
+
+    limit: str
+    current: str
+    inactive_file: str
+
+
+_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Files("memory.max", "memory.current", "inactive_file")
+
+
+def _own_cgroups() -> list[tuple[Path, _Files]]:
+    """The cgroups that limit this process's memory and those around them, of both versions; none where there are none.
+
+    Version 2 is mounted by itself, or as `unified` beside version 1, whose controllers have a folder each. In a
+    container the mount may begin at the process's own group: then the path, as the machine sees it, is not there.
+    """
     try:
-        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+        lines = [line.split(":", 2) for line in (_PROC / "self" / "cgroup").read_text().splitlines()]
     except OSError:
         return []
-    own = [_CGROUPS / line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    return [group for path in own for group in (path, *path.parents) if group.is_relative_to(_CGROUPS)]
+    own = []
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if not controllers:
+            own += [(_CGROUPS, path, _V2), (_CGROUPS / "unified", path, _V2)]
+        elif "memory" in controllers.split(","):
+            own += [(_CGROUPS / "memory", path, _V1)]
+    return [(group, files) for mount, path, files in own for group in _around(mount, path)]
 
 
-def _cgroup_free(group: Path) -> int | None:
+def _around(mount: Path, path: str) -> list[Path]:
+    group = mount / path.removeprefix("/")
+    return [own for own in (group, *group.parents) if own.is_relative_to(mount)]
+
+
+def _cgroup_free(group: Path, files: _Files) -> int | None:
     """What a cgroup may still take, its file cache given up; None if it has no limit."""
     try:
-        limit, current = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, current = ((group / name).read_text().strip() for name in (files.limit, files.current))
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Without a limit version 1 has the largest number of pages, which is above what any machine has.
+        return None if limit == "max" else max(0, int(limit) - int(current) + int(stat.get(files.inactive_file, 0)))
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - int(current) + int(stat.get("inactive_file", 0)))

@@ -48,6 +48,49 @@ def test_the_tightest_cgroup_counts_and_its_file_cache_can_go(system: Path, grou
     assert machine.available_memory() == 40 * KB
 
 
+def write_v1_cgroup(folder: Path, limit: int, usage: int, inactive_file: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"cache 1\ninactive_file 1\ntotal_inactive_file {inactive_file}\n")
+
+
+NO_LIMIT = 2**63 - 4096
+
+
+@pytest.mark.parametrize("group", ["", "docker", "docker/abc"])
+@pytest.mark.parametrize("controllers", ["memory", "cpu,memory"])
+def test_version_1_counts_likewise(system: Path, group: str, controllers: str) -> None:
+    lines = f"12:cpuset:/other\n4:{controllers}:/docker/abc\n1:name=systemd:/docker/abc\n"
+    (system / "proc" / "self" / "cgroup").write_text(lines)
+    for own in ("", "docker", "docker/abc"):
+        write_v1_cgroup(system / "cgroup" / "memory" / own, NO_LIMIT, 100 * KB, 0)
+    assert machine.available_memory() == (600 + 40) * KB
+    write_v1_cgroup(system / "cgroup" / "memory" / group, 300 * KB, 250 * KB, 70 * KB)
+    assert machine.available_memory() == (300 - 250 + 70 + 40) * KB
+
+
+def test_version_1_in_a_container_whose_mount_begins_at_its_own_group(system: Path) -> None:
+    (system / "proc" / "self" / "cgroup").write_text("4:memory:/docker/abc\n")
+    write_v1_cgroup(system / "cgroup" / "memory", 300 * KB, 250 * KB, 0)
+    assert machine.available_memory() == (300 - 250 + 40) * KB
+
+
+@pytest.mark.parametrize("tighter", ["memory", "unified"])
+def test_both_versions_side_by_side(system: Path, tighter: str) -> None:
+    (system / "proc" / "self" / "cgroup").write_text("4:memory:/a\n0::/b\n")
+    tight, wide = 300 * KB, 400 * KB
+    write_v1_cgroup(system / "cgroup" / "memory" / "a", tight if tighter == "memory" else wide, 250 * KB, 0)
+    write_cgroup(system / "cgroup" / "unified" / "b", tight if tighter == "unified" else wide, 250 * KB, 0)
+    assert machine.available_memory() == (300 - 250 + 40) * KB
+
+
+@pytest.mark.parametrize("lines", ["", "no colons\n", "0::\n", "4:memory\n"])
+def test_a_list_of_cgroups_of_another_kind(system: Path, lines: str) -> None:
+    (system / "proc" / "self" / "cgroup").write_text(lines)
+    assert machine.available_memory() == (600 + 40) * KB
+
+
 def test_a_system_without_these_files_has_all_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_PROC", tmp_path)
     assert machine.available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
