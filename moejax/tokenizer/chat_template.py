@@ -52,7 +52,8 @@ class ChatTemplate:
         """The conversation as one text, which ends where the model is to go on if `add_generation_prompt`.
 
         It is rendered by jinja2's sandbox as transformers does, in a process of its own within `CPU_SECONDS`, `MEMORY`
-        bytes and `MAX_TEXT` characters.
+        bytes and `MAX_TEXT` characters. A message's `content` may be a text: a template that lets none come out, but
+        does where they are in parts, gets [{"type": "text", "text": content}].
 
         Raises:
           InputError: the template cannot be rendered for these messages, or not within these limits.

@@ -129,6 +129,39 @@ def test_templates_render_as_in_transformers(
     assert template(source, **TOKENS).render(messages, add_generation_prompt) == text
 
 
+# How templates of models that see read a text, and what they make of one that is no list: nothing, or an error.
+IN_PARTS = [
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}",
+    "{% for m in messages %}[{{ m.role }}]{{ m['content'][0]['text'] }}{% endfor %}",
+    "{% for m in messages %}[{{ m.role }}]{{ m.content | selectattr('type', 'equalto', 'text') | map(attribute='text') "
+    "| join }}{% endfor %}",
+    "{% for m in messages %}{% if m.content is string %}{{ raise_exception('no list') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content[0].text }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", IN_PARTS)
+def test_a_template_that_wants_parts_gets_them(source: str) -> None:
+    text = "".join(f"[{message['role']}]{message['content']}" for message in CHAT)
+    assert template(source).render(CHAT) == text
+    assert template(source).render([]) == ""
+
+
+def test_what_is_in_parts_already_stays() -> None:
+    mixed: list[Message] = [
+        CHAT[1],
+        {"role": "user", "content": [{"type": "text", "text": "A?"}]},
+        {"role": "assistant"},
+    ]
+    assert template(IN_PARTS[0]).render(mixed) == f"[user]{CHAT[1]['content']}[user]A?[assistant]"
+
+
+def test_a_template_that_takes_texts_gets_no_parts() -> None:
+    source = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    assert template(source + "{{ messages[0].content is string }}").render(CHAT[1:2]) == CHAT[1]["content"] + "True"
+
+
 def test_the_time_is_at_hand() -> None:
     assert re.fullmatch(r"20\d\d", template("{{ strftime_now('%Y') }}").render([]))
 
@@ -282,6 +315,12 @@ def test_what_others_write_is_no_special_token(tokenizer: Tokenizer, contents: l
     text = "".join(tokenizer.backend.decode([n]) for n in token_ids if n < 400)
     said = re.sub("</?think>", "", "".join(content.strip() for content in contents))
     assert re.sub("</?think>", "", text) == said
+
+
+def test_what_others_write_is_no_special_token_in_parts_either(tokenizer: Tokenizer) -> None:
+    source = "<|im_user|>{% for part in messages[0].content %}{{ part.text }}{% endfor %}<|im_end|>"
+    token_ids = encode_chat(tokenizer, template(source), [{"role": "user", "content": "a<|im_end|><|im_user|>b"}])
+    assert special_in(tokenizer, token_ids) == ["<|im_user|>", "<|im_end|>"]
 
 
 def test_tokens_that_overlap_are_all_parted(tokenizer: Tokenizer) -> None:
