@@ -23,7 +23,7 @@ from moejax.checkpoint.safetensors_folder import CONFIG_FILE
 from moejax.checkpoint.safetensors_writer import write_shards
 from moejax.checkpoint.store import folder_bytes, payload_bytes
 from moejax.errors import InputError
-from moejax.formats import Leaf, dense
+from moejax.formats import Fp8Blocks, Leaf, dense
 from moejax.kernels import hadamard
 from moejax.model import Config, Layout, config_from_hf
 from moejax.model.config import ROTATION_FIELDS
@@ -162,14 +162,18 @@ def _check_groups(layer: str, group_E: np.ndarray, n_group: int) -> None:
 
 
 def _raw_config(checkpoint: Checkpoint, routing: _Routing, dtype: Dtype | None) -> dict[str, Any]:
-    """The checkpoint's config with only those fields changed that must be."""
+    """The checkpoint's config with only those fields changed that must be: without FP8, no `quantization_config`."""
     config = checkpoint.config
     raw = {name: value for name, value in checkpoint.raw_config.items() if name not in ROTATION_FIELDS}
     changed = {name: value for name, value in routing.fields.items() if value != getattr(config, name)}
-    unquantized = {name: value for name, value in raw.items() if name != "quantization_config"}
-    if dtype is None:  # rotating leaves no FP8
-        return (unquantized if config.residual_rotation else raw) | changed
-    return unquantized | changed | {"dtype" if "dtype" in raw else "torch_dtype": dtype}
+    if dtype is not None or not _has_fp8(checkpoint):
+        raw.pop("quantization_config", None)
+    return raw | changed | ({} if dtype is None else {"dtype" if "dtype" in raw else "torch_dtype": dtype})
+
+
+def _has_fp8(checkpoint: Checkpoint) -> bool:
+    leaves = jax.tree.leaves(dict(checkpoint.abstract_leaves()), is_leaf=lambda leaf: isinstance(leaf, Fp8Blocks))
+    return any(isinstance(leaf, Fp8Blocks) for leaf in leaves)
 
 
 def _abstract_tensors(

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ from exported_case import SCALES, build, write_native_of
 from fp8_checkpoint import fp8_config
 from golden_files import as_choice, load_golden, relative_error
 from leaf_oracle import random_leaf, to_numpy
+from model_cases import Tensors, write_hf_checkpoint
 from moejax.checkpoint.hf_export import Dtype, write_huggingface
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.checkpoint.load import load_model
 from moejax.checkpoint.native import open_native
 from moejax.checkpoint.store import folder_bytes
-from moejax.errors import InputError
+from moejax.errors import InputError, Note
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.pipeline.origin import Origin, abstract_origin, copied_files
@@ -63,10 +65,13 @@ def write_pruned(
     Origin(model, model, statistics, checkpoint.raw_config, copied, {}).write(plan, output, sys.maxsize)
 
 
-def tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], Any, bytes]]:
+def read_all(folder: Path) -> Tensors:
     opened = open_huggingface(folder).folder
-    arrays = {name: opened.read(name) for name in opened.tensors}
-    return {name: (array.shape, array.dtype, array.tobytes()) for name, array in arrays.items()}
+    return {name: opened.read(name) for name in opened.tensors}
+
+
+def tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], Any, bytes]]:
+    return {name: (array.shape, array.dtype, array.tobytes()) for name, array in read_all(folder).items()}
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -152,6 +157,26 @@ def test_a_dequantized_export_holds_every_matrix_but_the_routers_in_its_dtype(sm
             np.testing.assert_array_equal(after, rounded, err_msg=name)
     write_huggingface(replace(original, raw_config=FP8_CONFIG | {"dtype": "bfloat16"}), tmp_path / "new", "float32")
     assert config_of(tmp_path / "new")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_a_quantization_that_is_true_of_no_tensor_is_not_copied(small: Path, tmp_path: Path, method: str) -> None:
+    config = config_of(small) | {"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}}
+    dense = Path(shutil.copytree(small, tmp_path / "dense"))
+    (dense / "config.json").write_text(json.dumps(config))
+    write_huggingface(open_huggingface(dense), tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(small)
+    assert tensors_of(tmp_path / "out") == tensors_of(small)
+
+
+def test_mtp_layers_that_the_files_lack_are_not_exported(small: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in read_all(small).items() if not name.startswith("model.layers.3.")}
+    write_hf_checkpoint(tmp_path / "lacking", config_of(small), tensors)
+    with pytest.warns(Note, match="the model is taken without them"):
+        checkpoint = open_huggingface(tmp_path / "lacking")
+    write_huggingface(checkpoint, tmp_path / "out")
+    assert config_of(tmp_path / "out") == config_of(small) | {"num_nextn_predict_layers": 0}
+    assert tensors_of(tmp_path / "out").keys() == tensors.keys()
 
 
 @dataclass(frozen=True)

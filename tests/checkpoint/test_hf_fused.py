@@ -5,6 +5,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import chex
 import ml_dtypes
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_the_model_is_the_same(tmp_path: Path, dtype: Any, layers: tuple[int, ..
     for name in Layout(plain.config).shapes():
         if isinstance(leaf := own.leaf(name), ExpertWeights):
             (values,), (wanted,) = leaf.buckets, plain.leaf(name).buckets
-            assert values.dtype == wanted.dtype and np.asarray(values).tobytes() == np.asarray(wanted).tobytes()
+            chex.assert_trees_all_equal(values, wanted, strict=True)
 
 
 def test_no_more_is_in_memory_than_is_needed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from fp8_checkpoint import CONFIG
 from model_cases import Tensors, random_tensors, write_hf_checkpoint
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError
+from moejax.tokenizer import load_tokenizer
 
 KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa"
 
@@ -94,9 +95,19 @@ def test_a_hub_cache_is_told_from_its_snapshots(tmp_path: Path, tensors: Tensors
     assert open_checkpoint(snapshots / "0a1b").path == snapshots / "0a1b"
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4000000000\n"
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "model-00002-of-00002.safetensors"])
 def test_pointers_of_git_lfs(tmp_path: Path, tensors: Tensors, file: str) -> None:
     write_hf_checkpoint(tmp_path, CONFIG, tensors)
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4000000000\n"
-    (tmp_path / file).write_text(pointer)
-    assert f"{tmp_path / file}: is a Git LFS pointer in place of the file itself" in refusal(tmp_path)
+    (tmp_path / file).write_text(POINTER)
+    assert f"{tmp_path / file}: is a Git LFS pointer in place of the file itself; `git lfs pull`" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tiktoken.model"])
+def test_pointers_of_git_lfs_in_place_of_a_tokenizer(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(POINTER)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer in place of the file itself"):
+        load_tokenizer(tmp_path)

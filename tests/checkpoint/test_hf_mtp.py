@@ -5,19 +5,18 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import chex
 import ml_dtypes
 import numpy as np
 import pytest
 
 from fp8_checkpoint import CONFIG, SCALE, as_fp8, fp8_config
-from leaf_oracle import to_numpy
 from model_cases import Config, Tensors, random_tensors, write_hf_checkpoint
 from moejax.checkpoint import hf_mtp
 from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError, Note
-from moejax.formats import ExpertWeights
 from moejax.model import Layout, config_from_hf
 
 PROMISED = CONFIG | {"num_nextn_predict_layers": 1}
@@ -56,9 +55,7 @@ def noted(folder: Path, config: Config, tensors: Tensors) -> tuple[HuggingFaceCh
 def assert_equal(one: HuggingFaceCheckpoint, other: HuggingFaceCheckpoint) -> None:
     assert one.config == other.config
     for name in Layout(one.config).shapes():
-        leaves = [checkpoint.leaf(name) for checkpoint in (one, other)]
-        arrays = [to_numpy(own.buckets[0] if isinstance(own, ExpertWeights) else own) for own in leaves]
-        np.testing.assert_array_equal(*arrays, err_msg=name)
+        chex.assert_trees_all_equal(one.leaf(name), other.leaf(name))
 
 
 def test_a_promised_layer_of_which_there_is_nothing_is_done_without(tmp_path: Path, tensors: Tensors) -> None:
@@ -161,8 +158,14 @@ def test_a_dropped_layer_is_not_looked_at(tmp_path: Path, tensors: Tensors) -> N
     rest = without_layer(tensors)
     plain = opened(tmp_path / "plain", CONFIG, rest)
     part = {name: tensors[name] for name in (EMBEDDING, LAYER + "enorm.weight")}
-    odd = {LAYER + "enorm.weight": np.zeros((3, 3), np.int8), LAYER + "whatever": np.zeros(1, np.float32)}
-    cases = [(PROMISED, tensors), (PROMISED, rest), (PROMISED, rest | part), (PROMISED, rest | odd), (CONFIG, tensors)]
+    odd: Tensors = {LAYER + "enorm.weight": np.zeros((3, 3), np.int8), LAYER + "whatever": np.zeros(1, np.float32)}
+    cases: list[tuple[Config, Tensors]] = [
+        (PROMISED, tensors),
+        (PROMISED, rest),
+        (PROMISED, rest | part),
+        (PROMISED, rest | odd),
+        (CONFIG, tensors),
+    ]
     for number, (config, own) in enumerate(cases):
         checkpoint = opened(tmp_path / f"{number}", config, own, drop_mtp=True)
         assert checkpoint.config == plain.config and checkpoint.raw_config["num_nextn_predict_layers"] == 0
