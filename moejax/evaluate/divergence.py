@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.errors import note
 from moejax.evaluate.forward import FinalStates, Tick, final_states
 from moejax.formats import Leaf
-from moejax.model import DeepseekV3
+from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
 from moejax.model.parts import Parts, PartsInMemory
 from moejax.progress import Progress, counted, silent
@@ -83,6 +84,7 @@ def evaluate(
     down to batches, whose states are then kept while every part of a model is asked for once. The figures are the same.
     `keep` is given the states (B, S, D) that the original's head takes, the model's own without a `base`.
     """
+    _check_length(_parts(model).config, chunks.shape[1])
     run = _Run(_parts(model), base if base is None or isinstance(base, Predictions) else _parts(base), dtype, keep)
     per_wave = max(1, wave // batch) * batch
     scores: list[_Scores] = []
@@ -91,6 +93,14 @@ def evaluate(
             own = chunks[first : first + per_wave]
             scores += run.wave(first, [own[n : n + batch] for n in range(0, len(own), batch)], tick)
     return _evaluation(scores)
+
+
+def _check_length(config: Config, length: int) -> None:
+    if length > config.max_position_embeddings:
+        note(
+            f"chunks of {length} tokens are longer than the {config.max_position_embeddings} that the model is made "
+            "for (max_position_embeddings); what it predicts behind those counts too"
+        )
 
 
 class _Scores(NamedTuple):

@@ -4,6 +4,7 @@ Every machine that runs moejax has text: the Python sources of the packages it d
 files that numpy ships evaluate, and no test file is ever among the former.
 """
 
+import codecs
 import hashlib
 import tokenize
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +14,20 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from moejax.errors import InputError
+from moejax.errors import InputError, note
 
 _CALIBRATION_PACKAGES = ("chex", "flax", "huggingface_hub", "jax", "numpy", "optax", "orbax-checkpoint", "rich", "tyro")
 
 # A longer file gives its beginning, so that no single one is most of a text.
 _MAX_CHARACTERS_PER_FILE = 32_768
+
+# The longer ones first: that of UTF-16 begins one of UTF-32.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -65,17 +74,29 @@ def default_evaluation_text(max_bytes: int) -> Text:
 
 
 def read_text(path: Path) -> Text:
-    """The text of a UTF-8 file, byte for byte: line ends are left as they are.
+    """The text of a UTF-8 file; without a byte-order mark, and with `\\n` where lines end with `\\r\\n`.
+
+    Both are an editor's, not the text's, and a model that has not seen them predicts all of it worse; a note says that
+    they are left out.
 
     Raises:
       InputError: the file is missing, empty or not UTF-8.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; a text file in UTF-8 is needed")
+    raw = path.read_bytes()
+    for mark, encoding in _OTHER_MARKS.items():
+        if raw.startswith(mark):
+            raise InputError(f"{path} is {encoding}, by its byte-order mark; a text file in UTF-8 is needed")
     try:
-        content = path.read_bytes().decode()
+        content = raw.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); a text file in UTF-8 is needed") from error
+    without = ["its byte-order mark"] if raw.startswith(codecs.BOM_UTF8) else []
+    without += ["the carriage returns before its line ends"] if "\r\n" in content else []
+    if without:
+        note(f"{path} is read without {' and '.join(without)}")
+    content = content.replace("\r\n", "\n")
     if not content:
         raise InputError(f"{path} is empty; a text file in UTF-8 is needed")
     return _text(path.stem, path.name, content)

@@ -1,6 +1,7 @@
 """Perplexity and divergence against the same figures in NumPy and float64, and against Hugging Face's perplexity."""
 
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.errors import Note
 from moejax.evaluate.divergence import Predictions, compare, evaluate, head_log_probabilities
 from moejax.evaluate.text import chunks
 from moejax.formats import dense
@@ -108,6 +110,18 @@ def test_perplexity_is_that_of_the_scored_tokens() -> None:
     assert figures.ppl == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
     others = {name: value for name, value in asdict(figures).items() if name not in ("tokens", "ppl")}
     assert set(others.values()) == {None}
+
+
+def test_chunks_longer_than_the_model_is_made_for_are_spoken_of() -> None:
+    own = first_layers(1)
+    for limit in (T, T - 1):
+        config = replace(own.config, max_position_embeddings=limit)
+        model = DeepseekV3(config, named_leaves(own).__getitem__)
+        told = (
+            nullcontext() if limit == T else pytest.warns(Note, match=f"chunks of {T} tokens are longer than the 13 ")
+        )
+        with told:
+            assert evaluate(model, CHUNKS, batch=2) == evaluate(own, CHUNKS, batch=2)
 
 
 def test_divergence_from_another_model_token_by_token() -> None:

@@ -1,3 +1,4 @@
+import codecs
 import hashlib
 import random
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.errors import InputError
+from moejax.errors import InputError, Note
 from moejax.evaluate import text
 from moejax.evaluate.text import Text, chunks, default_calibration_text, default_evaluation_text, read_text
 
@@ -110,19 +111,50 @@ def test_a_package_without_sources_is_named(only_spam: Path, installed: bool) ->
 
 
 def test_a_text_file_is_read_byte_for_byte(tmp_path: Path) -> None:
-    content = "a\r\nb\n\né€"
+    content = "a\rb\n\né€\ufeff"
     (tmp_path / "held_out.txt").write_bytes(content.encode())
     digest = hashlib.sha256(content.encode()).hexdigest()
     assert read_text(tmp_path / "held_out.txt") == Text("held_out", "held_out.txt", digest, content)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "is not a file"), (b"", "is empty"), (b"ab\xff", r"is not UTF-8 \(byte 2\)")]
+    ("content", "message"),
+    [
+        (None, "is not a file"),
+        (b"", "is empty"),
+        (b"ab\xff", r"is not UTF-8 \(byte 2\)"),
+        *(("a".encode(own), f"is {own.upper()}, by its byte-order mark") for own in ("utf-16", "utf-32")),
+        (codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "is UTF-16, by its byte-order mark"),
+        (codecs.BOM_UTF32_BE + "a".encode("utf-32-be"), "is UTF-32, by its byte-order mark"),
+    ],
 )
 def test_an_unusable_text_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(InputError, match=rf"x\.txt {message}; a text file in UTF-8 is needed"):
+        read_text(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("before", "line_end", "message"),
+    [
+        ("\ufeff", "\n", "its byte-order mark"),
+        ("", "\r\n", "the carriage returns before its line ends"),
+        ("\ufeff", "\r\n", "its byte-order mark and the carriage returns before its line ends"),
+    ],
+)
+def test_what_an_editor_added_is_left_out(tmp_path: Path, before: str, line_end: str, message: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_bytes(b"one\ntwo\n")
+    plain = read_text(tmp_path / "a" / "x.txt")
+    (tmp_path / "x.txt").write_text(f"{before}one\ntwo\n", newline=line_end)
+    with pytest.warns(Note, match=rf"x\.txt is read without {message}$"):
+        assert read_text(tmp_path / "x.txt") == plain
+
+
+def test_a_text_of_a_byte_order_mark_alone_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(codecs.BOM_UTF8)
+    with pytest.raises(InputError, match="is empty"), pytest.warns(Note, match="byte-order mark"):
         read_text(tmp_path / "x.txt")
 
 
