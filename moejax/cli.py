@@ -3,7 +3,6 @@
 import re
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -203,15 +202,15 @@ def main() -> None:
             warnings.showwarning = _shown_by(warnings.showwarning)
             app.cli(prog="moejax", description="Compress DeepSeek-V3-class models to a byte budget.")
     except InputError as error:
-        _leave(error, str(error), 2)
+        _leave(str(error), 2)
     except (OSError, MemoryError, RuntimeError) as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
-        _leave(error, sentence, 1)
+        _leave(sentence, 1)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
-        _leave(stop, _STOPPED_BY[number], 128 + number)
+        _leave(_STOPPED_BY[number], 128 + number)
 
 
 @contextmanager
@@ -260,10 +259,6 @@ def _shown_by(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def _leave(error: BaseException, message: str, code: int) -> None:
-    held: BaseException | None = error
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)  # ends progress bars, which would be drawn over the message
-        held = held.__context__
+def _leave(message: str, code: int) -> None:
     print(f"moejax: {message}", file=sys.stderr)
     sys.exit(code)

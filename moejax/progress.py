@@ -1,6 +1,6 @@
 """How long jobs tell what they are at, in a place every folder may import."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -26,6 +26,10 @@ def counted(progress: Progress, steps: int, description: str) -> Iterator[Callab
     def begin() -> None:
         next(told, None)
 
-    yield begin
-    for _ in told:
-        pass
+    try:
+        yield begin
+        for _ in told:
+            pass
+    finally:
+        if isinstance(told, Generator):  # a bar ends here, before anything is said of why
+            told.close()

@@ -25,6 +25,8 @@ from small_checkpoint import words
 # The keys of `--json` that do not change (those of a divergence are there with `--against`, `mtp_ppl` where the model
 # has an MTP block).
 FIGURES = {"bytes", "ratio", "bits_per_weight", "text", "tokens", "ppl", "mtp_ppl", "seconds", "peak_memory_bytes"}
+# One in which a bar is printed once, when it ends.
+DUMB_TERMINAL = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "dumb"}
 DIVERGENCE = {"base_ppl", "ln_ppl_ratio", "kld_mean", "kld_p999", "same_top1"}
 
 
@@ -195,6 +197,8 @@ def test_a_progress_bar_ends_before_the_sentence(monkeypatch: pytest.MonkeyPatch
             raise OSError("the reason")
 
     monkeypatch.setattr(inspect, "run_inspect", fail_at_the_second_step)
+    for name, value in DUMB_TERMINAL.items():
+        monkeypatch.setenv(name, value)
     ran = moejax("inspect")
     assert re.fullmatch(r"work .* 1/3 .*\nmoejax: the reason\n", ran.err), ran.err
 

@@ -1,6 +1,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pytest
+
 from moejax.progress import counted, silent
 
 
@@ -25,3 +27,18 @@ def test_more_steps_than_announced_are_no_failure() -> None:
     with counted(silent, 1, "work") as begin:
         begin()
         begin()
+
+
+def test_what_tells_ends_when_the_job_fails() -> None:
+    told: list[str] = []
+
+    def progress(steps: Iterable[Any], description: str) -> Iterator[Any]:
+        try:
+            yield from steps
+        finally:
+            told.append(f"end of {description}")
+
+    with pytest.raises(OSError) as error, counted(progress, 3, "work") as begin:
+        begin()
+        raise OSError
+    assert told == ["end of work"] and error.value.__traceback__ is not None

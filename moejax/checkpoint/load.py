@@ -8,8 +8,9 @@ from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.native import MANIFEST, open_native
 from moejax.checkpoint.safetensors_folder import resolve_checkpoint
 from moejax.errors import InputError
-from moejax.model import Config, DeepseekV3
+from moejax.model import Config, DeepseekV3, Layout
 from moejax.model.leaves import Weight
+from moejax.progress import Progress, counted, silent
 from moejax.resources import tiny_checkpoint
 
 
@@ -53,9 +54,15 @@ def open_checkpoint(name: str | Path | None = None, drop_mtp: bool = False) -> C
     return open_native(path)
 
 
-def load_model(checkpoint: Checkpoint) -> DeepseekV3:
+def load_model(checkpoint: Checkpoint, progress: Progress = silent) -> DeepseekV3:
     """The whole model, its weights in the checkpoint's own formats."""
-    return DeepseekV3(checkpoint.config, checkpoint.leaf, checkpoint.experts_per_token)
+    with counted(progress, len(Layout(checkpoint.config).shapes()), "reading") as begin:
+
+        def leaf(name: str) -> Weight:
+            begin()
+            return checkpoint.leaf(name)
+
+        return DeepseekV3(checkpoint.config, leaf, checkpoint.experts_per_token)
 
 
 def abstract_model(checkpoint: Checkpoint) -> DeepseekV3:

@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSO
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class _Shard:
     header: bytes
     offsets: Mapping[str, int]
     length: int
+
+    @property
+    def last(self) -> str:
+        """The tensor that is written last."""
+        return list(self.offsets)[-1]
 
 
 def write_shards(
@@ -55,6 +61,9 @@ def write_shards(
         with (folder / shard.file).open("r+b") as stream:
             stream.seek(shard.offsets[name])
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            if name == shard.last:  # else all the time that the disk takes comes after the last step
+                stream.flush()
+                os.fsync(stream.fileno())
     index = {
         "metadata": {"total_size": payload_bytes(abstract)},
         "weight_map": {name: shard.file for shard in shards for name in shard.offsets},

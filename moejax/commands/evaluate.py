@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def _within(limit: int, checkpoint: Checkpoint, original: Original, chunks: np.n
     asked = _needs(checkpoint, original, chunks, dtype)
     held = resident_memory()
     if held + asked.in_memory <= limit:
-        return load_model, _BATCH
+        return partial(load_model, progress=progress_bar), _BATCH
     wave = min(asked.chunks_per_wave(limit - held), -(-len(chunks) // asked.batch) * asked.batch)
     if not wave:
         least = -(-(held + asked.part_by_part(asked.batch)) // _MEMORY_STEP) * _MEMORY_STEP

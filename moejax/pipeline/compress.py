@@ -203,7 +203,7 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
 
 def evaluate_written(output: Path, original: DeepseekV3, chunks: np.ndarray, progress: Progress) -> Evaluation:
     """The figures of a written checkpoint, read back from disk, against the original."""
-    return evaluate(load_model(open_checkpoint(output)), chunks, original, progress=progress)
+    return evaluate(load_model(open_checkpoint(output), progress), chunks, original, progress=progress)
 
 
 def compress_checkpoint(

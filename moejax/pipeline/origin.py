@@ -86,7 +86,7 @@ def read_origin(
 ) -> Origin:
     """A checkpoint's model, loaded and calibrated for a method; where tokens are few, damping is chosen on the chunks
     held out."""
-    original = load_model(checkpoint)
+    original = load_model(checkpoint, progress)
     model = _ready(original, method)
     statistics = calibrate(model, chunks, progress=progress, hessians=method.error_feedback)
     if method.error_feedback and has_few_tokens(statistics):

@@ -1,5 +1,6 @@
 """Progress bars on standard error, and the tables that commands print."""
 
+import math
 from collections.abc import Iterable, Sequence, Sized
 from typing import TypeVar
 
@@ -23,8 +24,15 @@ def progress_bar(steps: Iterable[Step], description: str) -> Iterable[Step]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield from bar.track(steps, total=total, description=description)
+    # The time left is from all steps: of the last half minute alone, as by default, nothing is left of a long step.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, speed_estimate_period=math.inf, disable=not console.is_interactive) as bar:
+        task = bar.add_task(description, total=total)
+        for step in steps:
+            yield step
+            bar.advance(task)
+    if not console.is_interactive:  # a file or a pipe is told of what comes to its end alone
+        console.print(bar.get_renderable())
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
