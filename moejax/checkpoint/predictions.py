@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from moejax.checkpoint.atomic import atomic_file, require_space
 from moejax.checkpoint.safetensors_folder import DTYPES, TensorInfo, read_header
+from moejax.checkpoint.store import payload_bytes
 from moejax.errors import InputError
 from moejax.formats import Leaf, abstract_leaf, describe
 
@@ -84,10 +85,8 @@ def saved_predictions(
     Raises InputError, before the block runs, if `path` exists, cannot be written or needs more bytes than are free.
     """
     with atomic_file(path) as stream:
-        states = _write_beginning(stream, origin, tokens_NT, head(), np.dtype(dtype))
-        left = math.prod(states.shape) * states.dtype.itemsize
-        end = stream.tell() + left
-        require_space(path, left)
+        states = _write_beginning(path, stream, origin, tokens_NT, head(), np.dtype(dtype))
+        end = stream.tell() + math.prod(states.shape) * states.dtype.itemsize
 
         def append(states_BSD: np.ndarray) -> None:
             if states_BSD.dtype != states.dtype or states_BSD.shape[1:] != states.shape[1:]:
@@ -100,15 +99,17 @@ def saved_predictions(
 
 
 def _write_beginning(
-    stream: BinaryIO, origin: Origin, tokens_NT: np.ndarray, head: Leaf, dtype: np.dtype[Any]
+    path: Path, stream: BinaryIO, origin: Origin, tokens_NT: np.ndarray, head: Leaf, dtype: np.dtype[Any]
 ) -> jax.ShapeDtypeStruct:
-    """Everything before the states; returns their shape and dtype."""
+    """Everything before the states, if they fit the disk too; returns their shape and dtype."""
     count, length = tokens_NT.shape
     states = jax.ShapeDtypeStruct((count, length - 1 - length // 2, head.shape[-1]), dtype)
     arrays = {f"head.{n}": np.asarray(array) for n, array in enumerate(jax.tree.leaves(head))}
     arrays["tokens"] = tokens_NT.astype(np.int32)
     metadata = {"format": _FORMAT, "version": _VERSION, "head": describe(head), **asdict(origin)}
-    stream.write(_header(arrays | {"states": states}, metadata))
+    header = _header(arrays | {"states": states}, metadata)
+    require_space(path, len(header) + payload_bytes(arrays | {"states": states}))
+    stream.write(header)
     for array in arrays.values():
         stream.write(_bytes(array))
     return states
