@@ -33,7 +33,7 @@ def chosen() -> Statistics:
 def errors(leaf: Leaf, inputs: Inputs, held: Inputs) -> list[float]:
     """E|(W - Q) x|^2 over held-out tokens of a matrix, by multiple."""
     assert inputs.hessian is not None and held.hessian is not None
-    target = next(f"int2g{size}" for size in (128, 64, 32) if leaf.shape[-1] % size == 0)
+    target = "int2g128"
     hessian_II, found = np.asarray(held.hessian, np.float64), []
     for multiple in MULTIPLES:
         damping = multiple * damping_for(inputs.tokens, leaf.shape[-1])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from leaf_oracle import scales_of
+from leaf_oracle import scales_of, to_numpy
 from moejax.calibrate import BlockStatistics, Inputs, Statistics, calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.errors import InputError
@@ -96,6 +96,30 @@ def test_the_order_of_columns_counts_unless_they_stand_in_it() -> None:
         arguments = jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian, jnp.float32), IntFormat(2, GROUP)
         packed = [module.quantize_with_feedback(*arguments, column_order=by) for by in ("diagonal", "natural")]
         assert np.array_equal(packed[0].words, packed[1].words) is alike
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_a_shorter_last_group_is_rounded_like_the_others(levels: int) -> None:
+    """It takes and gives feedback; where its inputs are uncorrelated with the others', it is rounded as if alone."""
+    weight_OI, hessian_II = (own[..., :112] for own in problem(levels))
+    hessian_II = hessian_II[:112]
+    w, h = jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian_II, jnp.float32)
+    to = TernaryFormat(GROUP) if levels == 3 else IntFormat(levels.bit_length() - 1, GROUP)
+    finer = replace(to, group_size=16)
+    costs = [
+        cost(weight_OI, to_numpy(packed), hessian_II)
+        for packed in (
+            module.quantize_with_feedback(w, h, finer),
+            module.quantize_with_feedback(w, h, to),
+            quantize(w, jnp.diagonal(h), to),
+        )
+    ]
+    assert costs[0] < costs[1] < 0.8 * costs[2]
+    h = h.at[:96, 96:].set(0).at[96:, :96].set(0)
+    packed = to_numpy(module.quantize_with_feedback(w, h, to, damping=0.0))
+    for own in (slice(0, 96), slice(96, 112)):
+        alone = module.quantize_with_feedback(w[:, own], h[own, own], to, damping=0.0)
+        np.testing.assert_array_equal(packed[:, own], to_numpy(alone))
 
 
 def assert_can_be_stored(scale_NO: jax.Array, kind: ScaleKind) -> None:

@@ -103,6 +103,16 @@ def test_the_search_s_error_is_the_packed_result_s(
     np.testing.assert_array_less(np.abs(searched - found), 1e-4 * found + rounding + 1e-30)
 
 
+@pytest.mark.parametrize("levels", [2, 3, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shorter_last_group_is_rounded_by_itself(levels: int, kind: ScaleKind) -> None:
+    weight, moment = normal_weight(levels)[:, :101], log_normal_moment(levels)[:101]
+    packed = quantized(weight, moment, levels, kind)
+    assert packed.shape == weight.shape and packed.scale.shape == (OUTPUTS, 2)
+    apart = [quantized(weight[:, own], moment[own], levels, kind) for own in (slice(0, 64), slice(64, 101))]
+    np.testing.assert_array_equal(to_numpy(packed), np.concatenate([to_numpy(own) for own in apart], axis=1))
+
+
 @pytest.mark.parametrize(("levels", "seed"), [(2, 1), (3, 0), (4, 2), (8, 3), (16, 4)])
 @pytest.mark.parametrize("tails", ["normal", "heavy", "flat"])
 @pytest.mark.parametrize("kind", KINDS)
