@@ -1,6 +1,7 @@
 """The operations of the model: four that a weight knows, dispatched on its type and the backend; an einsum; a rotation.
 
-Every backend computes the same thing: the weight's dense value times the input, accumulated in at least float32 and
+Without a `backend`, programs lowered for TPU multiply by Pallas kernels what these take, and all others by XLA. Every
+backend computes the same thing: the weight's dense value times the input, accumulated in at least float32 and
 returned in the input's dtype.
 """
 
@@ -36,43 +37,47 @@ def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
 
     x (..., *batch, I), w (*batch, O, I) with at most one batch axis -> (..., *batch, O).
     """
-    return _backend(backend).matmul(x, w)
+    return _matmul_by_platform(x, w) if backend is None else BACKENDS[backend].matmul(x, w)
 
 
-def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
+def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str = "xla") -> jax.Array:
     """Contract the weight's outputs: y[..., b, i] = sum_o w[b, o, i] * x[..., b, o].
 
     x (..., *batch, O), w (*batch, O, I) with at most one batch axis -> (..., *batch, I).
     """
-    return _backend(backend).matmul_transposed(x, w)
+    return BACKENDS[backend].matmul_transposed(x, w)
 
 
-def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str | None = None) -> jax.Array:
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str = "xla") -> jax.Array:
     """Multiply every row by its expert's matrix: y[r, o] = sum_i w[e(r), o, i] * x[r, i].
 
     Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; rows_E sums to R. -> (R, O).
     """
-    return _backend(backend).expert_matmul(x_RI, w, rows_E)
+    return BACKENDS[backend].expert_matmul(x_RI, w, rows_E)
 
 
-def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str | None = None) -> jax.Array:
+def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str = "xla") -> jax.Array:
     """Rows of a matrix w (O, I) at index (...), as (..., I) of `dtype`: the embedding."""
-    return _backend(backend).take(w, index, dtype)
+    return BACKENDS[backend].take(w, index, dtype)
 
 
-def product(equation: str, a: jax.Array, b: jax.Array, *, backend: str | None = None) -> jax.Array:
+def product(equation: str, a: jax.Array, b: jax.Array, *, backend: str = "xla") -> jax.Array:
     """einsum(equation, a, b) of two arrays of one dtype, summed and returned in at least float32: attention."""
-    return _backend(backend).product(equation, a, b)
+    return BACKENDS[backend].product(equation, a, b)
 
 
-def hadamard(x: jax.Array, *, inverse: bool = False, backend: str | None = None) -> jax.Array:
+def hadamard(x: jax.Array, *, inverse: bool = False, backend: str = "xla") -> jax.Array:
     """x (..., n) times the orthogonal matrix H / sqrt(b) (n, n), or its transpose if `inverse`: y_j = sum_i x_i H_ij.
 
     H is the Hadamard matrix of order n, or as many of order b as n holds along the diagonal: see `hadamard_factors`,
     which raises InputError where n is odd.
     """
-    return _backend(backend).hadamard(x, inverse)
+    return BACKENDS[backend].hadamard(x, inverse)
 
 
-def _backend(name: str | None) -> Backend:
-    return BACKENDS[name or ("pallas_tpu" if jax.default_backend() == "tpu" else "xla")]
+@jax.jit
+def _matmul_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
+    """By what the program is lowered for, which need not be what this process runs on."""
+    if not pallas_tpu.takes(x, w):
+        return xla.matmul(x, w)
+    return jax.lax.platform_dependent(x, w, tpu=pallas_tpu.matmul, default=xla.matmul)

@@ -47,6 +47,7 @@ def takes(x: jax.Array, w: Leaf) -> bool:
     return inputs <= MAX_INPUTS and _run(inputs, w.group_size, w.bits) % SUBLANES == 0
 
 
+@jax.custom_vjp
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
     if not isinstance(w, GroupedInt) or not takes(x, w):
         return xla.matmul(x, w)
@@ -58,6 +59,18 @@ def matmul(x: jax.Array, w: Leaf) -> jax.Array:
         default=partial(_multiply, bits=w.bits, interpret=True),
     )
     return y_RO.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _forward(x: jax.Array, w: Leaf) -> tuple[jax.Array, tuple[jax.Array, Leaf]]:
+    return matmul(x, w), (x, w)
+
+
+def _backward(given: tuple[jax.Array, Leaf], slope: jax.Array) -> tuple[jax.Array, Leaf]:
+    """Gradients are the tiled path's."""
+    return jax.vjp(xla.matmul, *given)[1](slope)
+
+
+matmul.defvjp(_forward, _backward)
 
 
 def _multiply(x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: int, interpret: bool) -> jax.Array:

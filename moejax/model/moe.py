@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import ExpertWeights
-from moejax.kernels import expert_matmul, hadamard, matmul
+from moejax.kernels import expert_matmul, hadamard, matmul, product
 from moejax.model.config import Config
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 
@@ -73,7 +73,8 @@ class Experts(nnx.Module):
         hidden_RF = _down_input(jax.nn.silu(gate_RF) * up_RF, self.config)
         y_RD = self._project(hidden_RF, self.down, rows_E)
         y_TKD = jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True).reshape(T, K, -1)
-        y_TD = jnp.einsum("tkd,tk->td", y_TKD, routing.weights_TK.astype(y_TKD.dtype))
+        wide = jnp.promote_types(y_TKD.dtype, jnp.float32)
+        y_TD = product("tkd,tk->td", y_TKD.astype(wide), routing.weights_TK.astype(wide)).astype(y_TKD.dtype)
         expert_R, weight_R = routing.experts_TK.reshape(-1)[order_R], routing.weights_TK.reshape(-1)[order_R]
         return y_TD, ExpertRun(expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
 

@@ -13,6 +13,7 @@ from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
 from moejax.formats.group_format import encode
 from moejax.formats.grouped import centre, group, round_to_codes
 from moejax.formats.scales import as_stored
+from moejax.kernels import product
 
 # Candidate scales, as shares of the one at which the largest weight of a group meets the outermost level. The best
 # share falls from about 1 at 8 bits to 0.3 at 1 bit; 1 itself is among them, so that no group is worse than with it.
@@ -79,7 +80,7 @@ def quantization_errors(
 
     def error_at(levels: jax.Array) -> jax.Array:
         _, error = search_scales(weight, second_moment, levels, group_size, scale_kind)
-        return jnp.einsum("...og,...o->...", error, output_weight)
+        return product("...og,...o->...", error, output_weight.astype(error.dtype))
 
     return jax.lax.map(error_at, levels_F)
 

@@ -32,11 +32,11 @@ def rounding_error(weight: jax.Array, rounded: jax.Array, inputs: Inputs, output
     """
     error_OI = (weight - rounded).reshape(-1, weight.shape[-1])
     if inputs.hessian is None:
-        error_O = error_OI**2 @ inputs.second_moment.astype(jnp.float32)
+        error_O = product("oi,i->o", error_OI**2, inputs.second_moment.astype(jnp.float32))
     else:
         passed_OI = product("oi,ij->oj", error_OI, inputs.hessian.astype(jnp.float32))
         error_O = jnp.maximum(jnp.sum(error_OI * passed_OI, axis=1), 0)  # a sum of squares, but for rounding
-    return error_O @ output_weight.astype(jnp.float32).reshape(-1)
+    return product("o,o->", error_O, output_weight.astype(jnp.float32).reshape(-1))
 
 
 to_float32 = jax.jit(partial(dense, dtype=jnp.float32))
