@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.calibrate.products import expert_products, input_name
+from moejax.kernels import product
 from moejax.model.moe import ExpertRun
 
 # A routed expert's second moments are drawn toward its layer's as if it had seen this many tokens more: an expert with
@@ -149,6 +150,13 @@ class BlockStatistics:
         assert self.products is not None, "calibrated without hessians"
         return self.products[input_name(name)] / self.tokens
 
+    def damped_as(self, other: Self) -> Self:
+        """With the damping that was chosen for `other`, the same block's."""
+        experts = self.experts
+        if experts is not None and other.experts is not None:
+            experts = replace(experts, damping=other.experts.damping)
+        return replace(self, damping=other.damping, experts=experts)
+
     def without_hessians(self) -> Self:
         """The same as if Hessians had not been collected."""
         experts = self.experts
@@ -206,14 +214,14 @@ def expert_statistics(run: ExpertRun, tokens: int, num_experts: int, max_bytes: 
     sums = ExpertStatistics(
         tokens=jnp.asarray(tokens, jnp.float32),
         count_E=jnp.sum(chosen_ER, axis=1),
-        weight_E=chosen_ER @ g_R,
-        weighted_norm_E=chosen_ER @ (g_R * norm_R),
-        norm2_E=chosen_ER @ norm_R**2,
+        weight_E=product("er,r->e", chosen_ER, g_R),
+        weighted_norm_E=product("er,r->e", chosen_ER, g_R * norm_R),
+        norm2_E=product("er,r->e", chosen_ER, norm_R**2),
         gate2_E=jnp.sum(weighted_ER, axis=1),
-        x2_ED=weighted_ER @ float32(run.x_RD) ** 2,
-        hidden2_EF=weighted_ER @ float32(run.hidden_RF) ** 2,
-        gate_slope2_EF=weighted_ER @ (slope_RF * up_RF) ** 2,
-        up_slope2_EF=weighted_ER @ (sigmoid_RF * gate_RF) ** 2,
+        x2_ED=product("er,rd->ed", weighted_ER, float32(run.x_RD) ** 2),
+        hidden2_EF=product("er,rf->ef", weighted_ER, float32(run.hidden_RF) ** 2),
+        gate_slope2_EF=product("er,rf->ef", weighted_ER, (slope_RF * up_RF) ** 2),
+        up_slope2_EF=product("er,rf->ef", weighted_ER, (sigmoid_RF * gate_RF) ** 2),
         peak_E=jnp.zeros(num_experts, jnp.float32).at[run.expert_R].max(peak_R),
     )
     return sums if max_bytes is None else _with_products(sums, run, max_bytes)

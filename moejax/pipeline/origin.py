@@ -63,7 +63,7 @@ class Origin:
             return compress(self.model, plan, self.statistics, rounder=rounder, progress=progress)
         assert self.chunks is not None
         start = Following.of(self.model, self.chunks, hessians=plan.method.error_feedback)
-        return compress_in_sequence(self.model, plan, start, progress=progress)
+        return compress_in_sequence(self.model, plan, start, self.statistics, progress=progress)
 
     def write(
         self, plan: Plan, output: Path, budget: int, progress: Progress = silent, rounder: Rounder = afresh

@@ -1,6 +1,6 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -42,11 +42,17 @@ def compress(
     return _compressed(model, plan, _Known(statistics), rounder, progress)
 
 
-def compress_in_sequence(model: DeepseekV3, plan: Plan, start: Following, *, progress: Progress = silent) -> DeepseekV3:
-    """The same, but every block is calibrated on what the compressed blocks before it put out, with the experts and the
-    routing that the plan gives it. `start` has seen nothing compressed yet."""
+def compress_in_sequence(
+    model: DeepseekV3, plan: Plan, start: Following, statistics: Statistics, *, progress: Progress = silent
+) -> DeepseekV3:
+    """The model as `plan` wants it, every block calibrated on what the compressed blocks before it put out, with the
+    experts and the routing that the plan gives it.
+
+    `start` has seen nothing compressed yet. Of `statistics`, those of `compress`, the damping counts alone: it was
+    chosen on chunks that calibration left out. Raises InputError as `compress` does.
+    """
     check_plan(plan, model.config)
-    return _compressed(model, plan, _Followed(start), afresh, progress)
+    return _compressed(model, plan, _Followed(start, statistics), afresh, progress)
 
 
 class _Source(Protocol):
@@ -87,24 +93,26 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Followed:
-    """Statistics of the compressed model's hidden states."""
+    """Statistics of the compressed model's hidden states, with the damping chosen for the original's."""
 
     following: Following
+    original: Statistics
 
     def behind_embedding(self, embed: Leaf) -> "_Followed":
-        return _Followed(self.following.behind_embedding(embed))
+        return replace(self, following=self.following.behind_embedding(embed))
 
     def behind_block(self, compressed: Block) -> "_Followed":
-        return _Followed(self.following.behind_block(compressed))
+        return replace(self, following=self.following.behind_block(compressed))
 
     def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        return self.following.block_statistics(only_survivors(block, plan))
+        return self.following.block_statistics(only_survivors(block, plan)).damped_as(self.original.blocks[index])
 
     def mtp(self, depth: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        return self.following.mtp_statistics(depth, only_survivors(block, plan))
+        original = self.original.blocks[block.config.num_hidden_layers + depth]
+        return self.following.mtp_statistics(depth, only_survivors(block, plan)).damped_as(original)
 
     def head_inputs(self) -> Inputs:
-        return self.following.head_inputs()
+        return self.following.head_inputs()._replace(damping=self.original.head_inputs().damping)
 
 
 def _compressed(model: DeepseekV3, plan: Plan, source: _Source, rounder: Rounder, progress: Progress) -> DeepseekV3:
