@@ -13,7 +13,9 @@ from moejax.calibrate.products import products
 from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, Inputs
 from moejax.formats import Leaf
 from moejax.kernels import take
+from moejax.model.config import require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
+from moejax.model.finite import require_finite_block
 from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
@@ -23,13 +25,15 @@ from moejax.model.steps import run_block
 @dataclass(frozen=True)
 class Following:
     """How far compression has come: the hidden states (B, T, D) of every batch of calibration tokens (B, T) behind the
-    parts that are compressed. A value: each step gives a new one. max_bytes: None where no Hessians are wanted."""
+    parts that are compressed. A value: each step gives a new one. max_bytes: None where no Hessians are wanted. done:
+    how many decoder blocks are compressed."""
 
     model: DeepseekV3
     batches: Sequence[jax.Array]
     max_bytes: int | None
     embed: Leaf
     states: Sequence[jax.Array]
+    done: int = 0
 
     @staticmethod
     def of(
@@ -40,7 +44,8 @@ class Following:
         hessians: bool = False,
         expert_bytes: int = EXPERT_PRODUCTS_BYTES,
     ) -> "Following":
-        """Before anything is compressed; arguments as those of `calibrate`."""
+        """Before anything is compressed; arguments as those of `calibrate`, whose errors it raises."""
+        require_tokens(chunks, model.config)
         batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
         return Following(model, batches, expert_bytes if hessians else None, model.embed.get_value(), [])
 
@@ -50,12 +55,17 @@ class Following:
 
     def behind_block(self, compressed: Block) -> Self:
         """With the next block compressed."""
-        by = self._rotation()
-        return replace(self, states=[run_block(compressed, x_BTD, by) for x_BTD in self.states])
+        by, index = self._rotation(), self.done
+        states = []
+        for x_BTD in self.states:
+            states.append(run_block(compressed, x_BTD, by))
+            require_finite_block(f"layers.{index}", compressed, x_BTD, by, states[-1])
+        return replace(self, states=states, done=index + 1)
 
     def block_statistics(self, block: Block) -> BlockStatistics:
         """Of the next block, as it is before it is rounded."""
-        return observe_all(layer_observer(block, self._rotation(), self.max_bytes), self.states, self.batches)[1]
+        observer = layer_observer(f"layers.{self.done}", block, self._rotation(), self.max_bytes)
+        return observe_all(observer, self.states, self.batches)[1]
 
     def mtp_statistics(self, depth: int, block: Block) -> BlockStatistics:
         """Of MTP block `depth` with the decoder block `block` in it, behind all layers."""
@@ -63,7 +73,7 @@ class Following:
         leaves = named_leaves(mtp) | {f"block.{name}": leaf for name, leaf in named_leaves(block).items()}
         per_token = block.mlp.experts_per_token if isinstance(block.mlp, MoE) else None
         as_planned = MtpBlock(mtp.config, leaves.__getitem__, isinstance(block.mlp, MoE), per_token)
-        observer = mtp_observer(as_planned, self.embed, self._rotation(), self.max_bytes)
+        observer = mtp_observer(f"mtp.{depth}", as_planned, self.embed, self._rotation(), self.max_bytes)
         return observe_all(observer, self._normed(), self.batches)[1]
 
     def head_inputs(self) -> Inputs:

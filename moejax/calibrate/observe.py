@@ -12,6 +12,7 @@ from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, 
 from moejax.formats import Leaf
 from moejax.kernels import take
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
+from moejax.model.finite import require_finite_block, require_finite_mtp
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
@@ -35,19 +36,21 @@ def calibrate(
     Layer after layer over all chunks, so that one block at a time is needed; the hidden states of all chunks are kept.
     With `hessians` they include E[x x^T] of every input; experts have their own where a block's take no more than
     `expert_bytes`, else share their layer's.
+
+    Raises InputError for tokens that are not the model's, and at the first block whose output is not finite.
     """
     batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
     embedded = [embed(model, tokens, jnp.float32) for tokens in batches]
     states, by = [x_BTD for x_BTD, _ in embedded], embedded[0][1]
     max_bytes = expert_bytes if hessians else None
     blocks = []
-    for layer in progress(model.layers, "calibrating"):
-        states, statistics = observe_all(layer_observer(layer, by, max_bytes), states, batches)
+    for i, layer in enumerate(progress(model.layers, "calibrating")):
+        states, statistics = observe_all(layer_observer(f"layers.{i}", layer, by, max_bytes), states, batches)
         blocks.append(statistics)
     normed = [model.normed(x_BTD) for x_BTD in states]
-    for mtp in model.mtp:
-        _, statistics = observe_all(mtp_observer(mtp, model.embed.get_value(), by, max_bytes), normed, batches)
-        blocks.append(statistics)
+    for depth, mtp in enumerate(model.mtp):
+        observer = mtp_observer(f"mtp.{depth}", mtp, model.embed.get_value(), by, max_bytes)
+        blocks.append(observe_all(observer, normed, batches)[1])
     return Statistics(
         blocks=tuple(blocks),
         tokens=jnp.asarray(chunks.size, jnp.float32),
@@ -57,20 +60,37 @@ def calibrate(
     )
 
 
-def layer_observer(layer: Block, by: Rotation, max_bytes: int | None) -> Observer:
-    """Observes a decoder block; without Hessians where `max_bytes` is None."""
-    return lambda x_BTD, _: _observe_block(layer, x_BTD, by, max_bytes)
+def layer_observer(name: str, layer: Block, by: Rotation, max_bytes: int | None) -> Observer:
+    """Observes the decoder block called `name`; without Hessians where `max_bytes` is None."""
+
+    def observe(x_BTD: jax.Array, _: jax.Array) -> tuple[jax.Array, BlockStatistics]:
+        y_BTD, statistics = _observe_block(layer, x_BTD, by, max_bytes)
+        require_finite_block(name, layer, x_BTD, by, y_BTD)
+        return y_BTD, statistics
+
+    return observe
 
 
-def mtp_observer(mtp: MtpBlock, embedding: Leaf, by: Rotation, max_bytes: int | None) -> Observer:
-    """Observes an MTP block on the model's normed output."""
-    return lambda x_BTD, tokens_BT: _observe_mtp(mtp, x_BTD, take(embedding, tokens_BT, x_BTD.dtype), by, max_bytes)
+def mtp_observer(name: str, mtp: MtpBlock, embedding: Leaf, by: Rotation, max_bytes: int | None) -> Observer:
+    """Observes the MTP block called `name` on the model's normed output."""
+
+    def observe(x_BTD: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, BlockStatistics]:
+        h_BTD, next_BTD = x_BTD[:, :-1], take(embedding, tokens_BT[:, 1:], x_BTD.dtype)
+        own_by = jax.tree.map(lambda angle: angle[:-1], by)
+        y_BTD, statistics = _observe_mtp(mtp, h_BTD, next_BTD, own_by, max_bytes)
+        require_finite_mtp(name, mtp, h_BTD, next_BTD, own_by, y_BTD)
+        return y_BTD, statistics
+
+    return observe
 
 
 def observe_all(
     observe: Observer, states: Sequence[jax.Array], batches: Sequence[jax.Array]
 ) -> tuple[list[jax.Array], BlockStatistics]:
-    """One block over all batches: its outputs, and its statistics merged."""
+    """One block over all batches: its outputs, and its statistics merged.
+
+    Raises InputError, naming the matrix, at the first batch of which an output is not finite.
+    """
     outputs, total = [], None
     for x_BTD, tokens_BT in zip(states, batches, strict=True):
         y_BTD, statistics = observe(x_BTD, tokens_BT)
@@ -95,11 +115,10 @@ def _observe_block(
 
 @partial(jax.jit, static_argnames="max_bytes")
 def _observe_mtp(
-    mtp: MtpBlock, h_BTD: jax.Array, embedded_BTD: jax.Array, by: Rotation, max_bytes: int | None
+    mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, max_bytes: int | None
 ) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
-    h_BTD, by = h_BTD[:, :-1], jax.tree.map(lambda angle: angle[:-1], by)
-    y_BTD = mtp(h_BTD, embedded_BTD[:, 1:], by, taps)
+    y_BTD = mtp(h_BTD, next_BTD, by, taps)
     return y_BTD, _summed({name.removeprefix("block."): x for name, x in taps.items()}, mtp.block, h_BTD, max_bytes)
 
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.errors import note
+from moejax.errors import InputError, note
 from moejax.evaluate.forward import FinalStates, Tick, final_states
 from moejax.formats import Leaf
-from moejax.model import Config, DeepseekV3
+from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import head_logits
 from moejax.model.parts import Parts, PartsInMemory
 from moejax.progress import Progress, counted, silent
@@ -83,9 +83,12 @@ def evaluate(
     Chunks go through the blocks in waves: one batch at a time, which suits models in memory, or `wave` chunks rounded
     down to batches, whose states are then kept while every part of a model is asked for once. The figures are the same.
     `keep` is given the states (B, S, D) that the original's head takes, the model's own without a `base`.
+
+    Raises InputError for tokens that are not the model's, and, naming the matrix, where an output is not finite.
     """
     _check_length(_parts(model).config, chunks.shape[1])
     run = _Run(_parts(model), base if base is None or isinstance(base, Predictions) else _parts(base), dtype, keep)
+    require_tokens(chunks, run.parts.config)
     per_wave = max(1, wave // batch) * batch
     scores: list[_Scores] = []
     with counted(progress, -(-len(chunks) // batch) * run.steps_per_batch, "evaluating") as tick:
@@ -185,6 +188,8 @@ def _evaluation(scores: Sequence[_Scores]) -> Evaluation:
 
     nll, mtp_nll, base_nll, kld, same_top1 = (of_tokens(own) for own in zip(*scores, strict=True))
     assert nll is not None
+    if not all(np.all(np.isfinite(own)) for own in (nll, mtp_nll, base_nll, kld) if own is not None):
+        raise InputError("the output of the head is not finite; a checkpoint whose weights are sound is needed")
     figures = Evaluation(
         tokens=nll.size,
         ppl=_perplexity(nll),

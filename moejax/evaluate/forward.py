@@ -9,6 +9,7 @@ import numpy as np
 
 from moejax.kernels import take
 from moejax.model.deepseek_v3 import Block
+from moejax.model.finite import require_finite, require_finite_block, require_finite_mtp
 from moejax.model.parts import Parts
 from moejax.model.rope import Rotation, rotation
 from moejax.model.steps import run_block, run_mtp, run_norm
@@ -33,6 +34,8 @@ def final_states(
     """Run token batches (B, T), which are of one length, through the model and, if `draft`, its first MTP block.
 
     No more than one part of the model is asked for at a time. `tick` is called before every batch of every block.
+
+    Raises InputError, naming the matrix, at the first block whose output is not finite.
     """
     config, length = parts.config, batches[0].shape[1]
     embedded = _embedded(parts, batches, dtype)
@@ -41,7 +44,7 @@ def final_states(
         del embedded
     by = rotation(config, jnp.arange(length), jnp.promote_types(dtype, jnp.float32))
     for index in range(config.num_hidden_layers):
-        _run_in_place(parts.block(index), states, by, tick)
+        _run_in_place(f"layers.{index}", parts.block(index), states, by, tick)
     norm = parts.norm()
     for n, x_BTD in enumerate(states):
         states[n] = np.asarray(run_norm(x_BTD, norm, eps=config.rms_norm_eps))
@@ -51,14 +54,20 @@ def final_states(
 
 
 def _embedded(parts: Parts, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike) -> list[np.ndarray]:
-    embedding = parts.embedding()
-    return [np.asarray(take(embedding, jnp.asarray(tokens_BT), dtype)) for tokens_BT in batches]
+    embedding, embedded = parts.embedding(), []
+    for tokens_BT in batches:
+        x_BTD = take(embedding, jnp.asarray(tokens_BT), dtype)
+        require_finite("embed", x_BTD)
+        embedded.append(np.asarray(x_BTD))
+    return embedded
 
 
-def _run_in_place(block: Block, states: list[np.ndarray], by: Rotation, tick: Tick) -> None:
+def _run_in_place(name: str, block: Block, states: list[np.ndarray], by: Rotation, tick: Tick) -> None:
     for n, x_BTD in enumerate(states):
         tick()
-        states[n] = np.asarray(run_block(block, x_BTD, by))
+        y_BTD = run_block(block, x_BTD, by)
+        require_finite_block(name, block, jnp.asarray(x_BTD), by, y_BTD)
+        states[n] = np.asarray(y_BTD)
 
 
 def _drafted(
@@ -70,6 +79,8 @@ def _drafted(
     drafted = []
     for h_BTD, e_BTD in zip(normed, embedded, strict=True):
         tick()
-        y_BTD = np.asarray(run_mtp(mtp, h_BTD[:, :-1], e_BTD[:, 1:], by))
-        drafted.append(y_BTD[:, length // 2 : length - 2].copy())
+        taken = jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:])
+        y_BTD = run_mtp(mtp, *taken, by)
+        require_finite_mtp("mtp.0", mtp, *taken, by, y_BTD)
+        drafted.append(np.asarray(y_BTD)[:, length // 2 : length - 2].copy())
     return drafted

@@ -11,10 +11,14 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.generate.sampling import GREEDY, Draw, Sampling, check_sampling, sample
-from moejax.model import Config, DeepseekV3
+from moejax.model import Config, DeepseekV3, require_tokens
+from moejax.model.finite import all_finite, refuse_not_finite
 from moejax.model.latent_cache import LatentCache, empty_caches
+from moejax.model.parts import Parts, PartsInMemory
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
+# What is drawn where something is not finite.
+NO_TOKEN = -1
 # Caches are of a power of two, no less than this, so that few lengths are compiled.
 _SHORTEST_CACHE = 256
 
@@ -60,8 +64,11 @@ class Runner(Protocol):
     @property
     def config(self) -> Config: ...
 
+    @property
+    def parts(self) -> Parts: ...
+
     def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
-        """The rows into the cache, and the token drawn behind each, (B,)."""
+        """The rows into the cache, and the token drawn behind each, (B,): `known_token`."""
         ...
 
 
@@ -75,6 +82,10 @@ class InMemory:
     def config(self) -> Config:
         return self.model.config
 
+    @property
+    def parts(self) -> Parts:
+        return PartsInMemory(self.model)
+
     def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
         return _step(self.model, rows, cache, draw, dtype)
 
@@ -85,7 +96,13 @@ def _step(
 ) -> tuple[jax.Array, list[LatentCache]]:
     x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)
     x_B1D = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)
-    return sample(model.logits(x_B1D)[:, 0], draw), cache
+    logits_BC = model.logits(x_B1D)[:, 0]
+    return known_token(sample(logits_BC, draw), x_BTD, logits_BC), cache
+
+
+def known_token(token: jax.Array, x_BTD: jax.Array, logits: jax.Array) -> jax.Array:
+    """The token drawn, or NO_TOKEN where hidden states x or logits are not finite."""
+    return jnp.where(all_finite(x_BTD) & jnp.all(jnp.isfinite(logits)), token, NO_TOKEN)
 
 
 def generate(
@@ -101,7 +118,8 @@ def generate(
     """Yield up to `max_tokens` tokens that continue the prompt, ending before a token of `stop`.
 
     The same seed draws the same tokens. Raises InputError, before anything is computed, if the prompt is empty, or
-    prompt and continuation exceed the model's context, or a value of `sampling` is out of range.
+    prompt and continuation exceed the model's context, or a value of `sampling` is out of range; and, naming the
+    matrix, where an output is not finite.
     """
     batch = generate_batch(model, [prompt], max_tokens, sampling=sampling, seed=seed, stop=stop, decoding=decoding)
     return (token for (token,) in batch if token is not None)
@@ -135,8 +153,7 @@ def check_request(config: Config, prompts: Sequence[Sequence[int] | np.ndarray],
             raise InputError("the prompt has no tokens; at least one is needed")
         if len(prompt) + max_tokens > limit:
             raise InputError(f"{len(prompt)} prompt tokens and {max_tokens} more exceed the context of {limit} tokens")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise InputError(f"the prompt has a token that is none of the model's {config.vocab_size}")
+        require_tokens(prompt, config)
 
 
 def cache_length(longest_prompt: int, max_tokens: int, chunk: int) -> int:
@@ -169,6 +186,7 @@ def _decode(
     cache = empty_caches(runner.config, len(prompts), length, decoding.kept_in)
     seeds_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     going, position_B, token_B = np.ones(len(prompts), bool), jnp.asarray(lengths), None
+    so_far = [list(prompt) for prompt in prompts]
     for n in range(max_tokens):
         draw = Draw(sampling, _keys(seeds_B, n))
         if token_B is None:
@@ -178,6 +196,11 @@ def _decode(
             token_B, cache = runner.step(rows, cache, draw, decoding.dtype)
             position_B = position_B + 1
         tokens = np.asarray(token_B).tolist()
+        if NO_TOKEN in tokens:
+            for sequence in so_far:
+                refuse_not_finite(runner.parts, jnp.asarray([sequence]), decoding.dtype)
+        for sequence, token in zip(so_far, tokens, strict=True):
+            sequence.append(token)
         going &= [token not in stop for token in tokens]
         if not going.any():
             return
@@ -206,7 +229,10 @@ def _prefill(
         last_B = np.clip(lengths - 1 - start, 0, size - 1).astype(np.int32)
         rows = Rows(jnp.asarray(tokens_BT), jnp.full(len(prompts), start, jnp.int32), jnp.asarray(last_B))
         drawn_B, cache = runner.step(rows, cache, draw, decoding.dtype)
-        token_B = jnp.where(jnp.asarray((lengths - 1) // chunk == start // chunk), drawn_B, token_B)
+        is_last_B = jnp.asarray((lengths - 1) // chunk == start // chunk)
+        token_B = jnp.where(is_last_B | (drawn_B == NO_TOKEN), drawn_B, token_B)
+        if NO_TOKEN in np.asarray(drawn_B):
+            break
     return token_B, cache
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.formats import Leaf
-from moejax.generate.decode import Rows
+from moejax.generate.decode import Rows, known_token
 from moejax.generate.sampling import Draw, sample
 from moejax.kernels import take
 from moejax.model import Config
@@ -41,9 +41,10 @@ class PartByPart:
             x_BTD.block_until_ready()  # before the next block is read
         x_BD = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)[:, 0]
         eps = self.config.rms_norm_eps
-        return _next_token(x_BD, self.parts.norm(), self.parts.head(), draw, eps=eps), cache
+        logits_BC = _logits(x_BD, self.parts.norm(), self.parts.head(), eps=eps)
+        return known_token(sample(logits_BC, draw), x_BTD, logits_BC), cache
 
 
 @partial(jax.jit, static_argnames="eps")
-def _next_token(x_BD: jax.Array, norm: jax.Array, head: Leaf, draw: Draw, eps: float) -> jax.Array:
-    return sample(head_logits(rms_norm(x_BD, norm, eps), head), draw)
+def _logits(x_BD: jax.Array, norm: jax.Array, head: Leaf, eps: float) -> jax.Array:
+    return head_logits(rms_norm(x_BD, norm, eps), head)

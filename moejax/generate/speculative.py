@@ -4,17 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.generate.decode import Decoding, cache_length, check_request, chunks
+from moejax.generate.decode import NO_TOKEN, Decoding, cache_length, check_request, chunks, known_token
 from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
+from moejax.model.finite import refuse_not_finite
 from moejax.model.latent_cache import LatentCache, empty_cache
+from moejax.model.parts import PartsInMemory
 
 
 class _Caches(NamedTuple):
@@ -73,15 +75,24 @@ class Speculation:
             last = min(len(prompt) - 1 - start, size - 1)
             is_last_chunk = start + size >= len(prompt)
             token, draft, caches = _prefill(self.model, tokens, caches, start, last, is_last_chunk, decoding.dtype)
-        position = len(prompt)
+            if int(token) == NO_TOKEN:
+                self._refuse(prompt.tolist())
+        so_far = [*prompt.tolist(), int(token)]
+        yield so_far[-1]
         while True:
-            yield int(token)
-            pair, draft, accepted, caches = _verify(self.model, token, draft, caches, position, decoding.dtype)
+            position = len(so_far) - 1
+            pair, next_draft, accepted, caches = _verify(self.model, token, draft, caches, position, decoding.dtype)
+            confirmed = np.asarray(pair)[: 1 + int(accepted)].tolist()
+            if NO_TOKEN in confirmed:
+                self._refuse([*so_far, int(draft)])
             self.drafted += 1
-            if accepted:
-                self.accepted += 1
-                yield int(pair[0])
-            token, position = pair[int(accepted)], position + 1 + int(accepted)
+            self.accepted += int(accepted)
+            so_far += confirmed
+            yield from confirmed
+            token, draft = pair[int(accepted)], next_draft
+
+    def _refuse(self, tokens: list[int]) -> NoReturn:
+        refuse_not_finite(PartsInMemory(self.model), jnp.asarray([tokens]), self.decoding.dtype)
 
 
 def require_mtp(config: Config) -> None:
@@ -104,7 +115,8 @@ def _prefill(
     the one after it."""
     start_1 = jnp.asarray(start, jnp.int32)[None]
     hidden_1TD, layers = model.extend(tokens_T1[None, :-1], caches.layers, start_1, dtype)
-    token = jnp.argmax(model.logits(_at(hidden_1TD, last)))
+    logits = model.logits(_at(hidden_1TD, last))
+    token = known_token(jnp.argmax(logits), hidden_1TD, logits)
     following_T = tokens_T1[1:].at[last].set(jnp.where(is_last_chunk, token, tokens_T1[last + 1]))
     drafted_1TD, mtp = model.extend_draft(following_T[None], hidden_1TD, caches.mtp, start_1)
     draft = jnp.argmax(head_logits(_at(drafted_1TD, last), model.head.get_value()))
@@ -119,7 +131,8 @@ def _verify(
     draft was the likeliest. What a refused draft left in the caches is overwritten by the next step."""
     start_1 = jnp.asarray(position, jnp.int32)[None]
     hidden_12D, layers = model.extend(jnp.stack([token, draft])[None], caches.layers, start_1, dtype)
-    next_2 = jnp.argmax(model.logits(hidden_12D)[0], axis=-1).astype(jnp.int32)
+    logits = model.logits(hidden_12D)[0]
+    next_2 = known_token(jnp.argmax(logits, axis=-1), hidden_12D, logits).astype(jnp.int32)
     accepted = next_2[0] == draft
     drafted_12D, mtp = model.extend_draft(next_2[None], hidden_12D, caches.mtp, start_1)
     draft = jnp.argmax(head_logits(_at(drafted_12D, accepted.astype(jnp.int32)), model.head.get_value()))

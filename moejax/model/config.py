@@ -1,9 +1,12 @@
 """The model's config: Hugging Face's fields, validated, in a frozen dataclass."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+import jax
+import numpy as np
 
 from moejax.errors import InputError, brief
 
@@ -184,6 +187,18 @@ def config_from_hf(raw: Mapping[str, Any], source: str = "config.json") -> Confi
     _check_rotations(config, source)
     _check_limits(config, source)
     return config
+
+
+def require_tokens(tokens: jax.typing.ArrayLike | Sequence[int], config: Config) -> None:
+    """Raise InputError if one of the token ids is none of the model's. Traced ones cannot be looked at, and pass."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    strange = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if strange.size:
+        raise InputError(
+            f"token {strange[0]} is none of the model's {config.vocab_size}; 0 to {config.vocab_size - 1} are accepted"
+        )
 
 
 def _dictionary(raw: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:

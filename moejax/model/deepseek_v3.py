@@ -9,7 +9,7 @@ from flax import nnx
 from moejax.formats import Leaf
 from moejax.kernels import hadamard, matmul, take
 from moejax.model.attention import Attention
-from moejax.model.config import Config
+from moejax.model.config import Config, require_tokens
 from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 from moejax.model.moe import Mlp, MoE
@@ -167,7 +167,8 @@ class DeepseekV3(nnx.Module):
         return x_BTD
 
     def embedded(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-        """Embedding rows, (B, T, D)."""
+        """Embedding rows, (B, T, D). Raises InputError for tokens that are not the model's, unless they are traced."""
+        require_tokens(tokens_BT, self.config)
         return take(self.embed.get_value(), tokens_BT, dtype)
 
     def rotation(self, positions: jax.Array, dtype: jnp.dtype) -> Rotation:

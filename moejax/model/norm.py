@@ -8,7 +8,11 @@ LATENT_EPS = 1e-6
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """gain * x / sqrt(mean(x^2) + eps) over the last axis, computed in at least float32, returned in x's dtype."""
+    """gain * x / sqrt(mean(x^2) + eps) over the last axis, computed in at least float32, returned in x's dtype.
+
+    NaN where a square is infinite, which would otherwise give zeros.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jnp.where(jnp.isfinite(mean), jax.lax.rsqrt(mean + eps), jnp.nan)
     return (normed * gain.astype(wide.dtype)).astype(x.dtype)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import Inputs
+from moejax.errors import InputError
 from moejax.formats import ExpertWeights, GroupFormat, Leaf
 from moejax.kernels import hadamard
 from moejax.model import named_leaves
@@ -69,7 +70,7 @@ class _Measurement:
         def divergence(to: GroupFormat) -> float:
             return self._divergence(name, to_float32(rounded(to)))
 
-        (error_F,) = self._errors([leaf], lambda to: [rounded(to)], [inputs], [output_weight])
+        (error_F,) = self._errors([name], [leaf], lambda to: [rounded(to)], [inputs], [output_weight])
         return self._scaled(name, error_F, _PROBE_BITS, divergence)
 
     def experts(self, index: int, projection: str) -> np.ndarray:
@@ -92,7 +93,8 @@ class _Measurement:
 
         def errors(members: Sequence[int]) -> np.ndarray:
             leaves, inputs = [weights.expert(e) for e in members], [sums.inputs(projection, e) for e in members]
-            return self._errors(leaves, partial(rounded, members), inputs, [output_EO[e] for e in members])
+            names = [f"{name} of expert {e}" for e in members]
+            return self._errors(names, leaves, partial(rounded, members), inputs, [output_EO[e] for e in members])
 
         every, together = range(weights.num_experts), experts_together(weights)
         error_EF = np.concatenate([errors(every[e : e + together]) for e in every[::together]])
@@ -112,6 +114,7 @@ class _Measurement:
 
     def _errors(
         self,
+        names: Sequence[str],
         leaves: Sequence[Leaf],
         rounded: Callable[[GroupFormat], list[Leaf]],
         inputs: Sequence[Inputs],
@@ -123,6 +126,12 @@ class _Measurement:
         for f, to in enumerate(self.recipe.formats):
             cases = zip(dense_B, map(to_float32, rounded(to)), inputs, output_weights, strict=True)
             error_BF[:, f] = [rounding_error(*case) for case in cases]
+        for name, matrix, error_F in zip(names, dense_B, error_BF, strict=True):
+            if not np.all(np.isfinite(error_F)):
+                raise InputError(
+                    f"{name}: its largest weight is {float(jnp.max(jnp.abs(matrix))):.3g}, and the error of rounding "
+                    "it is not finite; a checkpoint whose weights are sound is needed"
+                )
         return error_BF
 
     def _down_norm2(self, index: int) -> jax.Array:

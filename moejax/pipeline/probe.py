@@ -1,5 +1,6 @@
 """Probes: the true KL divergence that a change to one block causes, all other blocks original."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.errors import InputError
 from moejax.evaluate.divergence import compare, head_log_probabilities
 from moejax.formats import dense
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
+from moejax.model.finite import require_finite_block
 from moejax.model.leaves import Taps
 from moejax.model.rope import Rotation
 from moejax.model.steps import embed, run_block, run_blocks
@@ -54,11 +57,17 @@ class Probe:
     def divergence_of_output(self, x_BTD: jax.Array, head: jax.Array | None = None) -> float:
         """Mean KL of the last block's output x, through another head if one is given."""
         log_probs = head_log_probabilities(self.model.normed(x_BTD), self.head if head is None else head)
-        return float(jnp.mean(compare(self.base, log_probs, self.tokens_BT).kld))
+        divergence = float(jnp.mean(compare(self.base, log_probs, self.tokens_BT).kld))
+        if not math.isfinite(divergence):
+            raise InputError(
+                f"a divergence of {divergence} was measured on the calibration text; a checkpoint whose weights are "
+                "sound is needed"
+            )
+        return divergence
 
 
 def probe(model: DeepseekV3, chunks: np.ndarray) -> Probe:
-    """Prepare probes on token chunks (B, T), taken at once."""
+    """Prepare probes on token chunks (B, T), taken at once. Raises InputError where an output is not finite."""
     tokens_BT = jnp.asarray(chunks)
     x_BTD, by = embed(model, tokens_BT, jnp.float32)
     blocks, inputs = [], []
@@ -66,6 +75,7 @@ def probe(model: DeepseekV3, chunks: np.ndarray) -> Probe:
         blocks.append(dense_block(layer))
         inputs.append(x_BTD)
         x_BTD = run_block(blocks[-1], x_BTD, by)
+        require_finite_block(f"layers.{len(blocks) - 1}", blocks[-1], inputs[-1], by, x_BTD)
     head = dense(model.head.get_value(), jnp.float32)
     base = head_log_probabilities(model.normed(x_BTD), head)
     return Probe(model, tokens_BT, by, tuple(blocks), tuple(inputs), x_BTD, head, base)

@@ -26,9 +26,9 @@ def require_writable(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures if a path is given."""
+    """Write figures if a path is given. Raises ValueError if one is no number: JSON has none for NaN and infinity."""
     if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:
