@@ -1,6 +1,7 @@
 """What no command takes: one sentence on standard error, exit code 2, and nothing left behind."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_a_malformed_budget(small: Path, text_options: list[object], tmp_path: P
 def test_a_budget_above_the_original(small: Path, text_options: list[object], tmp_path: Path, budget: str) -> None:
     message = refused(tmp_path, "compress", small, "--budget", budget, "--output", tmp_path / "out", *text_options)
     assert "the original takes 5.1" in message and f"({folder_bytes(small)} bytes)" in message
+
+
+def test_a_budget_that_needs_formats_the_recipe_lacks(small: Path, text_options: list[object], tmp_path: Path) -> None:
+    recipe = tmp_path / "two.toml"
+    recipe.write_text('formats = ["int2g128"]')
+    options = ["--recipe", recipe, "--output", tmp_path / "out", *text_options]
+    message = refused(tmp_path, "compress", small, "--budget", "60KB", *options)
+    assert re.search(
+        r"cannot be met; .*; the recipe has no format that .* for embed, head, layers\.2\.mlp\.shared", message
+    )
+
+
+def test_a_token_beyond_the_vocabulary(own: Path, text_options: list[object], tmp_path: Path) -> None:
+    """Tokenizers know tokens that were added after the model was made."""
+    tokenizer = json.loads((own / "tokenizer.json").read_text())
+    added = {"id": 320, "content": "<|user|>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append(added | flags)
+    (own / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = tmp_path / "said.txt"
+    text.write_text(words(seed=3, count=450) + "<|user|>" + words(seed=4, count=450))
+    known = "token 320 is none of the model's 320; 0 to 319 are accepted\n"
+    assert refused(tmp_path, "evaluate", own, "--text", text) == f"moejax: said.txt: {known}"
+    output = ["--budget", "4x", "--output", tmp_path / "out"]
+    assert refused(tmp_path, "compress", own, *output, *text_options[:2], "--text", text).endswith(f"said.txt: {known}")
+    assert refused(tmp_path, "compress", own, *output, "--calibration", text, *text_options[2:]).endswith(known)
+    assert refused(tmp_path, "generate", own, "--raw", "--prompt", "a <|user|>").endswith(known)
 
 
 def test_an_output_that_exists(small: Path, text_options: list[object], tmp_path: Path) -> None:

@@ -59,8 +59,9 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def require_free(output: Path, size: int = 0) -> None:
-    """Raises the InputError that `atomic_folder` would: before the work whose result is to lie there.
+def require_free(output: Path) -> None:
+    """Raises the InputError that `atomic_folder` would: before the work whose result is to lie there. How much room
+    there is, `require_space` says, once it is known how much is needed.
 
     What a killed process left is removed.
     """
@@ -73,7 +74,6 @@ def require_free(output: Path, size: int = 0) -> None:
         tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}").cleanup()
     except OSError as error:
         raise _refused(output, _NO_FOLDER, error) from error
-    require_space(output, size)
 
 
 def require_space(output: Path, size: int) -> None:

@@ -31,6 +31,11 @@ class Checkpoint(Protocol):
         """K of every block."""
         ...
 
+    @property
+    def num_elements(self) -> int:
+        """Numbers of the original checkpoint, two bytes each in BF16."""
+        ...
+
     def leaf(self, name: str) -> Weight:
         """One weight of the model, by the name that `Layout` gives it."""
         ...

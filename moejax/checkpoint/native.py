@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.checkpoint import store
 from moejax.checkpoint.atomic import atomic_folder
+from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.leaf_checks import check_arrays, check_indices
 from moejax.errors import InputError, brief
@@ -125,6 +126,11 @@ class NativeCheckpoint:
     plan: dict[str, Any]
     provenance: dict[str, Any]
     _opened: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def num_elements(self) -> int:
+        """Numbers of an original of this config."""
+        return num_elements(self.config)
 
     def leaf(self, name: str) -> Weight:
         """The weight called `name`.

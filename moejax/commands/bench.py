@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.commands.common import cost_of_the_run
@@ -23,7 +22,7 @@ def run_bench(name: str | None, prompt: int, tokens: int, repeats: int, decoding
     checkpoint = open_checkpoint(name)
     speed = measure_speed(load_model(checkpoint), prompt, tokens, repeats, decoding, progress_bar)
     facts: dict[str, Any] = {
-        **figures.size_figures(folder_bytes(checkpoint.path), num_elements(checkpoint.config)),
+        **figures.size_figures(folder_bytes(checkpoint.path), checkpoint.num_elements),
         **asdict(speed),
         "dtype": decoding.dtype,
         "cache_dtype": decoding.kept_in,

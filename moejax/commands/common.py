@@ -10,6 +10,7 @@ from moejax.checkpoint.toml_file import read_toml
 from moejax.errors import InputError
 from moejax.evaluate.text import Text, chunks, default_evaluation_text, read_text
 from moejax.machine import available_memory, peak_memory
+from moejax.model import Config, require_tokens
 from moejax.pipeline.recipe import Recipe, recipe_from_toml
 from moejax.planning.size import parse_size
 from moejax.resources import config_path
@@ -24,10 +25,12 @@ def evaluation_text(path: Path | None) -> Text:
     return read_text(path) if path else default_evaluation_text(_EVALUATION_BYTES)
 
 
-def tokenize(text: Text, tokenizer: Tokenizer) -> np.ndarray:
-    """A text's chunks."""
+def tokenize(text: Text, tokenizer: Tokenizer, config: Config) -> np.ndarray:
+    """A text's chunks. Raises InputError if it is too short, or has a token that is none of the model's."""
     try:
-        return chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
+        tokens = chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
+        require_tokens(tokens, config)
+        return tokens
     except InputError as error:
         raise InputError(f"{text.source}: {error}") from None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.atomic import require_free
+from moejax.checkpoint.atomic import require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.summary import summarize
@@ -66,7 +66,7 @@ def run_compress(
     given = None if plan is None else from_json(read_toml(plan))
     limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
-    require_free(output, budget_bytes)
+    require_space(output.absolute(), budget_bytes)
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
@@ -100,8 +100,9 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
     evaluation = evaluation_text(text)
     if source.sha256 == evaluation.sha256:
         raise InputError(f"{text}: is the calibration text; a text that calibration does not see is needed")
-    evaluated = tokenize(evaluation, tokenizer)
-    calibrated, probed = job.split_calibration(tokenize(source, tokenizer), chunks, _PROBED_CHUNKS)
+    evaluated = tokenize(evaluation, tokenizer, checkpoint.config)
+    of_source = tokenize(source, tokenizer, checkpoint.config)
+    calibrated, probed = job.split_calibration(of_source, chunks, _PROBED_CHUNKS)
     return _Texts(source, calibrated, probed, evaluation, evaluated)
 
 

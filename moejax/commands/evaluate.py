@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.predictions import Origin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.store import folder_bytes
@@ -51,7 +50,7 @@ def run_evaluate(
     limit = memory_limit(memory)
     checkpoint = open_checkpoint(name)
     source = evaluation_text(text)
-    chunks = tokenize(source, load_tokenizer(checkpoint.path))
+    chunks = tokenize(source, load_tokenizer(checkpoint.path), checkpoint.config)
     original = _original(against, checkpoint, source, chunks, dtype)
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
@@ -68,7 +67,7 @@ def run_evaluate(
             progress=progress_bar,
         )
     print_table(f"{checkpoint.path} on {source.source}", ("figure", "value"), figures.evaluation_rows(evaluation))
-    size = figures.size_figures(folder_bytes(checkpoint.path), num_elements(checkpoint.config))
+    size = figures.size_figures(folder_bytes(checkpoint.path), checkpoint.num_elements)
     written = {**size, **figures.evaluation_figures(evaluation, source), **cost_of_the_run(started)}
     figures.write_json(json, written)
 

@@ -10,7 +10,7 @@ import numpy as np
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
-from moejax.errors import InputError
+from moejax.errors import InputError, note
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.text import Text
 from moejax.model import DeepseekV3
@@ -31,7 +31,7 @@ from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.trial import Trial
 from moejax.planning import Plan
 from moejax.planning.costs import Costs
-from moejax.planning.fit import Problem, check_budget, losses_of_plan
+from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
 from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
 from moejax.progress import Progress
@@ -70,12 +70,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan chosen for a budget, its predicted KL, and what was tried; candidates best first."""
+    """The plan chosen for a budget, its predicted KL, and what was tried, candidates best first; and the weights that
+    no plan of the recipe rounds."""
 
     plan: Plan
     predicted: float
     candidates: tuple[Candidate, ...]
     activated: tuple[ActivatedExperts, ...]
+    without_format: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
 
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
     """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
-    shapes alone decide."""
+    shapes alone decide. A note names weights that have no format."""
     copied = copied_files(checkpoint.path)
     origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, recipe.method)
     config = origin.model.config
@@ -111,7 +113,10 @@ def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> Non
     problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of, method=recipe.method)
     smallest = problem.smallest()
     size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
-    check_budget(size, budget, folder_bytes(checkpoint.path))
+    without_format = problem.costs.without_format
+    check_budget(size, budget, folder_bytes(checkpoint.path), without_format)
+    if without_format:
+        note(sentence_of(without_format))
 
 
 def _scattering_bytes(plan: Plan, experts: int) -> int:
@@ -198,7 +203,7 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     activated = try_activated_experts(trial.probe, compressed, plan, prepared.recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
     plan = next((own for own in adjusted if prepared.origin.size_of(own) <= budget), plan)
-    return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated))
+    return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated), problem.costs.without_format)
 
 
 def evaluate_written(output: Path, original: DeepseekV3, chunks: np.ndarray, progress: Progress) -> Evaluation:

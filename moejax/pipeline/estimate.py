@@ -23,9 +23,9 @@ import numpy as np
 
 from moejax.formats import GroupFormat, TernaryFormat
 from moejax.model import DeepseekV3
-from moejax.pipeline.options import block_name, order_of_pruning
+from moejax.pipeline.options import order_of_pruning
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.costs import Costs, ExpertMenu, Menu, block_name
 from moejax.planning.expert_scores import ExpertScores
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Curve, LossCurves
@@ -54,7 +54,8 @@ def estimate_costs(
     tensors = _costing(allowed.tensors, of_weights, relative_F)
     experts = {}
     for block, menu in allowed.experts.items():
-        of = {name: sensitivity.of(f"{block_name(model, block)}.mlp.experts.{name}", config) for name in PROJECTIONS}
+        own_name = block_name(block, config.num_hidden_layers)
+        of = {name: sensitivity.of(f"{own_name}.mlp.experts.{name}", config) for name in PROJECTIONS}
         importance_E = scores.importance(block)
         menus = {name: _costing(menu.menus[name], of[name] * importance_E, relative_F) for name in PROJECTIONS}
         order = order_of_pruning(_scores(scores, block, recipe.criterion), config, recipe)

@@ -46,7 +46,7 @@ class Split:
 @dataclass(frozen=True)
 class Forecast:
     """A plan and what it makes of the model. elements: numbers of the original checkpoint, two bytes each in BF16.
-    dropped_mtp: how many of its MTP blocks were left out."""
+    dropped_mtp: how many of its MTP blocks were left out. without_format: weights that no plan of the recipe rounds."""
 
     plan: Plan
     config: Config
@@ -67,6 +67,7 @@ class Forecast:
     pruned_by: str
     scores_source: str | None
     sensitivity_source: str
+    without_format: tuple[str, ...]
 
     @property
     def longest_context(self) -> int | None:

@@ -22,12 +22,12 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, GroupFormat, Leaf
 from moejax.kernels import hadamard
 from moejax.model import named_leaves
-from moejax.pipeline.options import block_name, moe_blocks, quantizable
+from moejax.pipeline.options import moe_blocks, quantizable
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import one_bucket, with_leaves
 from moejax.planning.allocate import block_and_name
-from moejax.planning.costs import Costs, ExpertMenu
+from moejax.planning.costs import Costs, ExpertMenu, block_name
 from moejax.progress import Progress
 from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import experts_together, requantize_experts, requantize_once
@@ -75,7 +75,7 @@ class _Measurement:
 
     def experts(self, index: int, projection: str) -> np.ndarray:
         """Costs of one projection of every expert of a block, (E, F), KEEP last."""
-        name = f"{block_name(self.trial.model, index)}.mlp.experts.{projection}"
+        name = self._experts_name(index, projection)
         weights, sums = self.leaves[name], self.trial.statistics.blocks[index].experts
         assert isinstance(weights, ExpertWeights) and sums is not None
         output_EO = jnp.broadcast_to(sums.output_weight(projection, self._down_norm2(index)), weights.shape[:2])
@@ -101,6 +101,9 @@ class _Measurement:
         total_F = self._scaled(name, error_EF.sum(axis=0), _EXPERT_PROBE_BITS, divergence)
         share_EF = error_EF / np.maximum(error_EF.sum(axis=0), 1e-300)
         return np.concatenate([share_EF * total_F[:-1], np.zeros((weights.num_experts, 1))], axis=1)
+
+    def _experts_name(self, index: int, projection: str) -> str:
+        return f"{block_name(index, self.trial.model.config.num_hidden_layers)}.mlp.experts.{projection}"
 
     def _inputs(self, name: str, leaf: Leaf) -> tuple[Inputs, jax.Array]:
         """A weight's input, and what a unit error at each output counts (..., O)."""
@@ -136,7 +139,7 @@ class _Measurement:
 
     def _down_norm2(self, index: int) -> jax.Array:
         """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
-        down = self.leaves[f"{block_name(self.trial.model, index)}.mlp.experts.down"]
+        down = self.leaves[self._experts_name(index, "down")]
         assert isinstance(down, ExpertWeights)
         each = (to_float32(down.expert(e)) for e in range(down.num_experts))
         if self.trial.model.config.down_input_transform:

@@ -14,22 +14,22 @@ from moejax.formats import ExpertWeights, Leaf, payload_bytes
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.costs import Costs, ExpertMenu, Menu, block_name
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group, pruning_order
 
 
 def options(model: DeepseekV3, recipe: Recipe) -> Costs:
     """All options of a model, concrete or abstract, with no cost yet: 0 if allowed, infinite if not."""
-    leaves, weights = named_leaves(model), quantizable(model)
+    leaves, weights, layers = named_leaves(model), quantizable(model), model.config.num_hidden_layers
     rows = [_options_of(leaf, _min_bits(name, model, recipe), recipe) for name, leaf in weights.items()]
     order = order_of_pruning(np.zeros(model.config.n_routed_experts), model.config, recipe)
     counts = allowed_counts(order, model.config, recipe)
     experts = {
-        i: ExpertMenu(_expert_menus(leaves, f"{block_name(model, i)}.mlp.experts", recipe), order, counts)
+        i: ExpertMenu(_expert_menus(leaves, f"{block_name(i, layers)}.mlp.experts", recipe), order, counts)
         for i in moe_blocks(model)
     }
-    return Costs(tuple(weights), _menu(rows, recipe), experts, model.config.num_hidden_layers)
+    return Costs(tuple(weights), _menu(rows, recipe), experts, layers)
 
 
 def quantizable(model: DeepseekV3) -> dict[str, Leaf]:
@@ -45,12 +45,6 @@ def quantizable(model: DeepseekV3) -> dict[str, Leaf]:
 def moe_blocks(model: DeepseekV3) -> list[int]:
     """The blocks that have experts, MTP blocks counted behind the layers."""
     return [i for i in range(model.config.num_blocks) if model.config.is_moe(i)]
-
-
-def block_name(model: DeepseekV3, index: int) -> str:
-    """The name under which a block's weights stand in the model."""
-    layers = model.config.num_hidden_layers
-    return f"layers.{index}" if index < layers else f"mtp.{index - layers}.block"
 
 
 def order_of_pruning(

@@ -15,7 +15,7 @@ from moejax.checkpoint.hf_config import without_mtp
 from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.summary import summarize
-from moejax.errors import InputError
+from moejax.errors import InputError, note
 from moejax.formats import byte_parts, payload_bytes
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import candidates
@@ -28,7 +28,7 @@ from moejax.planning import Plan
 from moejax.planning.allocate import smallest_choice
 from moejax.planning.costs import Costs
 from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
-from moejax.planning.fit import PRUNING_WEIGHTS, Problem, check_budget
+from moejax.planning.fit import PRUNING_WEIGHTS, Problem, check_budget, sentence_of
 from moejax.planning.memory import check_context, device_memory
 from moejax.planning.parameters import count_parameters
 from moejax.planning.plan import PROJECTIONS
@@ -181,7 +181,10 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
     """Solve for a budget and put the figures together."""
     problem = asked.problem
     origin = asked.shapes.origin
-    check_budget(asked.smallest, budget, payload_bytes(asked.original))
+    without_format = problem.costs.without_format
+    check_budget(asked.smallest, budget, payload_bytes(asked.original), without_format)
+    if without_format:
+        note(sentence_of(without_format))
     if asked.recipe.allocation == "raise":
         fitted = problem.fit_raised(budget) or problem.smallest()
     else:
@@ -208,6 +211,7 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
         pruned_by=criterion_of(asked.recipe),
         scores_source=asked.scores.source,
         sensitivity_source=asked.sensitivity.source,
+        without_format=without_format,
     )
 
 

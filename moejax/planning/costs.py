@@ -55,6 +55,18 @@ class Costs:
     experts: Mapping[int, ExpertMenu]
     num_layers: int
 
+    @property
+    def without_format(self) -> tuple[str, ...]:
+        """The weights that stay as they are, whatever the budget, because no format may be used for them; experts by
+        layer and projection."""
+        tensors = zip(self.names, _has_format(self.tensors), strict=True)
+        experts = (
+            (f"{block_name(block, self.num_layers)}.mlp.experts.{name}", _has_format(own).any())
+            for block, menu in self.experts.items()
+            for name, own in menu.menus.items()
+        )
+        return tuple(name for name, has_format in (*tensors, *experts) if not has_format)
+
     def within(self, allowed: "Costs") -> "Costs":
         """The same costs where formats are allowed (0 in `allowed`), infinite where they are not."""
 
@@ -78,3 +90,13 @@ class Costs:
     def _with_menus(self, menus: Mapping[int, Mapping[str, Menu]]) -> "Costs":
         experts = {block: replace(own, menus=menus[block]) for block, own in self.experts.items()}
         return replace(self, experts=experts)
+
+
+def block_name(index: int, num_layers: int) -> str:
+    """The name under which a block's weights stand in a model of so many layers, MTP blocks behind them."""
+    return f"layers.{index}" if index < num_layers else f"mtp.{index - num_layers}.block"
+
+
+def _has_format(menu: Menu) -> np.ndarray:
+    """Whether one of the formats before the last, KEEP, may be used, (N,)."""
+    return np.isfinite(menu.cost_NF[:, :-1]).any(axis=1)

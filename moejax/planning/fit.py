@@ -1,6 +1,6 @@
 """From costs and a budget to a plan whose exact bytes, everything in the folder, are at most the budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,6 +25,8 @@ _MAX_CORRECTIONS = 8
 _WEIGHINGS = 2
 # What a correction leaves free, so that the next plan's own description fits too: a millionth.
 _SLACK_BITS = 20
+# How many weights a sentence names.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,27 @@ def _activating(block: BlockPlan, per_token: Callable[[int], int]) -> BlockPlan:
     return block if block.keep is None else replace(block, experts_per_token=per_token(len(block.keep)))
 
 
-def check_budget(smallest: int, budget: int, original: int) -> None:
-    """Raise InputError if no plan fits the budget, naming the smallest that can be met, or if the original fits it."""
+def check_budget(smallest: int, budget: int, original: int, without_format: Sequence[str] = ()) -> None:
+    """Raise InputError if no plan fits the budget, naming the smallest that can be met and the weights that have no
+    format, or if the original fits it."""
     if budget < smallest:
+        why = f"; {sentence_of(without_format)}" if without_format else ""
         raise InputError(
             f"a budget of {format_size(budget)} ({budget} bytes) cannot be met; the smallest that can is "
-            f"{format_size(smallest)} ({smallest} bytes)"
+            f"{format_size(smallest)} ({smallest} bytes){why}"
         )
     if budget >= original:
         raise InputError(
             f"a budget of {format_size(budget)} ({budget} bytes) leaves nothing to do; the original takes "
             f"{format_size(original)} ({original} bytes), a budget below that is needed"
         )
+
+
+def sentence_of(without_format: Sequence[str]) -> str:
+    """What a user is told of weights that have no format."""
+    names = ", ".join(without_format[:_NAMED])
+    more = f" and {len(without_format) - _NAMED} more" if len(without_format) > _NAMED else ""
+    return f"the recipe has no format that it allows and that saves bytes for {names}{more}, which stay as they are"
 
 
 def losses_of_plan(costs: Costs, plan: Plan) -> Losses | None:

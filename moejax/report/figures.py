@@ -134,6 +134,7 @@ def search_figures(planned: Planned | None) -> dict[str, Any]:
         return {}
     return {
         "kld_predicted": planned.predicted,
+        "weights_without_format": planned.without_format,
         "tried_plans": [
             {
                 "pruning_weight": None if c.pruning_weight == float("inf") else c.pruning_weight,

@@ -153,6 +153,7 @@ def forecast_figures(forecast: Forecast) -> dict[str, Any]:
             "tokenizer": forecast.bytes.copied,
         },
         "dropped_mtp_blocks": forecast.dropped_mtp,
+        "weights_without_format": forecast.without_format,
         "parameters": {"before": _counts(forecast.before), "after": _counts(forecast.after)},
         "layers": [
             {

@@ -188,6 +188,7 @@ class InMemory:
     leaves: dict[str, Any]
     experts_per_token: tuple[int, ...] = (3, 3, 3, 3)
     path: Path = Path("nowhere")
+    num_elements: int = 0
 
     def leaf(self, name: str) -> Any:
         return self.leaves[name]

@@ -118,6 +118,18 @@ def test_a_format_that_saves_nothing_is_not_allowed(tiny_model: DeepseekV3) -> N
     assert np.all(np.isinf(gate.cost_NF[:, gate.formats.index("int8g128")]))
 
 
+def test_weights_without_a_format_are_named(model: DeepseekV3, tiny_model: DeepseekV3) -> None:
+    assert options(model, RECIPE).without_format == options(tiny_model, Recipe()).without_format == ()
+    # The floors allow embedding, head and the last layer's shared expert no two bits.
+    shared = [f"layers.2.mlp.shared.{projection}" for projection in PROJECTIONS]
+    two_bits = Recipe(formats=(IntFormat(2, 128),))
+    assert sorted(options(model, two_bits).without_format) == sorted(["embed", "head", *shared])
+    # Eight bits and scales save nothing on FP8.
+    eight_bits = options(tiny_model, Recipe(formats=(IntFormat(8, 128),))).without_format
+    assert {"layers.0.mlp.down", "layers.4.mlp.experts.up"} <= set(eight_bits)
+    assert not {"embed", "head"} & set(eight_bits)
+
+
 def test_experts_that_can_go(model: DeepseekV3, tiny_model: DeepseekV3) -> None:
     costs = options(model, RECIPE)
     assert list(costs.experts) == moe_blocks(model) == [1, 2, 3]

@@ -201,6 +201,16 @@ def test_a_budget_below_the_smallest_plan_names_it() -> None:
         check_budget(1000, 999, 5000)
 
 
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [(["head"], "head"), (["a", "b", "c"], "a, b, c"), (["a", "b", "c", "d", "e"], "a, b, c and 2 more")],
+)
+def test_a_budget_that_weights_without_a_format_forbid_names_them(names: list[str], named: str) -> None:
+    message = rf"\(1000 bytes\); the recipe has no format that .* saves bytes for {named}, which stay as they are$"
+    with pytest.raises(InputError, match=message):
+        check_budget(1000, 999, 5000, names)
+
+
 @pytest.mark.parametrize("budget", [5000, 10**6])
 def test_a_budget_that_the_original_fits_leaves_nothing_to_do(budget: int) -> None:
     message = rf"\({budget} bytes\) leaves nothing to do; the original takes 5.00 KB \(5000 bytes\), a budget below"

@@ -1,0 +1,102 @@
+"""A plan carried out by itself on the small checkpoint, with error feedback and sequential calibration."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moejax.calibrate import Following, Statistics
+from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.store import folder_bytes
+from moejax.formats import ExpertWeights, format_name
+from moejax.model import DeepseekV3, named_leaves
+from moejax.pipeline import compress as job
+from moejax.pipeline.origin import Origin, read_origin
+from moejax.planning import BlockPlan, Method, Plan
+from moejax.planning.plan import KEEP, PROJECTIONS
+from moejax.progress import silent
+from moejax.transforms.compress import compress_in_sequence
+
+EVERY, SOME = tuple(range(12)), (0, 1, 3, 4, 6, 8, 9, 11)
+PLAN = Plan(
+    KEEP,
+    "int2g128",
+    (
+        BlockPlan({"mlp.down": "int2g128"}),
+        BlockPlan({"self_attn.o": "int2g128"}, SOME, {name: ("int2g128",) * 8 for name in PROJECTIONS}, 3, 1.125),
+        BlockPlan({}, EVERY, {name: (KEEP,) * 12 for name in PROJECTIONS}, 3),
+        BlockPlan({"eh_proj": "int2g128"}, EVERY, {name: (KEEP,) * 12 for name in PROJECTIONS}, 3),
+    ),
+    Method(error_feedback=True, sequential=True),
+)
+
+
+@pytest.fixture(scope="module")
+def done(
+    small: Path,
+    calibration_text: Path,
+    heldout_text: Path,
+    tokenize: Callable[[Path], np.ndarray],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, job.Result, Origin]:
+    """The folder, what is told of it, and what was carried out."""
+    calibrated, held_out = job.split_calibration(tokenize(calibration_text), calibration=2, probed=1)
+    checkpoint, output = job.require_original(open_checkpoint(small)), tmp_path_factory.mktemp("carried") / "out"
+    size, origins = job.check_plan_bytes(checkpoint, PLAN, None), []
+
+    def read(*arguments: Any) -> Origin:
+        origins.append(read_origin(*arguments))
+        return origins[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "read_origin", read)
+        evaluated = tokenize(heldout_text)
+        result = job.carry_out(checkpoint, PLAN, calibrated, held_out, {}, output, size, evaluated, silent)
+    return output, result, origins[0]
+
+
+def in_sequence(origin: Origin, statistics: Statistics) -> DeepseekV3:
+    assert origin.chunks is not None
+    start = Following.of(origin.model, origin.chunks, hessians=True)
+    return compress_in_sequence(origin.model, PLAN, start, statistics)
+
+
+def test_the_bytes_are_those_of_the_plan(done: tuple[Path, job.Result, Origin]) -> None:
+    output, result, origin = done
+    assert result.bytes == folder_bytes(output) == origin.size_of(PLAN)
+    assert (result.plan, result.planned, result.predicted) == (PLAN, None, None)
+    assert result.evaluation.kld_mean is not None and 0 < result.evaluation.kld_mean < 1
+
+
+def test_weights_are_rounded_in_sequence_with_the_damping_that_was_chosen(
+    done: tuple[Path, job.Result, Origin],
+) -> None:
+    """On so few tokens it is chosen for every matrix; what is written has it, and it makes a difference."""
+    output, _, origin = done
+    chosen = [*origin.statistics.blocks[1].damping.values(), origin.statistics.head_damping]
+    assert len(chosen) > 5 and {float(multiple) for multiple in chosen if multiple is not None} - {1.0}
+    written = named_leaves(load_model(open_checkpoint(output)))
+    expected = named_leaves(in_sequence(origin, origin.statistics))
+    usual = named_leaves(in_sequence(origin, without_damping(origin.statistics)))
+    differing = 0
+    for name, leaf in written.items():
+        if format_name(in_one_bucket(leaf)).startswith("int2"):
+            own, other = (in_one_bucket(leaves[name]).words for leaves in (expected, usual))
+            np.testing.assert_array_equal(in_one_bucket(leaf).words, own, err_msg=name)
+            differing += not np.array_equal(own, other)
+    assert differing > 2
+
+
+def in_one_bucket(leaf: Any) -> Any:
+    """The weight, experts of one format among them, as one leaf."""
+    return leaf.buckets[0] if isinstance(leaf, ExpertWeights) else leaf
+
+
+def without_damping(statistics: Statistics) -> Statistics:
+    blocks = tuple(
+        replace(own, damping={}, experts=own.experts and replace(own.experts, damping={})) for own in statistics.blocks
+    )
+    return replace(statistics, blocks=blocks, head_damping=None)
