@@ -181,7 +181,7 @@ def prepare(
     """Load, calibrate and measure."""
     origin = read_origin(checkpoint, recipe.method, calibration, probed, provenance, progress)
     model = origin.model
-    trial = Trial(model, probe(model, probed), origin.statistics)
+    trial = Trial(model, probe(model, probed, progress), origin.statistics)
     allowed = options(model, recipe)
     pruning = measure_pruning(trial, recipe, progress)
     costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)

@@ -90,7 +90,9 @@ def read_origin(
     model = _ready(original, method)
     statistics = calibrate(model, chunks, progress=progress, hessians=method.error_feedback)
     if method.error_feedback and has_few_tokens(statistics):
-        statistics = choose_damping(model, statistics, calibrate(model, held_out, hessians=True), progress)
+        statistics = choose_damping(
+            model, statistics, calibrate(model, held_out, progress=progress, hessians=True), progress
+        )
     raw_config = _ready_config(checkpoint.raw_config, model)
     return Origin(original, model, statistics, raw_config, copied_files(checkpoint.path), provenance, chunks)
 

@@ -18,6 +18,7 @@ from moejax.model.leaves import Taps
 from moejax.model.rope import Rotation
 from moejax.model.steps import embed, run_block, run_blocks
 from moejax.pipeline.working_copy import dense_block
+from moejax.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class Probe:
         return divergence
 
 
-def probe(model: DeepseekV3, chunks: np.ndarray) -> Probe:
+def probe(model: DeepseekV3, chunks: np.ndarray, progress: Progress = silent) -> Probe:
     """Prepare probes on token chunks (B, T), taken at once. Raises InputError where an output is not finite."""
     tokens_BT = jnp.asarray(chunks)
     x_BTD, by = embed(model, tokens_BT, jnp.float32)
     blocks, inputs = [], []
-    for layer in model.layers:
+    for layer in progress(model.layers, "preparing probes"):
         blocks.append(dense_block(layer))
         inputs.append(x_BTD)
         x_BTD = run_block(blocks[-1], x_BTD, by)

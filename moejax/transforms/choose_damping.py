@@ -15,7 +15,7 @@ from moejax.formats import ExpertWeights, Leaf
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.planning.plan import PROJECTIONS
-from moejax.progress import Progress, silent
+from moejax.progress import Progress, counted, silent
 from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
 from moejax.transforms.error_feedback import DAMPING, damping_for
 from moejax.transforms.rounding import rounding_error, to_float32
@@ -50,21 +50,32 @@ def choose_damping(
     for mtp in model.mtp:
         blocks.append({name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()})
     cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
-    chosen = tuple(_of_block(*case) for case in progress(cases, "choosing damping"))
-    head = _of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
+    steps = sum(len(_matrices(sums)) + len(PROJECTIONS) * (sums.experts is not None) for sums in statistics.blocks)
+    with counted(progress, steps + 1, "choosing damping") as tick:
+        chosen = tuple(_of_block(*case, tick) for case in cases)
+        tick()
+        head = _of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
     return replace(statistics, blocks=chosen, head_damping=head)
 
 
-def _of_block(leaves: dict[str, Weight], sums: BlockStatistics, held_out: BlockStatistics) -> BlockStatistics:
-    """The block's statistics with damping chosen."""
-    matrices = [name for name in sums.input2 if not name.endswith("router")]
-    own = {name: _of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name)) for name in matrices}
+def _matrices(sums: BlockStatistics) -> list[str]:
+    return [name for name in sums.input2 if not name.endswith("router")]
+
+
+def _of_block(
+    leaves: dict[str, Weight], sums: BlockStatistics, held_out: BlockStatistics, tick: Callable[[], None]
+) -> BlockStatistics:
+    """The block's statistics with damping chosen; `tick` is called before every matrix and projection."""
+    own, each = {}, {}
+    for name in _matrices(sums):
+        tick()
+        own[name] = _of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name))
     experts = sums.experts
     if experts is not None and held_out.experts is not None:
-        each = {
-            projection: _of_experts(leaves[f"mlp.experts.{projection}"], experts, held_out.experts, projection)
-            for projection in PROJECTIONS
-        }
+        for projection in PROJECTIONS:
+            tick()
+            weights = leaves[f"mlp.experts.{projection}"]
+            each[projection] = _of_experts(weights, experts, held_out.experts, projection)
         experts = replace(experts, damping=_known(each))
     return replace(sums, damping=_known(own), experts=experts)
 
