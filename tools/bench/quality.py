@@ -9,8 +9,10 @@ the rest spent raising whole layers from layer 0; *frequency*, pruning by freque
 llama.cpp's table (rows of `type`, `bytes`, `kld_mean`, `kld_999`, `ln_ppl_ratio`, `same_top`), all are measured at the
 bytes of each of its rows too, or of `--types`.
 Everything is calibrated on one text and measured on the other; without `--text`, on 40 chunks of the first that
-calibration leaves out: what choices are made on. What was predicted before is shown beside it. One line of JSON per row
-goes to FOLDER/rows.jsonl as it comes; the tables are printed at the end.
+calibration leaves out: what choices are made on. What was predicted before is shown beside it, and between them what is
+measured on 40 chunks of the calibration text that nothing saw: what it is above the prediction is the prediction's
+error, what is above that is the text's. One line of JSON per row goes to FOLDER/rows.jsonl as it comes; the tables are
+printed at the end.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from moejax.tokenizer import load_tokenizer
 FREQUENCY = Recipe(criterion="frequency", share_kept=0.75)
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 BATCH = 8
-# Chunks of the calibration text to measure on where there is no other text.
+# Chunks of the calibration text to measure on, beside the other text or where there is none.
 LEFT_OUT = 40
 
 
@@ -76,11 +78,12 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Texts:
-    """Chunks to calibrate on, to try plans on, and to measure on."""
+    """Chunks to calibrate on, to try plans on, to measure on, and others of the calibration text."""
 
     calibrated: np.ndarray
     probed: np.ndarray
     held_out: np.ndarray
+    left_out: np.ndarray
 
 
 def read_texts(options: argparse.Namespace) -> Texts:
@@ -90,12 +93,15 @@ def read_texts(options: argparse.Namespace) -> Texts:
         return chunks(tokenizer.encode(read_text(file).content), bos_token_id=tokenizer.bos_token_id)
 
     calibration = chunks_of(options.calibration)
-    if options.text:
-        held_out = chunks_of(options.text)
-    else:
-        left_out = np.linspace(3, len(calibration) - 4, LEFT_OUT).astype(int)
-        held_out, calibration = calibration[left_out], np.delete(calibration, left_out, axis=0)
-    return Texts(*job.split_calibration(calibration, options.calibration_chunks, 8), held_out)
+    if not options.text:
+        places = np.linspace(3, len(calibration) - 4, LEFT_OUT).astype(int)
+        left_out, others = calibration[places], np.delete(calibration, places, axis=0)
+        return Texts(*job.split_calibration(others, options.calibration_chunks, 8), left_out, left_out)
+    used = job.split_calibration(calibration, options.calibration_chunks, 8)
+    seen = {chunk.tobytes() for own in used for chunk in own}
+    others = np.stack([chunk for chunk in calibration if chunk.tobytes() not in seen])
+    left_out = others[np.linspace(0, len(others) - 1, LEFT_OUT).astype(int)]
+    return Texts(*used, chunks_of(options.text), left_out)
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,14 @@ class Case:
 def all_rows(texts: Texts, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every recipe at every budget."""
     checkpoint = job.require_original(open_checkpoint(options.checkpoint))
-    base: Predictions | None = None
+    bases: list[Predictions] = []
     for recipe in options.recipes:
         prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, read_recipe(recipe), {}, progress_bar)
-        base = base or predictions(prepared, texts.held_out)
+        bases = bases or [predictions(prepared, own) for own in (texts.held_out, texts.left_out)]
         for case in cases(recipe, prepared, options):
             row: dict[str, Any] = {"method": case.method, "budget": case.label, "bytes": None}
             if case.plan is not None:
-                row |= {"kld_predicted": case.predicted, **carry_out(prepared, case, texts.held_out, base, options)}
+                row |= {"kld_predicted": case.predicted, **carry_out(prepared, case, texts, bases, options)}
             yield row
 
 
@@ -164,8 +170,8 @@ def planned_case(recipe: str, prepared: job.Prepared, label: str, budget: int) -
 def carry_out(
     prepared: job.Prepared,
     case: Case,
-    held_out: np.ndarray,
-    base: Predictions,
+    texts: Texts,
+    bases: list[Predictions],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Write a plan's checkpoint, read it back and measure it."""
@@ -174,7 +180,11 @@ def carry_out(
     folder = options.output / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     size = prepared.origin.write(case.plan, folder, case.budget, rounder=prepared.trial.rounder)
-    figures = evaluate(load_model(open_checkpoint(folder)), held_out, base, batch=BATCH, progress=progress_bar)
+    model = load_model(open_checkpoint(folder))
+    figures, on_calibration = (
+        evaluate(model, own, base, batch=BATCH, progress=progress_bar)
+        for own, base in zip((texts.held_out, texts.left_out), bases, strict=True)
+    )
     kept = [len(block.keep) for block in case.plan.blocks if block.keep is not None]
     return {
         "bytes": size,
@@ -182,6 +192,7 @@ def carry_out(
         "ln_ppl_ratio": figures.ln_ppl_ratio,
         "kld_mean": figures.kld_mean,
         "kld_p999": figures.kld_p999,
+        "kld_on_calibration_text": on_calibration.kld_mean,
         "same_top1": figures.same_top1,
         "experts": " ".join(map(str, kept)),
         "seconds": time.monotonic() - started,
@@ -195,8 +206,8 @@ def llama_cpp_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 COLUMNS = (
-    "size", "method", "bytes", "experts kept", "KL predicted", "KL mean", "of llama.cpp's", "KL 99.9 %",
-    "ln(PPL ratio)", "equal top-1",
+    "size", "method", "bytes", "experts kept", "KL predicted", "KL on the calibration text", "KL mean",
+    "of llama.cpp's", "KL 99.9 %", "ln(PPL ratio)", "equal top-1",
 )  # fmt: skip
 HEADER = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -207,7 +218,7 @@ def print_tables(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None
     for theirs in peer:
         label, divergence = theirs["type"], theirs["kld_mean"]
         print(
-            f"| {label} | llama.cpp | {theirs['bytes']:,} | | | {divergence:.4f} | | {theirs['kld_999']:.3f} "
+            f"| {label} | llama.cpp | {theirs['bytes']:,} | | | | {divergence:.4f} | | {theirs['kld_999']:.3f} "
             f"| {theirs['ln_ppl_ratio']:.4f} | {theirs['same_top']:.1f} % |"
         )
         for own in rows:
@@ -223,10 +234,11 @@ def print_tables(rows: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None
 
 def line(row: dict[str, Any], peers_divergence: float | None) -> str:
     if row["bytes"] is None:
-        return f"| {row['budget']} | {row['method']} | cannot be met | | | | | | | |"
+        return f"| {row['budget']} | {row['method']} | cannot be met | | | | | | | | |"
     ratio = "" if peers_divergence is None else f"{row['kld_mean'] / peers_divergence:.2f}"
+    kept, predicted, on_calibration = row["experts"], row["kld_predicted"], row["kld_on_calibration_text"]
     return (
-        f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {row['experts']} | {row['kld_predicted']:.4f} "
+        f"| {row['budget']} | {row['method']} | {row['bytes']:,} | {kept} | {predicted:.4f} | {on_calibration:.4f} "
         f"| {row['kld_mean']:.4f} | {ratio} | {row['kld_p999']:.3f} | {row['ln_ppl_ratio']:.4f} "
         f"| {row['same_top1']:.1f} % |"
     )
