@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint folder: its safetensors files as memory maps, its config as a dict.
+"""Reading a Hugging Face checkpoint folder: where the tensors of its safetensors files lie, its config as a dict.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes), and for
 sharded checkpoints `model.safetensors.index.json`, whose `weight_map` says which file holds which tensor.
@@ -88,16 +88,6 @@ class SafetensorsFolder:
     path: Path
     tensors: dict[str, TensorInfo]
     left_out: frozenset[str] = frozenset()
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns the tensor `name` as a read-only array over a memory map, which lives as long as the array does."""
-        if name not in self.tensors:
-            raise InputError(f"{self.path}: has no tensor {name}, which is needed")
-        info = self.tensors[name]
-        if info.nbytes == 0:  # an empty range cannot be mapped
-            return np.empty(info.shape, info.dtype)
-        mapped = np.memmap(info.file, np.uint8, "r", offset=info.offset, shape=(info.nbytes,))
-        return np.asarray(mapped).view(info.dtype).reshape(info.shape)
 
 
 def nothing(_: Collection[str]) -> frozenset[str]:

@@ -67,7 +67,7 @@ def write_pruned(
 
 def read_all(folder: Path) -> Tensors:
     opened = open_huggingface(folder).folder
-    return {name: opened.read(name) for name in opened.tensors}
+    return {name: opened.tensors[name].load() for name in opened.tensors}
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], Any, bytes]]:
@@ -103,14 +103,14 @@ def test_a_pruned_model_keeps_the_bytes_of_its_survivors_and_its_logits(small_fp
     changed = {"n_routed_experts": 9, "num_experts_per_tok": 2, "routed_scaling_factor": 2.5 * 1.5}
     assert config_of(output) == FP8_CONFIG | changed
     before, after = open_huggingface(small_fp8).folder, tensors_of(output)
-    expected = {name: before.read(name) for name in before.tensors if ".mlp.experts." not in name}
+    expected = {name: before.tensors[name].load() for name in before.tensors if ".mlp.experts." not in name}
     for block, kept in EQUAL.items():
         mlp = f"model.layers.{block}.mlp"
         for name in (f"{mlp}.gate.weight", f"{mlp}.gate.e_score_correction_bias"):
             expected[name] = expected[name][list(kept)]
         for new, old in enumerate(kept):
             for part in (f"{name}_proj.weight{scale}" for name in PROJECTIONS for scale in ("", "_scale_inv")):
-                expected[f"{mlp}.experts.{new}.{part}"] = before.read(f"{mlp}.experts.{old}.{part}")
+                expected[f"{mlp}.experts.{new}.{part}"] = before.tensors[f"{mlp}.experts.{old}.{part}"].load()
     assert after == {name: (array.shape, array.dtype, array.tobytes()) for name, array in expected.items()}
     exported, compressed = load_model(open_huggingface(output)), load_model(open_native(native))
     for own, wanted in zip(both_logits(exported, TOKENS), both_logits(compressed, TOKENS), strict=True):

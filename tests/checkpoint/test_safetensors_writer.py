@@ -46,7 +46,7 @@ def test_what_is_written_is_read_as_it_was(own: dict[str, NDArray[Any]], shard_b
         opened = open_folder(Path(folder))
         assert opened.tensors.keys() == own.keys()
         for name, array in own.items():
-            read = opened.read(name)
+            read = opened.tensors[name].load()
             assert (read.shape, read.dtype, read.tobytes()) == (array.shape, array.dtype, array.tobytes())
             assert opened.tensors[name].offset % array.dtype.itemsize == 0
     with TemporaryDirectory() as folder:
