@@ -54,6 +54,23 @@ def atomic_file(output: Path) -> Iterator[BinaryIO]:
     _sync(output.parent)
 
 
+def write_text(output: Path, text: str) -> None:
+    """Writes a file in UTF-8, in place of one that is there, whole or not at all; devices and pipes as they are.
+
+    OSErrors name `output`.
+    """
+    is_file = output.is_file() or not output.exists()
+    beside = partial_path(output) if is_file else output
+    try:
+        beside.write_text(text, encoding="utf-8")
+        if is_file:
+            beside.replace(output)
+    except OSError as error:
+        if is_file:
+            beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(output)) from error
+
+
 def partial_path(output: Path) -> Path:
     """Where an output lies until it is whole."""
     return output.with_name(f".{output.name}.partial")

@@ -7,6 +7,7 @@ from typing import Any
 
 import tomli_w
 
+from moejax.checkpoint.atomic import write_text
 from moejax.checkpoint.json_file import read_bounded
 from moejax.errors import InputError
 
@@ -24,5 +25,5 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes `file`."""
-    file.write_text(tomli_w.dumps(values), encoding="utf-8")
+    """Writes `file`, whole or not at all."""
+    write_text(file, tomli_w.dumps(values))

@@ -63,10 +63,11 @@ def _embedded(parts: Parts, batches: Sequence[np.ndarray], dtype: jax.typing.DTy
 
 
 def _run_in_place(name: str, block: Block, states: list[np.ndarray], by: Rotation, tick: Tick) -> None:
-    for n, x_BTD in enumerate(states):
+    for n, state_BTD in enumerate(states):
         tick()
+        x_BTD = jnp.asarray(state_BTD)
         y_BTD = run_block(block, x_BTD, by)
-        require_finite_block(name, block, jnp.asarray(x_BTD), by, y_BTD)
+        require_finite_block(name, block, x_BTD, by, y_BTD)
         states[n] = np.asarray(y_BTD)
 
 

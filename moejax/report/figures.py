@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moejax.checkpoint.atomic import write_text
 from moejax.checkpoint.summary import KindSummary
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation
@@ -26,9 +27,10 @@ def require_writable(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures if a path is given. Raises ValueError if one is no number: JSON has none for NaN and infinity."""
+    """Write figures if a path is given, whole or not at all. Raises ValueError if one is NaN or infinite, for which JSON
+    has no number."""
     if path is not None:
-        path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        write_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 def evaluation_figures(evaluation: Evaluation, text: Text) -> dict[str, Any]:

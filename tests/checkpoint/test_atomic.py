@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moejax.checkpoint.atomic import atomic_file, atomic_folder, partial_path, require_free, require_space
+from moejax.checkpoint.atomic import atomic_file, atomic_folder, partial_path, require_free, require_space, write_text
 from moejax.errors import InputError, Note
 
 Atomic = Callable[[Path], AbstractContextManager[Any]]
@@ -232,3 +232,29 @@ def test_require_free_refuses_what_atomic_folder_refuses(tmp_path: Path) -> None
     for output in (tmp_path / "missing" / "out", tmp_path / ("a" * 250)):
         with pytest.raises(InputError, match="no folder can be made in"):
             require_free(output)
+
+
+def test_a_text_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "figures.json"
+    for text in ("{}\n", "größer\n"):
+        write_text(file, text)
+        assert file.read_text(encoding="utf-8") == text
+
+    def full(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text.encode()[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_text(file, "other\n")
+    assert error.value.filename == str(file)
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes().decode() == "größer\n"
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "{}\n")
+    assert os.read(reader, 10) == b"{}\n" and pipe.is_fifo()
+    os.close(reader)
