@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README works as it stands there."""
+"""Every command and every line of Python in the README works as it stands there, and every link leads somewhere."""
 
 import re
 import shlex
@@ -8,17 +8,24 @@ import pytest
 
 from moejax.cli import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
-    """Every call of moejax in a shell block, split into words."""
+def commands(program: str) -> list[list[str]]:
+    """Every call of a program in a shell block, split into words."""
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").replace("&&", "\n").splitlines()
-    return [shlex.split(line)[1:] for line in lines if re.match(r"\s*(\S*/)?moejax ", line)]
+    return [shlex.split(line)[1:] for line in lines if re.match(rf"\s*(\S*/)?{program} ", line)]
+
+
+def headings() -> set[str]:
+    """The fragments by which links name the README's headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_python_examples_run_one_behind_the_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,7 +38,7 @@ def test_python_examples_run_one_behind_the_other(capsys: pytest.CaptureFixture[
     assert namespace["packed"].shape == namespace["weight"].shape  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize("command", commands("moejax"), ids=" ".join)
 def test_commands_and_their_options_exist(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,3 +49,15 @@ def test_commands_and_their_options_exist(
     helped = capsys.readouterr().out
     for option in (word for word in command if word.startswith("--")):
         assert option in helped
+
+
+@pytest.mark.parametrize("command", commands("python"), ids=" ".join)
+def test_scripts_and_their_options_exist(command: list[str]) -> None:
+    source = (ROOT / command[0]).read_text()
+    for option in (word for word in command if word.startswith("--")):
+        assert f'"{option}"' in source
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)(.*?)\)", README))
+def test_links_lead_to_headings_or_files(link: str) -> None:
+    assert link[1:] in headings() if link.startswith("#") else (ROOT / link).is_file()
