@@ -27,8 +27,8 @@ def require_writable(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write figures if a path is given, whole or not at all. Raises ValueError if one is NaN or infinite, for which JSON
-    has no number."""
+    """Write figures if a path is given, whole or not at all. Raises ValueError if one is NaN or infinite, which no
+    number in JSON is."""
     if path is not None:
         write_text(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
