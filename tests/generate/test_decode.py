@@ -118,7 +118,7 @@ def test_prompt_and_continuation_fit_the_context() -> None:
 
 def test_a_prompt_has_tokens_of_the_model() -> None:
     for token in (-1, CONFIG.vocab_size):
-        with pytest.raises(InputError, match=f"the prompt has a token that is none of the model's {CONFIG.vocab_size}"):
+        with pytest.raises(InputError, match=f"token {token} is none of the model's {CONFIG.vocab_size}; 0 to "):
             next(generate(first_layers(2), [1, token], 3))
 
 

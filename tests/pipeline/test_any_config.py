@@ -25,7 +25,7 @@ from moejax.planning.size import parse_budget
 from moejax.progress import silent
 
 # Few, because each is compiled for every shape.
-RECIPE = Recipe(tuple(map(parse_group_format, ("int1g128", "int2g64", "int4g32"))), fit_routing_scale=False)
+RECIPE = Recipe(tuple(map(parse_group_format, ("int2g64", "int4g128"))), fit_routing_scale=False)
 TOKENS = 32
 
 

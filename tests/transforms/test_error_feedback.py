@@ -215,11 +215,6 @@ def test_what_scales_of_eight_bits_cost(bits: int, share: float) -> None:
     assert narrow <= (1 + share) * wide
 
 
-def test_rows_that_fill_no_groups_are_refused() -> None:
-    with pytest.raises(InputError, match="format int2g128 cannot hold rows of 96 inputs"):
-        module.quantize_with_feedback(jnp.ones((4, 96)), jnp.eye(96), IntFormat(2, 128))
-
-
 def test_another_order_of_columns_is_refused() -> None:
     with pytest.raises(InputError, match="column_order is 'random'; diagonal or natural is accepted"):
         module.quantize_with_feedback(jnp.ones((4, 96)), jnp.eye(96), IntFormat(2, 32), column_order="random")  # type: ignore[arg-type]
