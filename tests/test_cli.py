@@ -216,10 +216,14 @@ def test_a_signal_leaves_nothing_half_written(
         signal.raise_signal(number)
 
     monkeypatch.setattr(hf_export, "write_shards", stop)
-    before = signal.getsignal(number)
-    ran = moejax("export", small, "--to", "hf", "--output", tmp_path / "out")
-    assert ran == Ran(128 + number, "", f"moejax: {message}\n")
-    assert not list(tmp_path.iterdir()) and signal.getsignal(number) is before
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, usual)  # in the background shells have SIGINT ignored, and nohup SIGHUP
+    try:
+        ran = moejax("export", small, "--to", "hf", "--output", tmp_path / "out")
+        assert ran == Ran(128 + number, "", f"moejax: {message}\n")
+        assert not list(tmp_path.iterdir()) and signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, inherited)
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
