@@ -15,7 +15,7 @@ from moejax.formats import Leaf
 from moejax.kernels import take
 from moejax.model.config import require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
-from moejax.model.finite import require_finite_block
+from moejax.model.finite import require_finite, require_finite_block
 from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
@@ -51,7 +51,10 @@ class Following:
 
     def behind_embedding(self, embed: Leaf) -> Self:
         """With the compressed embedding."""
-        return replace(self, embed=embed, states=[take(embed, tokens_BT, jnp.float32) for tokens_BT in self.batches])
+        states = [take(embed, tokens_BT, jnp.float32) for tokens_BT in self.batches]
+        for x_BTD in states:
+            require_finite("embed", x_BTD)
+        return replace(self, embed=embed, states=states)
 
     def behind_block(self, compressed: Block) -> Self:
         """With the next block compressed."""

@@ -12,7 +12,7 @@ from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, 
 from moejax.formats import Leaf
 from moejax.kernels import take
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
-from moejax.model.finite import require_finite_block, require_finite_mtp
+from moejax.model.finite import require_finite, require_finite_block, require_finite_mtp
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
 from moejax.model.rope import Rotation
@@ -42,6 +42,8 @@ def calibrate(
     batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
     embedded = [embed(model, tokens, jnp.float32) for tokens in batches]
     states, by = [x_BTD for x_BTD, _ in embedded], embedded[0][1]
+    for x_BTD in states:
+        require_finite("embed", x_BTD)
     max_bytes = expert_bytes if hessians else None
     blocks = []
     for i, layer in enumerate(progress(model.layers, "calibrating")):

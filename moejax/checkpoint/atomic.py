@@ -43,7 +43,8 @@ def atomic_folder(output: Path, size: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(output: Path) -> Iterator[BinaryIO]:
-    """The same for one file, open for writing."""
+    """Yields a file open for writing, `.NAME.partial` beside `output`, which becomes `output` if the block succeeds and
+    vanishes if not. Raises as `atomic_folder` does."""
     output = Path(os.path.abspath(output))
     with _partial(output, _begin_file, _NO_FILE) as descriptor:
         with os.fdopen(os.dup(descriptor), "wb") as stream:
@@ -55,19 +56,15 @@ def atomic_file(output: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(output: Path, text: str) -> None:
-    """Writes a file in UTF-8, in place of one that is there, whole or not at all; devices and pipes as they are.
-
-    OSErrors name `output`.
-    """
-    is_file = output.is_file() or not output.exists()
-    beside = partial_path(output) if is_file else output
+    """Writes a text in UTF-8: a new file whole or not at all; into what is there already, be it a file, a link, a
+    device or a pipe, as it is. OSErrors name `output`."""
+    if not os.path.lexists(output):
+        with atomic_file(output) as stream:
+            stream.write(text.encode())
+        return
     try:
-        beside.write_text(text, encoding="utf-8")
-        if is_file:
-            beside.replace(output)
+        output.write_text(text, encoding="utf-8")
     except OSError as error:
-        if is_file:
-            beside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(output)) from error
 
 
@@ -111,6 +108,10 @@ def _partial(output: Path, begin: Callable[[Path], int], refusal: str) -> Iterat
     try:
         descriptor = begin(temporary)
     except OSError as error:
+        if os.path.lexists(temporary):
+            raise InputError(
+                f"{output}: {temporary} is in the way ({error.strerror}); remove it, or give another path"
+            ) from error
         raise _refused(output, refusal, error) from error
     try:
         _lock(output, descriptor)

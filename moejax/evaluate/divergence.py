@@ -4,6 +4,7 @@ The protocol is llama.cpp's (`llama-perplexity`), so that figures compare: of ev
 T-1 are scored.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -17,8 +18,12 @@ from moejax.evaluate.forward import FinalStates, Tick, final_states
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import head_logits
+from moejax.model.finite import refuse_head
 from moejax.model.parts import Parts, PartsInMemory
 from moejax.progress import Progress, counted, silent
+
+# exp of more is infinite in float64.
+_LARGEST_NLL = 709.0
 
 
 class StatesOfChunks(Protocol):
@@ -189,7 +194,7 @@ def _evaluation(scores: Sequence[_Scores]) -> Evaluation:
     nll, mtp_nll, base_nll, kld, same_top1 = (of_tokens(own) for own in zip(*scores, strict=True))
     assert nll is not None
     if not all(np.all(np.isfinite(own)) for own in (nll, mtp_nll, base_nll, kld) if own is not None):
-        raise InputError("the output of the head is not finite; a checkpoint whose weights are sound is needed")
+        refuse_head()
     figures = Evaluation(
         tokens=nll.size,
         ppl=_perplexity(nll),
@@ -200,7 +205,7 @@ def _evaluation(scores: Sequence[_Scores]) -> Evaluation:
     return replace(
         figures,
         base_ppl=_perplexity(base_nll),
-        ln_ppl_ratio=float(np.log(figures.ppl) - np.mean(base_nll, dtype=np.float64)),
+        ln_ppl_ratio=float(np.mean(nll, dtype=np.float64) - np.mean(base_nll, dtype=np.float64)),
         kld_mean=float(np.mean(kld, dtype=np.float64)),
         kld_p999=float(np.quantile(kld, 0.999)),
         same_top1=100 * float(np.mean(same_top1)),
@@ -208,7 +213,14 @@ def _evaluation(scores: Sequence[_Scores]) -> Evaluation:
 
 
 def _perplexity(nll: np.ndarray) -> float:
-    return float(np.exp(np.mean(nll, dtype=np.float64)))
+    """Raises InputError where it is no number of float64."""
+    mean = float(np.mean(nll, dtype=np.float64))
+    if mean > _LARGEST_NLL:
+        raise InputError(
+            f"the text is predicted with a mean of {mean:.4g} nats a token, of which there is no perplexity below "
+            f"infinity; up to {_LARGEST_NLL:.0f} are accepted, and a checkpoint whose weights are sound has a few"
+        )
+    return math.exp(mean)
 
 
 def _parts(model: DeepseekV3 | Parts) -> Parts:

@@ -12,7 +12,7 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.generate.sampling import GREEDY, Draw, Sampling, check_sampling, sample
 from moejax.model import Config, DeepseekV3, require_tokens
-from moejax.model.finite import all_finite, refuse_not_finite
+from moejax.model.finite import finite_rows, refuse_head, require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.parts import Parts, PartsInMemory
 
@@ -97,12 +97,15 @@ def _step(
     x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)
     x_B1D = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)
     logits_BC = model.logits(x_B1D)[:, 0]
-    return known_token(sample(logits_BC, draw), x_BTD, logits_BC), cache
+    return known_token(sample(logits_BC, draw), x_BTD, rows.last_B, logits_BC), cache
 
 
-def known_token(token: jax.Array, x_BTD: jax.Array, logits: jax.Array) -> jax.Array:
-    """The token drawn, or NO_TOKEN where hidden states x or logits are not finite."""
-    return jnp.where(all_finite(x_BTD) & jnp.all(jnp.isfinite(logits)), token, NO_TOKEN)
+def known_token(token_B: jax.Array, x_BTD: jax.Array, last_B: jax.Array, logits_BC: jax.Array) -> jax.Array:
+    """The token drawn behind the one at index last of each sequence, (B,); NO_TOKEN where the logits or, up to that
+    index, the hidden states x are not finite."""
+    behind_BT = jnp.arange(x_BTD.shape[1]) > last_B[:, None]
+    is_finite_B = jnp.all(finite_rows(x_BTD) | behind_BT, axis=1) & jnp.all(jnp.isfinite(logits_BC), axis=1)
+    return jnp.where(is_finite_B, token_B, NO_TOKEN)
 
 
 def generate(
@@ -196,9 +199,10 @@ def _decode(
             token_B, cache = runner.step(rows, cache, draw, decoding.dtype)
             position_B = position_B + 1
         tokens = np.asarray(token_B).tolist()
-        if NO_TOKEN in tokens:
+        if any(goes and token == NO_TOKEN for goes, token in zip(going, tokens, strict=True)):
             for sequence in so_far:
-                refuse_not_finite(runner.parts, jnp.asarray([sequence]), decoding.dtype)
+                require_finite_blocks(runner.parts, jnp.asarray([sequence]), decoding.dtype)
+            refuse_head()
         for sequence, token in zip(so_far, tokens, strict=True):
             sequence.append(token)
         going &= [token not in stop for token in tokens]
@@ -230,8 +234,9 @@ def _prefill(
         rows = Rows(jnp.asarray(tokens_BT), jnp.full(len(prompts), start, jnp.int32), jnp.asarray(last_B))
         drawn_B, cache = runner.step(rows, cache, draw, decoding.dtype)
         is_last_B = jnp.asarray((lengths - 1) // chunk == start // chunk)
-        token_B = jnp.where(is_last_B | (drawn_B == NO_TOKEN), drawn_B, token_B)
-        if NO_TOKEN in np.asarray(drawn_B):
+        is_bad_B = (drawn_B == NO_TOKEN) & jnp.asarray(start < lengths)
+        token_B = jnp.where(is_last_B | is_bad_B, drawn_B, token_B)
+        if is_bad_B.any():
             break
     return token_B, cache
 

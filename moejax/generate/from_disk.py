@@ -42,7 +42,7 @@ class PartByPart:
         x_BD = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)[:, 0]
         eps = self.config.rms_norm_eps
         logits_BC = _logits(x_BD, self.parts.norm(), self.parts.head(), eps=eps)
-        return known_token(sample(logits_BC, draw), x_BTD, logits_BC), cache
+        return known_token(sample(logits_BC, draw), x_BTD, rows.last_B, logits_BC), cache
 
 
 @partial(jax.jit, static_argnames="eps")

@@ -14,7 +14,7 @@ from moejax.errors import InputError
 from moejax.generate.decode import NO_TOKEN, Decoding, cache_length, check_request, chunks, known_token
 from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
-from moejax.model.finite import refuse_not_finite
+from moejax.model.finite import refuse_head, require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_cache
 from moejax.model.parts import PartsInMemory
 
@@ -92,7 +92,8 @@ class Speculation:
             token, draft = pair[int(accepted)], next_draft
 
     def _refuse(self, tokens: list[int]) -> NoReturn:
-        refuse_not_finite(PartsInMemory(self.model), jnp.asarray([tokens]), self.decoding.dtype)
+        require_finite_blocks(PartsInMemory(self.model), jnp.asarray([tokens]), self.decoding.dtype)
+        refuse_head()
 
 
 def require_mtp(config: Config) -> None:
@@ -115,8 +116,8 @@ def _prefill(
     the one after it."""
     start_1 = jnp.asarray(start, jnp.int32)[None]
     hidden_1TD, layers = model.extend(tokens_T1[None, :-1], caches.layers, start_1, dtype)
-    logits = model.logits(_at(hidden_1TD, last))
-    token = known_token(jnp.argmax(logits), hidden_1TD, logits)
+    logits_1C = model.logits(_at(hidden_1TD, last))[:, 0]
+    (token,) = known_token(jnp.argmax(logits_1C, axis=-1), hidden_1TD, jnp.asarray(last)[None], logits_1C)
     following_T = tokens_T1[1:].at[last].set(jnp.where(is_last_chunk, token, tokens_T1[last + 1]))
     drafted_1TD, mtp = model.extend_draft(following_T[None], hidden_1TD, caches.mtp, start_1)
     draft = jnp.argmax(head_logits(_at(drafted_1TD, last), model.head.get_value()))
@@ -131,8 +132,9 @@ def _verify(
     draft was the likeliest. What a refused draft left in the caches is overwritten by the next step."""
     start_1 = jnp.asarray(position, jnp.int32)[None]
     hidden_12D, layers = model.extend(jnp.stack([token, draft])[None], caches.layers, start_1, dtype)
-    logits = model.logits(hidden_12D)[0]
-    next_2 = known_token(jnp.argmax(logits, axis=-1), hidden_12D, logits).astype(jnp.int32)
+    logits_2C, one_each = model.logits(hidden_12D)[0], jnp.zeros(2, jnp.int32)
+    # Each for itself: what a draft leads to does not matter where it is refused.
+    next_2 = known_token(jnp.argmax(logits_2C, axis=-1), hidden_12D[0][:, None], one_each, logits_2C).astype(jnp.int32)
     accepted = next_2[0] == draft
     drafted_12D, mtp = model.extend_draft(next_2[None], hidden_12D, caches.mtp, start_1)
     draft = jnp.argmax(head_logits(_at(drafted_12D, accepted.astype(jnp.int32)), model.head.get_value()))

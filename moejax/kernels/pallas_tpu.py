@@ -39,7 +39,7 @@ VMEM_BYTES = 48 << 20
 
 def takes(x: jax.Array, w: Leaf) -> bool:
     """Whether the kernel multiplies these rows with this weight itself."""
-    if not isinstance(w, GroupedInt) or w.ndim != 2 or x.dtype not in (jnp.float32, jnp.bfloat16):
+    if not isinstance(w, GroupedInt) or w.ndim != 2 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     inputs = w.inputs
     if inputs % w.group_size or inputs % planar.inputs_multiple(w.bits):
@@ -47,7 +47,7 @@ def takes(x: jax.Array, w: Leaf) -> bool:
     return inputs <= MAX_INPUTS and _run(inputs, w.group_size, w.bits) % SUBLANES == 0
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
     if not isinstance(w, GroupedInt) or not takes(x, w):
         return xla.matmul(x, w)
@@ -61,16 +61,10 @@ def matmul(x: jax.Array, w: Leaf) -> jax.Array:
     return y_RO.reshape(*x.shape[:-1], w.shape[0])
 
 
-def _forward(x: jax.Array, w: Leaf) -> tuple[jax.Array, tuple[jax.Array, Leaf]]:
-    return matmul(x, w), (x, w)
-
-
-def _backward(given: tuple[jax.Array, Leaf], slope: jax.Array) -> tuple[jax.Array, Leaf]:
-    """Gradients are the tiled path's."""
-    return jax.vjp(xla.matmul, *given)[1](slope)
-
-
-matmul.defvjp(_forward, _backward)
+@matmul.defjvp
+def _derivative(given: tuple[jax.Array, Leaf], by: tuple[jax.Array, Leaf]) -> tuple[jax.Array, jax.Array]:
+    """Derivatives are the tiled path's."""
+    return matmul(*given), jax.jvp(xla.matmul, given, by)[1]
 
 
 def _multiply(x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: int, interpret: bool) -> jax.Array:

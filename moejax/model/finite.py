@@ -20,10 +20,15 @@ from moejax.model.steps import run_block
 _NEEDED = "a checkpoint whose weights are sound is needed"
 
 
+def finite_rows(x: jax.Array) -> jax.Array:
+    """Whether each row of x (..., D) has a finite sum of squares in float32, as the next norm needs it: (...)."""
+    return jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+
 @jax.jit
 def all_finite(x: jax.Array) -> jax.Array:
-    """Whether every row of x (..., D) has a finite sum of squares in float32, as the next norm needs it."""
-    return jnp.all(jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
+    """Whether all rows of x are finite, as `finite_rows` has it."""
+    return jnp.all(finite_rows(x))
 
 
 def require_finite(name: str, x: jax.Array) -> None:
@@ -47,8 +52,8 @@ def require_finite_mtp(
         _refuse(name, mtp, _mtp_taps(mtp, h_BTD, next_BTD, by))
 
 
-def refuse_not_finite(parts: Parts, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> NoReturn:
-    """Raise the InputError for tokens on which something is known not to be finite, block after block."""
+def require_finite_blocks(parts: Parts, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:
+    """Raise InputError, as `require_finite_block` does, at the first block whose output on tokens (B, T) is not finite."""
     x_BTD = take(parts.embedding(), tokens_BT, dtype)
     require_finite("embed", x_BTD)
     by = rotation(parts.config, jnp.arange(tokens_BT.shape[1]), jnp.promote_types(dtype, jnp.float32))
@@ -57,7 +62,11 @@ def refuse_not_finite(parts: Parts, tokens_BT: jax.Array, dtype: jax.typing.DTyp
         y_BTD = run_block(block, x_BTD, by)
         require_finite_block(f"layers.{index}", block, x_BTD, by, y_BTD)
         x_BTD = y_BTD
-    raise InputError(f"the output of the head is not finite in {jnp.dtype(dtype).name}; {_NEEDED}")
+
+
+def refuse_head() -> NoReturn:
+    """Raise the InputError for logits that are not finite behind blocks that are."""
+    raise InputError(f"the output of the head is not finite; {_NEEDED}")
 
 
 def _is_known_not_to_be(x: jax.Array) -> bool:
@@ -79,16 +88,21 @@ def _mtp_taps(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation
 
 
 def _refuse(name: str, module: Block | MtpBlock, taps: Taps) -> NoReturn:
-    for step in _steps(module, taps):
+    steps = list(_steps(module, taps))
+    for step in steps:
         if all_finite(step.taken) and not all_finite(step.output):
             raise InputError(f"{name}: {_sentence(f'the output of {step.name}', step.output)}")
+    for step in steps:  # a norm or attention made it
+        if not all_finite(step.taken):
+            raise InputError(f"{name}: {_sentence(f'the input of {step.name}', step.taken)}")
     raise InputError(f"{name}: its output is not finite, though those of its matrices are; {_NEEDED}")
 
 
-def _sentence(what: str, output: jax.Array) -> str:
-    numbers = np.abs(np.asarray(output, np.float64))
-    found = "is not a number" if np.isnan(numbers).any() else f"reaches {numbers.max():.3g}"
-    return f"{what} {found}, which has no square in float32; {_NEEDED}"
+def _sentence(what: str, found: jax.Array) -> str:
+    numbers = np.abs(np.asarray(found, np.float64))
+    if np.isnan(numbers).any():
+        return f"{what} is not a number; {_NEEDED}"
+    return f"{what} reaches {numbers.max():.3g}, too much to be squared and summed in float32; {_NEEDED}"
 
 
 class _Step(NamedTuple):

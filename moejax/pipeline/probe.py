@@ -13,7 +13,7 @@ from moejax.evaluate.divergence import compare, head_log_probabilities
 from moejax.formats import dense
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
-from moejax.model.finite import require_finite_block
+from moejax.model.finite import require_finite, require_finite_block
 from moejax.model.leaves import Taps
 from moejax.model.rope import Rotation
 from moejax.model.steps import embed, run_block, run_blocks
@@ -71,6 +71,7 @@ def probe(model: DeepseekV3, chunks: np.ndarray, progress: Progress = silent) ->
     """Prepare probes on token chunks (B, T), taken at once. Raises InputError where an output is not finite."""
     tokens_BT = jnp.asarray(chunks)
     x_BTD, by = embed(model, tokens_BT, jnp.float32)
+    require_finite("embed", x_BTD)
     blocks, inputs = [], []
     for layer in progress(model.layers, "preparing probes"):
         blocks.append(dense_block(layer))
