@@ -248,11 +248,14 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _shown_by(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """How warnings are shown: a note is one sentence, others are as `otherwise` has them."""
+    """How warnings are shown: a note is one sentence, said once, others are as `otherwise` has them."""
+    said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, Note):
-            print(f"moejax: {message}", file=sys.stderr)
+            if str(message) not in said:
+                print(f"moejax: {message}", file=sys.stderr)
+            said.add(str(message))
         else:
             otherwise(message, category, *where, **more)
 

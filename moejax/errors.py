@@ -35,7 +35,7 @@ class Note(UserWarning):
 
 
 def note(message: str) -> None:
-    """Say so; once for every call."""
+    """Say so. A command says each sentence once; in Python the filters of warnings decide."""
     warnings.warn(Note(_printable(_shortened(message, MAX_MESSAGE))), stacklevel=3)
 
 

@@ -49,6 +49,7 @@ class HuggingFaceCheckpoint:
 
     raw_config: without MTP layers where the model has none. num_elements: the numbers in the tensors that the published
     config asks for and the files hold, FP8 scales apart; so MTP layers and their copies count, dropped or not.
+    dropped_mtp: how many MTP layers the config promises and the files hold, but were to be dropped.
     """
 
     path: Path
@@ -56,16 +57,12 @@ class HuggingFaceCheckpoint:
     config: Config
     folder: SafetensorsFolder
     num_elements: int
+    dropped_mtp: int
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
         """K of every block: the config's."""
         return (self.config.num_experts_per_tok,) * self.config.num_blocks
-
-    @property
-    def dropped_mtp(self) -> int:
-        """How many MTP layers the files hold and the model has not."""
-        return len(mtp_layers(self.folder.left_out))
 
     def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
@@ -114,7 +111,8 @@ def open_huggingface(path: Path, drop_mtp: bool = False) -> HuggingFaceCheckpoin
     _check_experts(folder, config)
     if not drop_mtp:
         note_mtp(folder, promised, config)
-    return HuggingFaceCheckpoint(path, raw_config, config, folder, _num_elements(folder, promised))
+    dropped = sum(layer < promised.num_blocks for layer in mtp_layers(folder.left_out))
+    return HuggingFaceCheckpoint(path, raw_config, config, folder, _num_elements(folder, promised), dropped)
 
 
 def _num_elements(folder: SafetensorsFolder, promised: Config) -> int:

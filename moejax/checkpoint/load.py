@@ -55,7 +55,9 @@ def open_checkpoint(name: str | Path | None = None, drop_mtp: bool = False) -> C
     if not (path / MANIFEST).is_file():
         return open_huggingface(path, drop_mtp)
     if drop_mtp:
-        raise InputError(f"{path}: is compressed already; --drop-mtp takes an original Hugging Face checkpoint")
+        raise InputError(
+            f"{path}: is compressed already; MTP layers can be dropped from an original Hugging Face checkpoint"
+        )
     return open_native(path)
 
 

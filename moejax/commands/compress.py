@@ -14,6 +14,7 @@ from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
 from moejax.errors import InputError
+from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.recipe import Recipe
@@ -56,7 +57,7 @@ def run_compress(
     """The main job. Everything that can be refused is, before the long part begins."""
     started = time.monotonic()
     require_free(output)
-    figures.require_writable(json)
+    figures.require_writable(json, output)
     if calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
@@ -101,6 +102,7 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
     if source.sha256 == evaluation.sha256:
         raise InputError(f"{text}: is the calibration text; a text that calibration does not see is needed")
     evaluated = tokenize(evaluation, tokenizer, checkpoint.config)
+    note_length(checkpoint.config, evaluated)
     of_source = tokenize(source, tokenizer, checkpoint.config)
     calibrated, probed = job.split_calibration(of_source, chunks, _PROBED_CHUNKS)
     return _Texts(source, calibrated, probed, evaluation, evaluated)

@@ -46,7 +46,7 @@ def run_evaluate(
 ) -> None:
     """Perplexity and divergence."""
     started = time.monotonic()
-    figures.require_writable(json)
+    figures.require_writable(json, save_base)
     limit = memory_limit(memory)
     checkpoint = open_checkpoint(name)
     source = evaluation_text(text)

@@ -27,7 +27,7 @@ def run_plan(
 ) -> None:
     """A forecast, printed; and the plan in a file, if one is given."""
     started = time.monotonic()
-    figures.require_writable(json)
+    figures.require_writable(json, output)
     figures.require_writable(output)
     if output is not None and output.exists():
         raise InputError(f"{output}: exists already; give a path that is free")

@@ -91,7 +91,7 @@ def evaluate(
 
     Raises InputError for tokens that are not the model's, and, naming the matrix, where an output is not finite.
     """
-    _check_length(_parts(model).config, chunks.shape[1])
+    note_length(_parts(model).config, chunks)
     run = _Run(_parts(model), base if base is None or isinstance(base, Predictions) else _parts(base), dtype, keep)
     require_tokens(chunks, run.parts.config)
     per_wave = max(1, wave // batch) * batch
@@ -103,7 +103,9 @@ def evaluate(
     return _evaluation(scores)
 
 
-def _check_length(config: Config, length: int) -> None:
+def note_length(config: Config, chunks: np.ndarray) -> None:
+    """Say so if chunks (N, T) are longer than the model is made for."""
+    length = chunks.shape[1]
     if length > config.max_position_embeddings:
         note(
             f"chunks of {length} tokens are longer than the {config.max_position_embeddings} that the model is made "

@@ -94,11 +94,11 @@ def read_text(path: Path) -> Text:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); a text file in UTF-8 is needed") from error
     without = ["its byte-order mark"] if raw.startswith(codecs.BOM_UTF8) else []
     without += ["the carriage returns before its line ends"] if "\r\n" in content else []
+    if not content:
+        raise InputError(f"{path} is empty; a text file in UTF-8 is needed")
     if without:
         note(f"{path} is read without {' and '.join(without)}")
     content = content.replace("\r\n", "\n")
-    if not content:
-        raise InputError(f"{path} is empty; a text file in UTF-8 is needed")
     return _text(path.stem, path.name, content)
 
 

@@ -220,13 +220,14 @@ def _prefill(
 ) -> tuple[jax.Array, list[LatentCache]]:
     """All prompts into the cache, chunk by chunk, and the token drawn behind each.
 
-    Shorter prompts are padded; what padding writes is overwritten before any token can see it.
+    Shorter prompts are padded, with tokens of their own; what padding writes is overwritten before any token can see
+    it.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     chunk = decoding.prefill_chunk
     token_B = jnp.zeros(len(prompts), jnp.int32)
     for start, size in chunks(int(lengths.max()), chunk):
-        tokens_BT = np.zeros((len(prompts), size), np.int32)
+        tokens_BT = np.array([[prompt[0]] * size for prompt in prompts], np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             own = prompt[start : start + size]
             row[: len(own)] = own

@@ -71,7 +71,7 @@ class Speculation:
         for start, size in chunks(len(prompt), decoding.prefill_chunk):
             # One token more than the chunk: the MTP block takes the token behind each.
             own = prompt[start : start + size + 1]
-            tokens = np.pad(own, (0, size + 1 - len(own)))
+            tokens = np.pad(own, (0, size + 1 - len(own)), mode="edge")
             last = min(len(prompt) - 1 - start, size - 1)
             is_last_chunk = start + size >= len(prompt)
             token, draft, caches = _prefill(self.model, tokens, caches, start, last, is_last_chunk, decoding.dtype)

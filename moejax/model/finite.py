@@ -17,6 +17,7 @@ from moejax.model.parts import Parts
 from moejax.model.rope import Rotation, rotation
 from moejax.model.steps import run_block
 
+_ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "experts", "gate", "up", "down")
 _NEEDED = "a checkpoint whose weights are sound is needed"
 
 
@@ -53,7 +54,7 @@ def require_finite_mtp(
 
 
 def require_finite_blocks(parts: Parts, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:
-    """Raise InputError, as `require_finite_block` does, at the first block whose output on tokens (B, T) is not finite."""
+    """Raise as `require_finite_block` does at the first block whose output on tokens (B, T) is not finite."""
     x_BTD = take(parts.embedding(), tokens_BT, dtype)
     require_finite("embed", x_BTD)
     by = rotation(parts.config, jnp.arange(tokens_BT.shape[1]), jnp.promote_types(dtype, jnp.float32))
@@ -114,8 +115,10 @@ class _Step(NamedTuple):
 
 
 def _steps(module: Block | MtpBlock, taps: Taps) -> Iterator[_Step]:
+    """In the order in which they are computed; what is compiled gives taps in that of their names."""
     leaves = named_leaves(module)
-    for name, x in taps.items():
+    for name in sorted(taps, key=lambda name: _ORDER.index(name.rpartition(".")[2])):
+        x = taps[name]
         if isinstance(x, ExpertRun):
             yield from _expert_steps(name, x)
         else:

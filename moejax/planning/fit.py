@@ -153,7 +153,7 @@ def sentence_of(without_format: Sequence[str]) -> str:
 
 
 def losses_of_plan(costs: Costs, plan: Plan) -> Losses | None:
-    """The summed costs of any plan; None where `choice_of_plan` finds none, or a format does not fit its weight."""
+    """The summed costs of any plan; None where `choice_of_plan` finds none, or a format is not allowed."""
     choice = choice_of_plan(costs, plan)
     losses = None if choice is None else choice_losses(costs, choice)
     return losses if losses is not None and np.all(np.isfinite(losses)) else None

@@ -20,8 +20,11 @@ from moejax.planning.size import format_size
 Rows = list[tuple[str, str]]
 
 
-def require_writable(path: Path | None) -> None:
-    """Raise InputError, before the work whose figures are to be written, if they could not be."""
+def require_writable(path: Path | None, *others: Path | None) -> None:
+    """Raise InputError, before the work whose figures are to be written, if they could not be, or would be written over
+    another output."""
+    if path is not None and any(own is not None and own.absolute() == path.absolute() for own in others):
+        raise InputError(f"{path}: is given for two outputs; a path of its own is needed for each")
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise InputError(f"{path}: cannot be written; give a file in a folder that exists")
 

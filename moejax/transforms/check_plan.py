@@ -17,7 +17,7 @@ def check_plan(plan: Plan, config: Config) -> None:
     if len(plan.blocks) != config.num_blocks:
         raise InputError(
             f"the plan has {len(plan.blocks)} blocks; the model has {config.num_hidden_layers} layers and "
-            f"{config.num_nextn_predict_layers} MTP blocks, which --drop-mtp leaves out"
+            f"{config.num_nextn_predict_layers} MTP blocks; --drop-mtp leaves those out, here or in `moejax plan`"
         )
     for i, block in enumerate(plan.blocks):
         if block.keep is not None and not config.is_moe(i):

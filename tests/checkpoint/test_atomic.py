@@ -209,7 +209,7 @@ def test_a_link_in_the_partial_folders_place_is_not_followed(tmp_path: Path) -> 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     partial_path(tmp_path / "out").symlink_to("elsewhere")
-    with pytest.raises(InputError, match="no folder can be made in"), atomic_folder(tmp_path / "out"):
+    with pytest.raises(InputError, match=r"\.out\.partial is in the way"), atomic_folder(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert (tmp_path / "elsewhere" / "kept").exists()
 
@@ -234,21 +234,42 @@ def test_require_free_refuses_what_atomic_folder_refuses(tmp_path: Path) -> None
             require_free(output)
 
 
-def test_a_text_takes_the_place_of_another_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "figures.json"
-    for text in ("{}\n", "größer\n"):
-        write_text(file, text)
-        assert file.read_text(encoding="utf-8") == text
+def test_a_new_text_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "new", "größer\n")
+    assert (tmp_path / "new").read_bytes().decode() == "größer\n"
 
-    def full(path: Path, text: str, **_: object) -> None:
-        path.write_bytes(text.encode()[:2])
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as error:
-        write_text(file, "other\n")
-    assert error.value.filename == str(file)
-    assert list(tmp_path.iterdir()) == [file] and file.read_bytes().decode() == "größer\n"
+        write_text(tmp_path / "full", "text")
+    assert error.value.filename == str(tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_text_is_written_into_what_is_there(tmp_path: Path) -> None:
+    """So a file keeps its mode, and a link leads where it did."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    write_text(link, "new\n")
+    assert link.is_symlink() and file.read_text() == "new\n" and file.stat().st_mode & 0o777 == 0o600
+    write_text(file, "newer\n")
+    assert file.read_text() == "newer\n" and sorted(tmp_path.iterdir()) == [file, link]
+    with pytest.raises(IsADirectoryError) as error:
+        write_text(tmp_path, "text")
+    assert error.value.filename == str(tmp_path)
+
+
+def test_what_is_in_the_way_of_a_partial_is_named(tmp_path: Path) -> None:
+    partial_path(tmp_path / "a").write_text("left by a file")
+    partial_path(tmp_path / "b").mkdir()
+    for atomic, name in ((atomic_folder, "a"), (atomic_file, "b")):
+        refusal = rf"{name}: .*\.{name}\.partial is in the way \(.*\); remove it, or give another path$"
+        with pytest.raises(InputError, match=refusal), atomic(tmp_path / name):
+            pass
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_layer_that_the_config_does_not_mention_is_left_out(tmp_path: Path, te
     for config in (CONFIG, {name: value for name, value in CONFIG.items() if name != "num_nextn_predict_layers"}):
         checkpoint, said = noted(tmp_path / str(len(config)), config, tensors)
         assert "holds MTP layers (model.layers.2) beside the 0 that the config's num_nextn_predict_layers names" in said
-        assert checkpoint.raw_config == config and checkpoint.dropped_mtp == 1
+        assert checkpoint.raw_config == config and checkpoint.dropped_mtp == 0
         assert checkpoint.num_elements == num_elements(checkpoint.config)
         assert_equal(checkpoint, opened(tmp_path / f"{len(config)} plain", config, without_layer(tensors)))
 
@@ -170,7 +170,7 @@ def test_a_dropped_layer_is_not_looked_at(tmp_path: Path, tensors: Tensors) -> N
         checkpoint = opened(tmp_path / f"{number}", config, own, drop_mtp=True)
         assert checkpoint.config == plain.config and checkpoint.raw_config["num_nextn_predict_layers"] == 0
         assert checkpoint.folder.tensors.keys() == plain.folder.tensors.keys()
-        assert checkpoint.dropped_mtp == (own is not rest)
+        assert checkpoint.dropped_mtp == (own is not rest and config is PROMISED)
     assert_equal(checkpoint, plain)
 
 
@@ -204,5 +204,5 @@ def test_a_budget_is_of_what_the_files_hold_dropped_or_not(tmp_path: Path) -> No
 
 
 def test_a_native_checkpoints_layers_are_not_dropped(written: Path) -> None:
-    with pytest.raises(InputError, match=r"compressed already; --drop-mtp takes an original"):
+    with pytest.raises(InputError, match="compressed already; MTP layers can be dropped from an original"):
         open_checkpoint(written, drop_mtp=True)

@@ -99,6 +99,24 @@ def assert_close(y: jax.Array, x: jax.Array, w: FloatArray, equation: str) -> No
     assert np.all(error <= bound), f"{np.max(error / bound)} times the tolerance"
 
 
+@pytest.mark.parametrize("inputs", [512, 200])
+def test_derivatives_are_those_of_every_backend(inputs: int) -> None:
+    """Forwards, backwards and of second order, whether or not a kernel takes the rows; and no rows at all."""
+    w, x = random_leaf(f"int4g128[8,{inputs}]"), random_rows(3, inputs, dtype="float32")
+
+    def loss(x: jax.Array, backend: str | None) -> jax.Array:
+        return jnp.sum(jnp.sin(kernels.matmul(x, w, backend=backend)))
+
+    def second(x: jax.Array, backend: str | None) -> jax.Array:
+        return jax.jvp(partial(jax.grad(loss), backend=backend), (x,), (x,))[1]
+
+    for derivative in (jax.grad(loss), jax.jacfwd(loss), second):
+        expected = derivative(x, "reference")
+        for backend in (None, "xla", "pallas_tpu"):
+            np.testing.assert_allclose(derivative(x, backend), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert kernels.matmul(x[:0], w).shape == (0, 8)
+
+
 @pytest.mark.parametrize("backend", implementations("matmul"))
 class TestMatmul:
     """y[..., b, o] = sum_i w[b, o, i] * x[..., b, i]."""

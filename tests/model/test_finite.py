@@ -14,7 +14,7 @@ from moejax.calibrate import calibrate
 from moejax.errors import InputError
 from moejax.evaluate.divergence import evaluate
 from moejax.formats import ExpertWeights, dense
-from moejax.generate.decode import generate
+from moejax.generate.decode import generate, generate_batch
 from moejax.generate.from_disk import PartByPart
 from moejax.generate.speculative import Speculation
 from moejax.model import DeepseekV3, named_leaves
@@ -62,8 +62,8 @@ def refusal(model: DeepseekV3) -> str:
 def test_an_expert_and_its_projection_are_named(projection: str, expert: int, by: float) -> None:
     message = refusal(damaged(f"layers.2.mlp.experts.{projection}", expert, by))
     assert re.fullmatch(
-        rf"layers\.2: the output of mlp\.experts\.{projection} of expert {expert} reaches \d\S*e\+3\d, which has no "
-        "square in float32; a checkpoint whose weights are sound is needed",
+        rf"layers\.2: the output of mlp\.experts\.{projection} of expert {expert} reaches \d\S*e\+3\d, too much to "
+        "be squared and summed in float32; a checkpoint whose weights are sound is needed",
         message,
     )
 
@@ -79,6 +79,16 @@ def test_a_matrix_of_a_dense_layer_is_named(name: str) -> None:
     assert refusal(damaged(f"layers.0.mlp.{name}")).startswith(f"layers.0: the output of mlp.{name} ")
 
 
+@pytest.mark.parametrize(
+    ("norm", "behind"),
+    [("input_norm", "self_attn.q_a"), ("self_attn.q_a_norm", "self_attn.q_b"), ("post_attention_norm", "mlp.gate")],
+)
+def test_what_a_norm_makes_is_named_by_what_takes_it(norm: str, behind: str) -> None:
+    gain = {f"layers.0.{norm}": jnp.full_like(dense_leaves()[f"layers.0.{norm}"], 3e38)}
+    message = refusal(DeepseekV3(CONFIG, (dense_leaves() | gain).__getitem__))
+    assert message.startswith(f"layers.0: the input of {behind} ")
+
+
 def test_an_mtp_block_is_named() -> None:
     assert refusal(damaged("mtp.0.block.mlp.shared.down")).startswith("mtp.0: the output of block.mlp.shared.down ")
     assert refusal(damaged("mtp.0.block.mlp.experts.down", 5)).startswith(
@@ -88,7 +98,11 @@ def test_an_mtp_block_is_named() -> None:
 
 def test_embedding_and_head_are_named() -> None:
     leaves = dense_leaves() | {"embed": dense_leaves()["embed"].at[int(CHUNKS[0, 1]), 3].set(HUGE)}
-    assert refusal(DeepseekV3(CONFIG, leaves.__getitem__)).startswith("the output of embed reaches 1e+37")
+    model = DeepseekV3(CONFIG, leaves.__getitem__)
+    assert refusal(model).startswith("the output of embed reaches 1e+37")
+    for walk in (lambda: calibrate(model, CHUNKS, batch=2), lambda: probe(model, CHUNKS)):
+        with pytest.raises(InputError, match=r"^the output of embed reaches 1e\+37"):
+            walk()
     assert refusal(damaged("head", by=float("inf"))).startswith("the output of the head is not finite")
 
 
@@ -104,6 +118,17 @@ def test_every_walk_stops() -> None:
     for walk in walks:
         with pytest.raises(InputError, match=r"^layers\.2: the output of mlp\.experts\.down of expert \d+ reaches"):
             walk()
+
+
+def test_only_the_sequence_that_is_not_finite_ends_a_batch() -> None:
+    """It is the one that is looked at, whichever it is; one that has come to its end, and padding, do not count."""
+    leaves = dense_leaves() | {"embed": dense_leaves()["embed"].at[90, 3].set(HUGE)}
+    model = DeepseekV3(CONFIG, leaves.__getitem__)
+    with pytest.raises(InputError, match=r"^the output of embed reaches 1e\+37"):
+        list(generate_batch(model, [[1, 2], [1, 90]], 2))
+    padded = leaves | {"embed": dense_leaves()["embed"].at[0, 3].set(HUGE)}
+    model = DeepseekV3(CONFIG, padded.__getitem__)
+    assert len(list(generate_batch(model, [[1, 2, 3, 4], [1]], 1))) == 1
 
 
 def test_a_norm_hides_nothing() -> None:
