@@ -7,7 +7,7 @@ from moejax.checkpoint.hf_export import Dtype, write_huggingface
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.summary import summarize
-from moejax.pipeline.origin import copied_files
+from moejax.pipeline.shapes import copied_files
 from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar

@@ -24,12 +24,13 @@ from moejax.pipeline.joint_probes import measure_curves
 from moejax.pipeline.measure import measure_costs
 from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
 from moejax.pipeline.options import options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files, read_origin
+from moejax.pipeline.origin import Origin, read_origin
 from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
+from moejax.pipeline.shapes import Shapes, copied_files, shapes_for
 from moejax.pipeline.trial import Trial
-from moejax.planning import Plan
+from moejax.planning import Method, Plan
 from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
 from moejax.planning.plan import ranges
@@ -106,17 +107,20 @@ def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
 def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
     """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
     shapes alone decide. A note names weights that have no format."""
-    copied = copied_files(checkpoint.path)
-    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, recipe.method)
-    config = origin.model.config
+    shapes = _shapes_of(checkpoint, recipe.method)
+    config = shapes.config
     candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
-    problem = Problem(options(origin.model, recipe), LossCurves(), config, origin.size_of, method=recipe.method)
+    problem = Problem(options(shapes.model, recipe), LossCurves(), config, shapes.size_of, method=recipe.method)
     smallest = problem.smallest()
     size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
     without_format = problem.costs.without_format
     check_budget(size, budget, folder_bytes(checkpoint.path), without_format)
     if without_format:
         note(sentence_of(without_format))
+
+
+def _shapes_of(checkpoint: HuggingFaceCheckpoint, method: Method) -> Shapes:
+    return shapes_for(checkpoint.abstract_model(), method, checkpoint.raw_config, copied_files(checkpoint.path))
 
 
 def _scattering_bytes(plan: Plan, experts: int) -> int:
@@ -134,9 +138,7 @@ def _scattering_bytes(plan: Plan, experts: int) -> int:
 def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int | None) -> int:
     """The exact bytes of a given plan's folder, or the budget if there is one. Raises InputError if the plan does not
     suit the model, or is over the budget."""
-    copied = copied_files(checkpoint.path)
-    origin = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, plan.method)
-    size = origin.size_of(plan)
+    size = _shapes_of(checkpoint, plan.method).size_of(plan)
     if budget is not None and size > budget:
         raise InputError(f"the plan takes {size} bytes; the budget is {budget}, a plan that fits it is needed")
     return size if budget is None else budget
@@ -186,7 +188,7 @@ def prepare(
     pruning = measure_pruning(trial, recipe, progress)
     costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
     curves = measure_curves(costs, trial, [own.bits for own in recipe.formats], progress)
-    problem = Problem(costs.within(allowed), curves, model.config, origin.size_of, method=recipe.method)
+    problem = Problem(costs.within(allowed), curves, model.config, origin.shapes.size_of, method=recipe.method)
     return Prepared(checkpoint, origin, recipe, trial, costs, pruning, problem)
 
 
@@ -202,7 +204,7 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     compressed = trial.compressed(plan)
     activated = try_activated_experts(trial.probe, compressed, plan, prepared.recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
-    plan = next((own for own in adjusted if prepared.origin.size_of(own) <= budget), plan)
+    plan = next((own for own in adjusted if prepared.origin.shapes.size_of(own) <= budget), plan)
     return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated), problem.costs.without_format)
 
 

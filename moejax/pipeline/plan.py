@@ -1,7 +1,7 @@
 """The plan of a model from its config alone: no weights, exact bytes.
 
-The same transforms run as in `compress`, under `jax.eval_shape` on the abstract model, so nothing is computed twice.
-Only what a plan costs is estimated (see `estimate`) where `compress` measures it.
+Bytes come from the same shapes as in `compress`; only what a plan costs is estimated (see `estimate`) where `compress`
+measures it.
 """
 
 from dataclasses import dataclass, replace
@@ -22,9 +22,8 @@ from moejax.pipeline.activated_experts import candidates
 from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
 from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
 from moejax.pipeline.options import limited_counts, options
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files
 from moejax.pipeline.recipe import Recipe
-from moejax.planning import Plan
+from moejax.pipeline.shapes import Shapes, copied_files, shapes_for
 from moejax.planning.allocate import smallest_choice
 from moejax.planning.costs import Costs
 from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
@@ -86,7 +85,7 @@ class Request:
     smallest: bytes of the smallest plan.
     """
 
-    shapes: "_Shapes"
+    shapes: Shapes
     original: DeepseekV3
     recipe: Recipe
     scores: ExpertScores
@@ -97,7 +96,7 @@ class Request:
 
     @property
     def config(self) -> Config:
-        return self.shapes.origin.model.config
+        return self.shapes.config
 
     @property
     def elements(self) -> int:
@@ -108,22 +107,6 @@ class Request:
     def dropped_mtp(self) -> int:
         """How many MTP blocks are left out."""
         return self.original.config.num_blocks - self.config.num_blocks
-
-
-class _Shapes:
-    """A plan's abstract model and bytes. It remembers the last model: a plan's size and its figures need the same."""
-
-    def __init__(self, origin: Origin):
-        self.origin = origin
-        self._last: tuple[Plan, DeepseekV3] | None = None
-
-    def abstract(self, plan: Plan) -> DeepseekV3:
-        if self._last is None or self._last[0] is not plan:
-            self._last = plan, self.origin.abstract(plan)
-        return self._last[1]
-
-    def size_of(self, plan: Plan) -> int:
-        return self.origin.bytes_of(plan, self.abstract(plan)).total
 
 
 def read_request(
@@ -138,22 +121,21 @@ def read_request(
     if drop_mtp:
         raw_config = without_mtp(raw_config)
         model = abstract_original(raw_config, str(file))
-    origin = abstract_origin(model, raw_config, copied_files(file.parent) if is_file else [], recipe.method)
+    shapes = shapes_for(model, recipe.method, raw_config, copied_files(file.parent) if is_file else [])
     known = config_path("sensitivity", "deepseek_v3")
     sensitivity = sensitivity_from_json(read_json_object(known), str(known))
-    scores = _read_scores(name, expert_scores, origin.model.config)
-    return request(original, origin, recipe, scores, sensitivity)
+    scores = _read_scores(name, expert_scores, shapes.config)
+    return request(original, shapes, recipe, scores, sensitivity)
 
 
 def request(
-    original: DeepseekV3, origin: Origin, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
+    original: DeepseekV3, shapes: Shapes, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
 ) -> Request:
     """The problem of a model in shapes alone. Raises InputError if the recipe does not suit it."""
-    config = origin.model.config
+    config = shapes.config
     candidates(recipe, config, [config.n_routed_experts])
-    unlimited = estimate_costs(options(origin.model, recipe), origin.model, recipe, scores, sensitivity)
+    unlimited = estimate_costs(options(shapes.model, recipe), shapes.model, recipe, scores, sensitivity)
     costs = limited_counts(unlimited, config, recipe)
-    shapes = _Shapes(origin)
     problem = Problem(
         costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config), method=recipe.method
     )
@@ -180,7 +162,6 @@ def _read_scores(name: str, given: Path | str | None, config: Config) -> ExpertS
 def forecast(asked: Request, budget: int, memory: int | None, context: int, batch: int) -> Forecast:
     """Solve for a budget and put the figures together."""
     problem = asked.problem
-    origin = asked.shapes.origin
     without_format = problem.costs.without_format
     check_budget(asked.smallest, budget, payload_bytes(asked.original), without_format)
     if without_format:
@@ -189,7 +170,7 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
         fitted = problem.fit_raised(budget) or problem.smallest()
     else:
         fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
-    compressed = asked.shapes.abstract(fitted.plan)
+    compressed = asked.shapes.compressed(fitted.plan)
     leaves = named_leaves(compressed)
     return Forecast(
         plan=fitted.plan,
@@ -197,10 +178,10 @@ def forecast(asked: Request, budget: int, memory: int | None, context: int, batc
         budget=budget,
         elements=asked.elements,
         dropped_mtp=asked.dropped_mtp,
-        before=count_parameters(origin.model),
+        before=count_parameters(asked.shapes.model),
         after=count_parameters(compressed),
         kinds=tuple(summarize(leaves.items())),
-        bytes=origin.bytes_of(fitted.plan, compressed),
+        bytes=asked.shapes.bytes_of(fitted.plan),
         parts=byte_parts(list(leaves.values())),
         layers=layer_forecasts(fitted.plan, asked.config, asked.scores),
         memory=device_memory(compressed, context, batch),

@@ -5,27 +5,36 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.model import Config
+from moejax.model import Config, Layout
 from moejax.planning import BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group
 
 
 def check_plan(plan: Plan, config: Config) -> None:
-    """Raise InputError, naming the block and what would be accepted, if a plan's blocks, survivors or K' are not the
-    model's. Names and formats of weights are checked where they are rounded."""
+    """Raise InputError, naming the block and what would be accepted, if a plan's blocks, weights, survivors or K' are
+    not the model's. Formats are checked where they are read."""
     if len(plan.blocks) != config.num_blocks:
         raise InputError(
             f"the plan has {len(plan.blocks)} blocks; the model has {config.num_hidden_layers} layers and "
             f"{config.num_nextn_predict_layers} MTP blocks; --drop-mtp leaves those out, here or in `moejax plan`"
         )
     for i, block in enumerate(plan.blocks):
+        if wrong := block.formats.keys() - _matrices(config, i):
+            raise InputError(f"the plan gives a format to {min(wrong)!r}, which is no matrix of block {i}")
         if block.keep is not None and not config.is_moe(i):
             raise InputError(f"block {i} of the plan keeps experts; the model's block {i} is dense")
         if block.keep is not None:
             _check_experts(block, block.keep, config, f"block {i} of the plan")
         elif block.experts:
             raise InputError(f"block {i} of the plan gives formats to experts; it must say which it keeps")
+
+
+def _matrices(config: Config, index: int) -> set[str]:
+    """The weights outside the routed experts that have an input, named within their block."""
+    shapes = dict(Layout(config).block(index)).items()
+    own = {name for name, shape in shapes if len(shape) >= 2 and not name.startswith("mlp.experts.")}
+    return own if index < config.num_hidden_layers else own | {"eh_proj"}
 
 
 def _check_experts(block: BlockPlan, kept: Sequence[int], config: Config, what: str) -> None:

@@ -17,6 +17,7 @@ from fp8_checkpoint import fp8_config
 from golden_files import as_choice, load_golden, relative_error
 from leaf_oracle import random_leaf, to_numpy
 from model_cases import Tensors, write_hf_checkpoint
+from moejax.calibrate import calibrate
 from moejax.checkpoint.hf_export import Dtype, write_huggingface
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.checkpoint.load import load_model
@@ -25,7 +26,8 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, Note
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
-from moejax.pipeline.origin import Origin, abstract_origin, copied_files
+from moejax.pipeline.origin import Origin
+from moejax.pipeline.shapes import copied_files, shapes_for
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from small_checkpoint import FP8_CONFIG
@@ -58,11 +60,12 @@ def write_pruned(
     ]
     plan = Plan(KEEP, KEEP, tuple(replace(block, routing_scale=scale) if block.keep else block for block in blocks))
     copied = copied_files(checkpoint.path)
-    abstract = abstract_origin(checkpoint.abstract_model(), checkpoint.raw_config, copied, Method())
+    chunks, model = np.zeros((1, 8), np.int32), load_model(checkpoint)
+    shapes = shapes_for(model, Method(), checkpoint.raw_config, copied)
     # What is not rounded needs no statistics.
-    statistics = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), abstract.statistics)
-    model = load_model(checkpoint)
-    Origin(model, model, statistics, checkpoint.raw_config, copied, {}).write(plan, output, sys.maxsize)
+    statistics = jax.eval_shape(lambda m: calibrate(m, chunks), shapes.model)
+    statistics = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), statistics)
+    Origin(model, model, shapes, statistics, chunks).write(plan, output, sys.maxsize)
 
 
 def read_all(folder: Path) -> Tensors:

@@ -58,7 +58,7 @@ def test_a_choices_divergence_is_that_of_the_model_it_makes(prepared: Prepared, 
 
 def test_the_plan_takes_the_best_that_fits(prepared: Prepared, job: Job) -> None:
     plans = [with_activated_experts(job.planned.candidates[0].plan, choice) for choice in job.planned.activated]
-    fitting = [plan for plan in plans if prepared.origin.size_of(plan) <= job.budget]
+    fitting = [plan for plan in plans if prepared.origin.shapes.size_of(plan) <= job.budget]
     assert job.planned.plan == fitting[0]
 
 

@@ -66,7 +66,7 @@ def in_sequence(origin: Origin, statistics: Statistics) -> DeepseekV3:
 
 def test_the_bytes_are_those_of_the_plan(done: tuple[Path, job.Result, Origin]) -> None:
     output, result, origin = done
-    assert result.bytes == folder_bytes(output) == origin.size_of(PLAN)
+    assert result.bytes == folder_bytes(output) == origin.shapes.size_of(PLAN)
     assert (result.plan, result.planned, result.predicted) == (PLAN, None, None)
     assert result.evaluation.kld_mean is not None and 0 < result.evaluation.kld_mean < 1
 

@@ -26,8 +26,8 @@ from moejax.pipeline.compress import (
     split_calibration,
 )
 from moejax.pipeline.options import options, order_of_pruning
-from moejax.pipeline.origin import abstract_origin, copied_files
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.shapes import copied_files, shapes_for
 from moejax.planning.fit import Problem
 from moejax.planning.plan import KEEP, from_json
 from moejax.planning.predict import LossCurves
@@ -69,7 +69,7 @@ def test_what_goes_along_from_the_original(prepared: Prepared, job: Job) -> None
 
 
 def test_the_bytes_written_are_those_predicted_and_within_the_budget(prepared: Prepared, job: Job) -> None:
-    assert job.written == prepared.origin.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
+    assert job.written == prepared.origin.shapes.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
 
 
 def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepared, smallest_bytes: int) -> None:
@@ -80,7 +80,7 @@ def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepar
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
     check(checkpoint, named, RECIPE)
     planned = plan_within(prepared, named, silent)
-    assert smallest_bytes <= prepared.origin.size_of(planned.plan) <= named
+    assert smallest_bytes <= prepared.origin.shapes.size_of(planned.plan) <= named
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,14 @@ def test_the_smallest_budget_named_is_enough_whichever_experts_stay(small: Path,
     with pytest.raises(InputError, match="cannot be met") as error:
         check(checkpoint, 1000, recipe)
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
-    origin = abstract_origin(
-        checkpoint.abstract_model(), checkpoint.raw_config, copied_files(checkpoint.path), recipe.method
-    )
-    config, costs = origin.model.config, options(origin.model, recipe)
+    copied = copied_files(checkpoint.path)
+    shapes = shapes_for(checkpoint.abstract_model(), recipe.method, checkpoint.raw_config, copied)
+    costs = options(shapes.model, recipe)
     sizes = []
     for score_E in (np.arange(12) % 3, np.arange(12) % 2, *map(np.random.RandomState(0).permutation, [12] * 5)):
-        order = order_of_pruning(score_E, config, recipe)
+        order = order_of_pruning(score_E, shapes.config, recipe)
         experts = {block: replace(menu, order=order) for block, menu in costs.experts.items()}
-        problem = Problem(replace(costs, experts=experts), LossCurves(), config, origin.size_of)
+        problem = Problem(replace(costs, experts=experts), LossCurves(), shapes.config, shapes.size_of)
         sizes.append(problem.smallest().bytes)
     assert len(set(sizes)) > 1 and named - 3 * 12 <= max(sizes) <= named
 
@@ -114,7 +113,7 @@ def test_the_manifest_holds_the_plan_and_where_it_came_from(
     assert from_json(manifest["plan"]) == job.planned.plan
     made = manifest["provenance"]
     text = read_text(calibration_text)
-    assert made == provenance(text, 2, Recipe()) == prepared.origin.provenance
+    assert made == provenance(text, 2, Recipe()) == prepared.origin.shapes.provenance
     assert "criterion" not in provenance(text, 2, None)
     assert made["calibration"] == {"source": "calibration.txt", "sha256": text.sha256, "chunks": 2}
     assert (made["moejax"], made["criterion"]) == (__version__, "reap")

@@ -101,7 +101,7 @@ def test_its_figures_are_complete_and_finite(large: Forecast) -> None:
 def test_three_quarters_of_the_experts_are_the_papers_sizes() -> None:
     asked = read_request("deepseek_v3", None, Recipe(share_kept=0.75))
     smallest = asked.problem.smallest()
-    after = count_parameters(asked.shapes.abstract(smallest.plan))
+    after = count_parameters(asked.shapes.compressed(smallest.plan))
     assert (round(after.total / 1e9, 1), round(after.with_mtp / 1e9, 1)) == (507.5, 516.3)
     assert {len(block.keep) for block in smallest.plan.blocks if block.keep is not None} == {192}
     assert asked.smallest == smallest.bytes
@@ -124,7 +124,7 @@ def test_without_statistics_all_experts_are_taken_to_be_alike(moonlight: Forecas
 def test_kimi_k2_can_be_read() -> None:
     asked = read_request("kimi_k2", None, Recipe())
     assert asked.config.n_routed_experts == 384 and asked.scores.source is None
-    before = count_parameters(asked.shapes.origin.model)
+    before = count_parameters(asked.shapes.model)
     assert (round(before.total / 1e9, 1), round(before.active / 1e9, 1)) == (1026.4, 31.7)
     # One group, of which 8 are chosen.
     assert {len(block.keep) for block in asked.problem.smallest().plan.blocks if block.keep is not None} == {8}
@@ -176,7 +176,7 @@ def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:
     assert whole.elements == without.elements and whole.smallest > without.smallest
     smallest = without.problem.smallest().plan
     assert len(smallest.blocks) == without.config.num_hidden_layers == without.config.num_blocks
-    assert without.shapes.origin.raw_config["num_nextn_predict_layers"] == 0
+    assert without.shapes.raw_config["num_nextn_predict_layers"] == 0
 
 
 def test_tokenizer_files_beside_a_config_are_counted(config_file: Path, small: Path) -> None:

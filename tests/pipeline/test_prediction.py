@@ -63,7 +63,7 @@ def rows(tiny: Path, optimized: None) -> list[Row]:
 def plans(prepared: job.Prepared) -> Iterator[tuple[str, Plan, float | None]]:
     """Planned, as far as prediction alone decides; one width for everything; the same after pruning by frequency at the
     paper's share."""
-    config, size_of = prepared.model.config, prepared.origin.size_of
+    config, size_of = prepared.model.config, prepared.origin.shapes.size_of
     by_frequency = measure_pruning(prepared.trial, Recipe(FORMATS, criterion="frequency", share_kept=0.75), silent)
     pruned = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
     kept = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned.costs.experts.items()}

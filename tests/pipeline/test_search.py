@@ -23,7 +23,7 @@ def test_the_plan_of_a_budget_fills_it_and_keeps_within(prepared: Prepared, smal
     budget = int(smallest_bytes * factor)
     fitted = fit(prepared, budget)
     assert fitted is not None
-    size = prepared.origin.size_of(fitted.plan)
+    size = prepared.origin.shapes.size_of(fitted.plan)
     assert size == fitted.bytes
     # A weight of 128 x 128 takes 2 KB more with another bit.
     assert budget - 6000 < size <= budget
@@ -51,7 +51,7 @@ def test_without_pruning_the_smallest_budgets_cannot_be_met(prepared: Prepared, 
 
 def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None:
     smallest = try_out(0.0, prepared.problem.smallest(), prepared.problem, prepared.trial, prepared.recipe)
-    assert prepared.origin.size_of(smallest.plan) == smallest_bytes
+    assert prepared.origin.shapes.size_of(smallest.plan) == smallest_bytes
     assert [len(block.keep or ()) for block in smallest.plan.blocks] == [0, 6, 6, 6]
     assert (smallest.plan.embed, smallest.plan.head) == ("int4g128", "int4g128")
     assert smallest.plan.blocks[3].formats["eh_proj"] == "int2g128"
@@ -65,7 +65,7 @@ def test_candidates_are_different_plans_the_best_first(prepared: Prepared, job: 
     assert divergences == sorted(divergences)
     assert all(candidate.best_divergence <= candidate.divergence for candidate in candidates)
     assert all(candidates[0].plan != other.plan for other in candidates[1:])
-    assert all(prepared.origin.size_of(candidate.plan) <= job.budget for candidate in candidates)
+    assert all(prepared.origin.shapes.size_of(candidate.plan) <= job.budget for candidate in candidates)
 
 
 def test_a_candidates_divergence_is_that_of_its_model(prepared: Prepared, job: Job) -> None:
@@ -104,6 +104,6 @@ def test_the_size_of_a_plan_counts_what_describes_it(prepared: Prepared, job: Jo
     plan = job.planned.plan
     scaled = replace(plan, blocks=tuple(replace(block, routing_scale=0.12345) for block in plan.blocks))
     digits = [len(str(block.routing_scale)) for block in plan.blocks if block.keep is not None]
-    assert prepared.origin.size_of(scaled) - prepared.origin.size_of(plan) == sum(
+    assert prepared.origin.shapes.size_of(scaled) - prepared.origin.shapes.size_of(plan) == sum(
         len("0.12345") - own for own in digits
     )

@@ -206,8 +206,8 @@ def test_an_empty_plan_changes_nothing_but_what_it_names() -> None:
     ("formats", "message"),
     [
         ({"self_attn.o": "int9g32"}, "unknown format 'int9g32'"),
-        ({"mlp.dwon": "int4g32"}, "gives a format to 'mlp.dwon', which is no matrix of its block"),
-        ({"eh_proj": "int4g32"}, "gives a format to 'eh_proj', which is no matrix of its block"),
+        ({"mlp.dwon": "int4g32"}, "gives a format to 'mlp.dwon', which is no matrix of block 0"),
+        ({"eh_proj": "int4g32"}, "gives a format to 'eh_proj', which is no matrix of block 0"),
     ],
 )
 def test_a_plan_that_does_not_suit_the_model_is_refused(formats: dict[str, str], message: str) -> None:

@@ -155,7 +155,7 @@ def baselines(prepared: job.Prepared, budgets: list[tuple[str, int]]) -> Iterato
     kept_by = {"uniform": (prepared, all_experts(prepared.costs)), "frequency": (pruned_first, most)}
     for label, budget in budgets:
         for method, (costs_of, kept) in kept_by.items():
-            plan = uniform_plan(costs_of.costs, config, kept, prepared.origin.size_of, budget)
+            plan = uniform_plan(costs_of.costs, config, kept, prepared.origin.shapes.size_of, budget)
             yield Case(method, label, budget, plan, None if plan is None else costs_of.predicted(plan))
 
 
