@@ -18,6 +18,7 @@ from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.write import Calibrated
 from moejax.planning.plan import Plan, from_json
 from moejax.planning.size import format_size, parse_budget
 from moejax.report import figures
@@ -33,11 +34,10 @@ _PROBED_CHUNKS = 8
 
 @dataclass(frozen=True)
 class _Texts:
-    """What is calibrated on, what plans are tried on, and what is evaluated on."""
+    """What is calibrated on and what is evaluated on."""
 
     calibration: Text
-    calibrated: np.ndarray
-    probed: np.ndarray
+    calibrated: Calibrated
     evaluation: Text
     evaluated: np.ndarray
 
@@ -74,13 +74,15 @@ def run_compress(
     if dropped:
         print(f"MTP blocks dropped: {dropped}")
     print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
-    made = job.provenance(texts.calibration, len(texts.calibrated), own_recipe if given is None else None, dropped)
+    made = job.provenance(
+        texts.calibration, len(texts.calibrated.chunks), own_recipe if given is None else None, dropped
+    )
     if given is not None:
         result = job.carry_out(
-            checkpoint, given, texts.calibrated, texts.probed, made, output, budget_bytes, texts.evaluated, progress_bar
+            checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar
         )
     else:
-        prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, own_recipe, made, progress_bar)
+        prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar)
         result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
     _report(checkpoint, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
 
@@ -104,8 +106,8 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
     evaluated = tokenize(evaluation, tokenizer, checkpoint.config)
     note_length(checkpoint.config, evaluated)
     of_source = tokenize(source, tokenizer, checkpoint.config)
-    calibrated, probed = job.split_calibration(of_source, chunks, _PROBED_CHUNKS)
-    return _Texts(source, calibrated, probed, evaluation, evaluated)
+    calibrated = job.split_calibration(of_source, chunks, _PROBED_CHUNKS)
+    return _Texts(source, calibrated, evaluation, evaluated)
 
 
 def _report(

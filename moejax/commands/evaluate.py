@@ -11,8 +11,8 @@ import numpy as np
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.predictions import Origin, SavedPredictions, open_predictions, saved_predictions
+from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
-from moejax.checkpoint.streamed import PartsOnDisk
 from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limit, tokenize
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
@@ -21,7 +21,7 @@ from moejax.evaluate.text import Text
 from moejax.formats import Leaf, abstract_leaf
 from moejax.machine import resident_memory
 from moejax.model import DeepseekV3
-from moejax.model.parts import Parts
+from moejax.model.source import Source
 from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
@@ -32,7 +32,7 @@ _BATCH = 8
 _MEMORY_STEP = 50_000_000
 
 Original = Checkpoint | SavedPredictions | None
-Read = Callable[[Checkpoint], DeepseekV3 | Parts]
+Read = Callable[[Checkpoint], DeepseekV3 | Source]
 
 
 def run_evaluate(
@@ -120,7 +120,7 @@ def _within(limit: int, checkpoint: Checkpoint, original: Original, chunks: np.n
         f"read block by block from disk, {passes} time{'s' * (passes > 1)} over",
         file=sys.stderr,
     )
-    return PartsOnDisk, wave
+    return CheckpointSource, wave
 
 
 def _needs(checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> Needs:
@@ -132,7 +132,7 @@ def _needs(checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype
     return needs(abstract_model(checkpoint), base, chunks.shape[1], min(_BATCH, len(chunks)), dtype)
 
 
-def _base(original: Original, read: Read) -> DeepseekV3 | Parts | Predictions | None:
+def _base(original: Original, read: Read) -> DeepseekV3 | Source | Predictions | None:
     if isinstance(original, SavedPredictions):
         return Predictions(original.states_NSD, original.head())
     return None if original is None else read(original)
@@ -145,4 +145,4 @@ def _saving(
     if path is None or isinstance(saved, SavedPredictions):
         return nullcontext()
     origin = Origin(str(saved.path), text.source, text.sha256)
-    return saved_predictions(path, origin, chunks, PartsOnDisk(saved).head, dtype)
+    return saved_predictions(path, origin, chunks, CheckpointSource(saved).head, dtype)

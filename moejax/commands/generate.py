@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
-from moejax.checkpoint.streamed import PartsOnDisk
+from moejax.checkpoint.source import CheckpointSource
 from moejax.commands.common import memory_limit
 from moejax.errors import InputError
 from moejax.generate.decode import Decoding, Runner, check_request, generate
@@ -133,7 +133,7 @@ def _within(
         "read block by block from disk for every token, which is slow",
         file=sys.stderr,
     )
-    return PartByPart(PartsOnDisk(checkpoint))
+    return PartByPart(CheckpointSource(checkpoint))
 
 
 def _facts(timed: Timed, prompt_tokens: int, continuation: Iterable[int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import head_logits
 from moejax.model.finite import refuse_head
-from moejax.model.parts import Parts, PartsInMemory
+from moejax.model.source import ModelSource, Source
 from moejax.progress import Progress, counted, silent
 
 # exp of more is infinite in float64.
@@ -73,9 +73,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: DeepseekV3 | Parts,
+    model: DeepseekV3 | Source,
     chunks: np.ndarray,
-    base: DeepseekV3 | Parts | Predictions | None = None,
+    base: DeepseekV3 | Source | Predictions | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     batch: int = 8,
@@ -91,9 +91,11 @@ def evaluate(
 
     Raises InputError for tokens that are not the model's, and, naming the matrix, where an output is not finite.
     """
-    note_length(_parts(model).config, chunks)
-    run = _Run(_parts(model), base if base is None or isinstance(base, Predictions) else _parts(base), dtype, keep)
-    require_tokens(chunks, run.parts.config)
+    note_length(_source_of(model).config, chunks)
+    run = _Run(
+        _source_of(model), base if base is None or isinstance(base, Predictions) else _source_of(base), dtype, keep
+    )
+    require_tokens(chunks, run.source.config)
     per_wave = max(1, wave // batch) * batch
     scores: list[_Scores] = []
     with counted(progress, -(-len(chunks) // batch) * run.steps_per_batch, "evaluating") as tick:
@@ -127,8 +129,8 @@ class _Scores(NamedTuple):
 class _Run:
     """What all waves share."""
 
-    parts: Parts
-    base: Parts | Predictions | None
+    source: Source
+    base: Source | Predictions | None
     dtype: jax.typing.DTypeLike
     keep: Callable[[np.ndarray], object] | None
 
@@ -136,20 +138,20 @@ class _Run:
     def steps_per_batch(self) -> int:
         """Blocks of both models, and the comparison."""
         base = 0 if self.base is None or isinstance(self.base, Predictions) else self.base.config.num_hidden_layers
-        return self.parts.config.num_hidden_layers + self._drafts + base + 1
+        return self.source.config.num_hidden_layers + self._drafts + base + 1
 
     @property
     def _drafts(self) -> bool:
-        return self.parts.config.num_nextn_predict_layers > 0
+        return self.source.config.num_nextn_predict_layers > 0
 
     def wave(self, first: int, batches: Sequence[np.ndarray], tick: Tick) -> list[_Scores]:
         """Scores of consecutive chunks, of which the first is chunk `first` of the text."""
         base_states = self._base_states(first, batches, tick)
-        own = final_states(self.parts, batches, self.dtype, self._drafts, tick)
+        own = final_states(self.source, batches, self.dtype, self._drafts, tick)
         if self.keep is not None:
             for states_BSD in base_states or own.scored:
                 self.keep(states_BSD)
-        head = self.parts.head()
+        head = self.source.head()
         base_head = None
         if self.base is not None:
             base_head = self.base.head if isinstance(self.base, Predictions) else self.base.head()
@@ -225,8 +227,8 @@ def _perplexity(nll: np.ndarray) -> float:
     return math.exp(mean)
 
 
-def _parts(model: DeepseekV3 | Parts) -> Parts:
-    return PartsInMemory(model) if isinstance(model, DeepseekV3) else model
+def _source_of(model: DeepseekV3 | Source) -> Source:
+    return ModelSource(model) if isinstance(model, DeepseekV3) else model
 
 
 @jax.jit

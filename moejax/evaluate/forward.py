@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.kernels import take
-from moejax.model.deepseek_v3 import Block
-from moejax.model.finite import require_finite, require_finite_block, require_finite_mtp
-from moejax.model.parts import Parts
-from moejax.model.rope import Rotation, rotation
-from moejax.model.steps import run_block, run_mtp, run_norm
+from moejax.model.config import Config
+from moejax.model.deepseek_v3 import MtpBlock
+from moejax.model.finite import require_finite_mtp
+from moejax.model.hidden_states import HiddenStates
+from moejax.model.source import Source, walk
+from moejax.model.steps import run_mtp, run_norm
 
 Tick = Callable[[], object]
 
@@ -29,7 +29,7 @@ class FinalStates(NamedTuple):
 
 
 def final_states(
-    parts: Parts, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike, draft: bool, tick: Tick
+    source: Source, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike, draft: bool, tick: Tick
 ) -> FinalStates:
     """Run token batches (B, T), which are of one length, through the model and, if `draft`, its first MTP block.
 
@@ -37,51 +37,32 @@ def final_states(
 
     Raises InputError, naming the matrix, at the first block whose output is not finite.
     """
-    config, length = parts.config, batches[0].shape[1]
-    embedded = _embedded(parts, batches, dtype)
-    states = list(embedded)
-    if not draft:
-        del embedded
-    by = rotation(config, jnp.arange(length), jnp.promote_types(dtype, jnp.float32))
-    for index in range(config.num_hidden_layers):
-        _run_in_place(f"layers.{index}", parts.block(index), states, by, tick)
-    norm = parts.norm()
-    for n, x_BTD in enumerate(states):
-        states[n] = np.asarray(run_norm(x_BTD, norm, eps=config.rms_norm_eps))
-    scored = [x_BTD[:, length // 2 : length - 1].copy() for x_BTD in states]
-    drafted = _drafted(parts, states, embedded, by, tick) if draft else []
-    return FinalStates(scored, drafted)
+    step = _Final(source.config, batches, dtype, draft, tick)
+    walk(source, step, mtp=int(draft))
+    return FinalStates(step.scored, step.drafted)
 
 
-def _embedded(parts: Parts, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike) -> list[np.ndarray]:
-    embedding, embedded = parts.embedding(), []
-    for tokens_BT in batches:
-        x_BTD = take(embedding, jnp.asarray(tokens_BT), dtype)
-        require_finite("embed", x_BTD)
-        embedded.append(np.asarray(x_BTD))
-    return embedded
+class _Final(HiddenStates):
+    def __init__(
+        self, config: Config, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike, draft: bool, tick: Tick
+    ):
+        super().__init__(config, batches, dtype, drafts=draft, kept=np.asarray, tick=tick)
+        self._length = batches[0].shape[1]
+        self.scored: list[np.ndarray] = []
+        self.drafted: list[np.ndarray] = []
 
+    def norm(self, gain_D: jax.Array) -> None:
+        for n, x_BTD in enumerate(self.states):
+            normed_BTD = np.asarray(run_norm(x_BTD, gain_D, eps=self.config.rms_norm_eps))
+            self.states[n] = normed_BTD
+            self.scored.append(normed_BTD[:, self._length // 2 : self._length - 1].copy())
 
-def _run_in_place(name: str, block: Block, states: list[np.ndarray], by: Rotation, tick: Tick) -> None:
-    for n, state_BTD in enumerate(states):
-        tick()
-        x_BTD = jnp.asarray(state_BTD)
-        y_BTD = run_block(block, x_BTD, by)
-        require_finite_block(name, block, x_BTD, by, y_BTD)
-        states[n] = np.asarray(y_BTD)
-
-
-def _drafted(
-    parts: Parts, normed: Sequence[np.ndarray], embedded: Sequence[np.ndarray], by: Rotation, tick: Tick
-) -> list[np.ndarray]:
-    """`FinalStates.drafted`: position t takes the model's state of t and the embedding of token t+1."""
-    mtp, length = parts.mtp(0), normed[0].shape[1]
-    by = jax.tree.map(lambda angle_TR: angle_TR[:-1], by)
-    drafted = []
-    for h_BTD, e_BTD in zip(normed, embedded, strict=True):
-        tick()
-        taken = jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:])
-        y_BTD = run_mtp(mtp, *taken, by)
-        require_finite_mtp("mtp.0", mtp, *taken, by, y_BTD)
-        drafted.append(np.asarray(y_BTD)[:, length // 2 : length - 2].copy())
-    return drafted
+    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+        """Position t takes the model's state of t and the embedding of token t+1."""
+        by = jax.tree.map(lambda angle_TR: angle_TR[:-1], self.by)
+        for h_BTD, e_BTD in zip(self.states, self.embedded, strict=True):
+            self.tick()
+            taken = jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:])
+            y_BTD = run_mtp(mtp, *taken, by)
+            require_finite_mtp(f"mtp.{depth}", mtp, *taken, by, y_BTD)
+            self.drafted.append(np.asarray(y_BTD)[:, self._length // 2 : self._length - 2].copy())

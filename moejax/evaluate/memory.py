@@ -11,8 +11,8 @@ from moejax.evaluate.divergence import compare, log_probabilities
 from moejax.formats import Leaf, payload_bytes
 from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3
-from moejax.model.parts import Parts, PartsInMemory
 from moejax.model.rope import Rotation, rotation
+from moejax.model.source import ModelSource, Source
 from moejax.model.steps import run_block, run_mtp
 from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
 
@@ -56,7 +56,7 @@ def needs(
 
     Compiles a step of every kind, which then need not be compiled again.
     """
-    models = [PartsInMemory(own) for own in (model, base) if isinstance(own, DeepseekV3)]
+    models = [ModelSource(own) for own in (model, base) if isinstance(own, DeepseekV3)]
     steps = [step for own in models for step in _steps(own, length, batch, dtype)]
     heads = [own.head() for own in models]
     kept = [] if base is None or isinstance(base, DeepseekV3) else [base]
@@ -74,18 +74,18 @@ def needs(
     )
 
 
-def _steps(parts: Parts, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
+def _steps(source: Source, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
     """Of the parts that are asked for one by one: bytes while they are read, and of the step each is read for."""
-    config = parts.config
+    config = source.config
     x_BTD = abstract_array((batch, length, config.hidden_size), dtype)
-    by = _abstract_rotation(parts, length, dtype)
-    yield reading_bytes(parts.embedding()), 2 * _array_bytes(x_BTD)
-    blocks = [parts.block(index) for index in range(config.num_hidden_layers)]
+    by = _abstract_rotation(source, length, dtype)
+    yield reading_bytes(source.embedding()), 2 * _array_bytes(x_BTD)
+    blocks = [source.block(index) for index in range(config.num_hidden_layers)]
     workspace = max(step_bytes(run_block, block, x_BTD, by) for block in largest_of_each_kind(blocks))
     yield from ((reading_bytes(block), workspace) for block in blocks)
     if config.num_nextn_predict_layers:
         h_BTD = abstract_array((batch, length - 1, config.hidden_size), dtype)
-        mtp, by = parts.mtp(0), _abstract_rotation(parts, length - 1, dtype)
+        mtp, by = source.mtp(0), _abstract_rotation(source, length - 1, dtype)
         yield reading_bytes(mtp), step_bytes(run_mtp, mtp, h_BTD, h_BTD, by)
 
 
@@ -101,9 +101,9 @@ def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typ
     return _array_bytes(log_probs) + max(making, _array_bytes(log_probs) + comparing)
 
 
-def _abstract_rotation(parts: Parts, length: int, dtype: jax.typing.DTypeLike) -> Rotation:
+def _abstract_rotation(source: Source, length: int, dtype: jax.typing.DTypeLike) -> Rotation:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jax.eval_shape(lambda: rotation(parts.config, jnp.arange(length), wide))
+    return jax.eval_shape(lambda: rotation(source.config, jnp.arange(length), wide))
 
 
 def _array_bytes(array: jax.Array) -> int:

@@ -12,9 +12,10 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.generate.sampling import GREEDY, Draw, Sampling, check_sampling, sample
 from moejax.model import Config, DeepseekV3, require_tokens
-from moejax.model.finite import finite_rows, refuse_head, require_finite_blocks
+from moejax.model.finite import finite_rows, refuse_head
+from moejax.model.hidden_states import require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_caches
-from moejax.model.parts import Parts, PartsInMemory
+from moejax.model.source import ModelSource, Source
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 # What is drawn where something is not finite.
@@ -65,7 +66,7 @@ class Runner(Protocol):
     def config(self) -> Config: ...
 
     @property
-    def parts(self) -> Parts: ...
+    def source(self) -> Source: ...
 
     def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
         """The rows into the cache, and the token drawn behind each, (B,): `known_token`."""
@@ -83,8 +84,8 @@ class InMemory:
         return self.model.config
 
     @property
-    def parts(self) -> Parts:
-        return PartsInMemory(self.model)
+    def source(self) -> Source:
+        return ModelSource(self.model)
 
     def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
         return _step(self.model, rows, cache, draw, dtype)
@@ -201,7 +202,7 @@ def _decode(
         tokens = np.asarray(token_B).tolist()
         if any(goes and token == NO_TOKEN for goes, token in zip(going, tokens, strict=True)):
             for sequence in so_far:
-                require_finite_blocks(runner.parts, jnp.asarray([sequence]), decoding.dtype)
+                require_finite_blocks(runner.source, jnp.asarray([sequence]), decoding.dtype)
             refuse_head()
         for sequence, token in zip(so_far, tokens, strict=True):
             sequence.append(token)

@@ -14,9 +14,10 @@ from moejax.errors import InputError
 from moejax.generate.decode import NO_TOKEN, Decoding, cache_length, check_request, chunks, known_token
 from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
-from moejax.model.finite import refuse_head, require_finite_blocks
+from moejax.model.finite import refuse_head
+from moejax.model.hidden_states import require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_cache
-from moejax.model.parts import PartsInMemory
+from moejax.model.source import ModelSource
 
 
 class _Caches(NamedTuple):
@@ -92,7 +93,7 @@ class Speculation:
             token, draft = pair[int(accepted)], next_draft
 
     def _refuse(self, tokens: list[int]) -> NoReturn:
-        require_finite_blocks(PartsInMemory(self.model), jnp.asarray([tokens]), self.decoding.dtype)
+        require_finite_blocks(ModelSource(self.model), jnp.asarray([tokens]), self.decoding.dtype)
         refuse_head()
 
 

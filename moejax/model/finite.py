@@ -9,13 +9,11 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.formats import reshape_outputs
-from moejax.kernels import matmul, take
+from moejax.kernels import matmul
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.leaves import Taps, named_leaves
 from moejax.model.moe import ExpertRun
-from moejax.model.parts import Parts
-from moejax.model.rope import Rotation, rotation
-from moejax.model.steps import run_block
+from moejax.model.rope import Rotation
 
 _ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "experts", "gate", "up", "down")
 _NEEDED = "a checkpoint whose weights are sound is needed"
@@ -51,18 +49,6 @@ def require_finite_mtp(
     """`require_finite_block` for an MTP block, which made y of h and the next tokens' embeddings."""
     if _is_known_not_to_be(y_BTD):
         _refuse(name, mtp, _mtp_taps(mtp, h_BTD, next_BTD, by))
-
-
-def require_finite_blocks(parts: Parts, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:
-    """Raise as `require_finite_block` does at the first block whose output on tokens (B, T) is not finite."""
-    x_BTD = take(parts.embedding(), tokens_BT, dtype)
-    require_finite("embed", x_BTD)
-    by = rotation(parts.config, jnp.arange(tokens_BT.shape[1]), jnp.promote_types(dtype, jnp.float32))
-    for index in range(parts.config.num_hidden_layers):
-        block = parts.block(index)
-        y_BTD = run_block(block, x_BTD, by)
-        require_finite_block(f"layers.{index}", block, x_BTD, by, y_BTD)
-        x_BTD = y_BTD
 
 
 def refuse_head() -> NoReturn:

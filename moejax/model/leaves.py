@@ -46,8 +46,9 @@ def prefixed(prefix: str, taps: Taps | None) -> Taps:
 
 def named_leaves(module: nnx.Module) -> dict[str, Weight]:
     """Every weight of a module by its path, in a stable order."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): param.get_value() for path, param in state}
+    # Not by `nnx.state`, whose reference cycles would keep the weights until the garbage collector comes by.
+    params, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Param))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): param.get_value() for path, param in params}
 
 
 @dataclass(frozen=True)

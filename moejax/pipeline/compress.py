@@ -9,6 +9,7 @@ import numpy as np
 
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import Evaluation, evaluate
@@ -28,8 +29,9 @@ from moejax.pipeline.origin import Origin, read_origin
 from moejax.pipeline.probe import probe
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
-from moejax.pipeline.shapes import Shapes, copied_files, shapes_for
+from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
 from moejax.pipeline.trial import Trial
+from moejax.pipeline.write import Calibrated, write_plan
 from moejax.planning import Method, Plan
 from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
@@ -119,8 +121,11 @@ def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> Non
         note(sentence_of(without_format))
 
 
-def _shapes_of(checkpoint: HuggingFaceCheckpoint, method: Method) -> Shapes:
-    return shapes_for(checkpoint.abstract_model(), method, checkpoint.raw_config, copied_files(checkpoint.path))
+def _shapes_of(
+    checkpoint: HuggingFaceCheckpoint, method: Method, provenance: Mapping[str, Any] | None = None
+) -> Shapes:
+    copied = copied_files(checkpoint.path)
+    return shapes_for(checkpoint.abstract_model(), method, checkpoint.raw_config, copied, provenance)
 
 
 def _scattering_bytes(plan: Plan, experts: int) -> int:
@@ -158,8 +163,8 @@ def provenance(calibration: Text, chunks: int, recipe: Recipe | None, dropped_mt
     return made
 
 
-def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks to calibrate on and chunks to try plans on, disjoint, spread evenly over the text.
+def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> Calibrated:
+    """Chunks to calibrate on and chunks held out, to try plans on, disjoint, spread evenly over the text.
 
     A text with fewer chunks than are asked for gives an eighth of them to the probe; it needs two.
     """
@@ -169,21 +174,20 @@ def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> tupl
     spread = chunks[np.linspace(0, len(chunks) - 1, wanted).round().astype(int)]
     probed = probed if wanted == calibration + probed else max(1, wanted // 8)
     held_out = np.linspace(0, wanted - 1, probed + 2)[1:-1].astype(int)
-    return np.delete(spread, held_out, axis=0), spread[held_out]
+    return Calibrated(np.delete(spread, held_out, axis=0), spread[held_out])
 
 
 def prepare(
     checkpoint: HuggingFaceCheckpoint,
-    calibration: np.ndarray,
-    probed: np.ndarray,
+    calibrated: Calibrated,
     recipe: Recipe,
     provenance: dict[str, Any],
     progress: Progress,
 ) -> Prepared:
     """Load, calibrate and measure."""
-    origin = read_origin(checkpoint, recipe.method, calibration, probed, provenance, progress)
+    origin = read_origin(checkpoint, recipe.method, calibrated, provenance, progress)
     model = origin.model
-    trial = Trial(model, probe(model, probed, progress), origin.statistics)
+    trial = Trial(model, probe(model, calibrated.held_out, progress), origin.statistics)
     allowed = options(model, recipe)
     pruning = measure_pruning(trial, recipe, progress)
     costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
@@ -226,15 +230,15 @@ def compress_checkpoint(
 def carry_out(
     checkpoint: HuggingFaceCheckpoint,
     plan: Plan,
-    calibration: np.ndarray,
-    held_out: np.ndarray,
+    calibrated: Calibrated,
     provenance: dict[str, Any],
     output: Path,
     budget: int,
     evaluation: np.ndarray,
     progress: Progress,
 ) -> Result:
-    """A given plan: calibrate, write, read back, evaluate. `held_out` is what `prepare` calls `probed`."""
-    origin = read_origin(checkpoint, plan.method, calibration, held_out, provenance, progress)
-    written = origin.write(plan, output, budget, progress)
-    return Result(plan, written, evaluate_written(output, origin.original, evaluation, progress))
+    """A given plan: calibrate and write block by block, read back, evaluate."""
+    shapes = _shapes_of(checkpoint, plan.method, provenance)
+    source = ready(CheckpointSource(checkpoint), plan.method)
+    written = write_plan(source, shapes, plan, calibrated, output, budget, progress)
+    return Result(plan, written, evaluate_written(output, load_model(checkpoint, progress), evaluation, progress))

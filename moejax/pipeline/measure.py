@@ -109,7 +109,7 @@ class _Measurement:
         """A weight's input, and what a unit error at each output counts (..., O)."""
         statistics, ones = self.trial.statistics, jnp.ones(leaf.shape[:-1])
         if name == "embed":
-            return embedding_inputs(self.trial.model), statistics.count_C.astype(jnp.float32)
+            return embedding_inputs(self.trial.model.config), statistics.count_C.astype(jnp.float32)
         if name == "head":
             return statistics.head_inputs(), ones
         block, own = block_and_name(name, self.trial.model.config.num_hidden_layers)

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from moejax.calibrate import Following, Statistics, calibrate
+from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model
-from moejax.checkpoint.native import write_native
 from moejax.model import DeepseekV3
-from moejax.pipeline.shapes import Shapes, copied_files, made_ready, shapes_for
+from moejax.model.source import ModelSource, model_of
+from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
+from moejax.pipeline.write import Calibrated, write_plan
 from moejax.planning import Method, Plan
 from moejax.progress import Progress, silent
 from moejax.transforms.choose_damping import choose_damping, has_few_tokens
-from moejax.transforms.compress import compress, compress_in_sequence
 from moejax.transforms.compress_block import Rounder, afresh
 
 
@@ -31,29 +29,23 @@ class Origin:
     original: DeepseekV3
     model: DeepseekV3
     shapes: Shapes
+    calibrated: Calibrated
     statistics: Statistics
-    chunks: np.ndarray
-
-    def compressed(self, plan: Plan, progress: Progress = silent, rounder: Rounder = afresh) -> DeepseekV3:
-        """The model that a plan makes, by the plan's method."""
-        if not plan.method.sequential:
-            return compress(self.model, plan, self.statistics, rounder=rounder, progress=progress)
-        start = Following.of(self.model, self.chunks, hessians=plan.method.error_feedback)
-        return compress_in_sequence(self.model, plan, start, self.statistics, progress=progress)
 
     def write(
         self, plan: Plan, output: Path, budget: int, progress: Progress = silent, rounder: Rounder = afresh
     ) -> int:
         """Carry a plan out and write the checkpoint; returns its bytes, never more than `budget`."""
-        compressed = self.compressed(plan, progress, rounder)
-        return write_native(compressed, output, self.shapes.description(plan), self.shapes.copied, budget, progress)
+        known = self.statistics
+        return write_plan(
+            ModelSource(self.model), self.shapes, plan, self.calibrated, output, budget, progress, known, rounder
+        )
 
 
 def read_origin(
     checkpoint: HuggingFaceCheckpoint,
     method: Method,
-    chunks: np.ndarray,
-    held_out: np.ndarray,
+    calibrated: Calibrated,
     provenance: Mapping[str, Any],
     progress: Progress,
 ) -> Origin:
@@ -61,10 +53,9 @@ def read_origin(
     held out."""
     original = load_model(checkpoint, progress)
     shapes = shapes_for(original, method, checkpoint.raw_config, copied_files(checkpoint.path), provenance)
-    model = made_ready(original, method)
-    statistics = calibrate(model, chunks, progress=progress, hessians=method.error_feedback)
-    if method.error_feedback and has_few_tokens(statistics):
-        statistics = choose_damping(
-            model, statistics, calibrate(model, held_out, progress=progress, hessians=True), progress
-        )
-    return Origin(original, model, shapes, statistics, chunks)
+    model = model_of(ready(ModelSource(original), method)) if method.rotation else original
+    statistics = calibrate(model, calibrated.chunks, progress=progress, hessians=method.error_feedback)
+    if method.error_feedback and has_few_tokens(model.config, calibrated.chunks.size):
+        held_out = calibrate(model, calibrated.held_out, progress=progress, hessians=True)
+        statistics = choose_damping(model, statistics, held_out, progress)
+    return Origin(original, model, shapes, calibrated, statistics)

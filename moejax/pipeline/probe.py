@@ -11,14 +11,15 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.evaluate.divergence import compare, head_log_probabilities
 from moejax.formats import dense
-from moejax.model import DeepseekV3
+from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import Block
-from moejax.model.finite import require_finite, require_finite_block
+from moejax.model.hidden_states import HiddenStates
 from moejax.model.leaves import Taps
 from moejax.model.rope import Rotation
-from moejax.model.steps import embed, run_block, run_blocks
+from moejax.model.source import ModelSource, walk
+from moejax.model.steps import run_block, run_blocks
 from moejax.pipeline.working_copy import dense_block
-from moejax.progress import Progress, silent
+from moejax.progress import Progress, counted, silent
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,28 @@ class Probe:
 
 def probe(model: DeepseekV3, chunks: np.ndarray, progress: Progress = silent) -> Probe:
     """Prepare probes on token chunks (B, T), taken at once. Raises InputError where an output is not finite."""
+    require_tokens(chunks, model.config)
     tokens_BT = jnp.asarray(chunks)
-    x_BTD, by = embed(model, tokens_BT, jnp.float32)
-    require_finite("embed", x_BTD)
-    blocks, inputs = [], []
-    for layer in progress(model.layers, "preparing probes"):
-        blocks.append(dense_block(layer))
-        inputs.append(x_BTD)
-        x_BTD = run_block(blocks[-1], x_BTD, by)
-        require_finite_block(f"layers.{len(blocks) - 1}", blocks[-1], inputs[-1], by, x_BTD)
-    head = dense(model.head.get_value(), jnp.float32)
+    step = _Preparing(model.config, [tokens_BT], jnp.float32)
+    with counted(progress, len(model.layers), "preparing probes") as tick:
+        walk(ModelSource(model), step, tick=tick)
+    (x_BTD,), head = step.states, dense(model.head.get_value(), jnp.float32)
     base = head_log_probabilities(model.normed(x_BTD), head)
-    return Probe(model, tokens_BT, by, tuple(blocks), tuple(inputs), x_BTD, head, base)
+    return Probe(model, tokens_BT, step.by, tuple(step.blocks), tuple(step.inputs), x_BTD, head, base)
+
+
+class _Preparing(HiddenStates):
+    """Dense blocks, and what each of them takes in."""
+
+    def __init__(self, config: Config, batches: Sequence[jax.Array], dtype: jax.typing.DTypeLike):
+        super().__init__(config, batches, dtype)
+        self.blocks: list[Block] = []
+        self.inputs: list[jax.Array] = []
+
+    def block(self, index: int, block: Block) -> None:
+        self.blocks.append(dense_block(block))
+        self.inputs += self.states
+        super().block(index, self.blocks[-1])
 
 
 @jax.jit

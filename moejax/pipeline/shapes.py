@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import jax
 from moejax.checkpoint.native import COPIED_FILES, Description, NativeBytes, native_bytes
 from moejax.model import Config, DeepseekV3
 from moejax.model.config import ROTATION_FIELDS
+from moejax.model.source import ModelSource, Source, model_of
 from moejax.planning import Method, Plan
 from moejax.planning.plan import to_json
 from moejax.transforms.compressed_shapes import compressed_shapes
-from moejax.transforms.rotate import rotate
+from moejax.transforms.rotate import rotated_source
 
 # Of the rotations' signs.
 _SEED = 0
@@ -59,15 +59,15 @@ def shapes_for(
     provenance: Mapping[str, Any] | None = None,
 ) -> Shapes:
     """Of a model, concrete or abstract, with its Hugging Face config, compressed by a method."""
-    model = jax.eval_shape(partial(made_ready, method=method), original)
+    model = jax.eval_shape(lambda model: model_of(ready(ModelSource(model), method)), original)
     rotations = {name: getattr(model.config, name) for name in ROTATION_FIELDS}
     described = {**raw_config, **{name: value for name, value in rotations.items() if value is not None}}
     return Shapes(model, described, copied, provenance or {})
 
 
-def made_ready(original: DeepseekV3, method: Method) -> DeepseekV3:
+def ready(original: Source, method: Method) -> Source:
     """What a method compresses: the model, rotated first if it says so."""
-    return rotate(original, _SEED, down=method.down_rotation) if method.rotation else original
+    return rotated_source(original, _SEED, down=method.down_rotation) if method.rotation else original
 
 
 def copied_files(folder: Path) -> list[Path]:

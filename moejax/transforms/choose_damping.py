@@ -12,8 +12,8 @@ import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
 from moejax.formats import ExpertWeights, Leaf
-from moejax.model import DeepseekV3, named_leaves
-from moejax.model.leaves import Weight
+from moejax.model import Config, DeepseekV3, Layout, named_leaves
+from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
@@ -27,14 +27,13 @@ MULTIPLES = (0.1, 0.3, 1.0, 3.0)
 _FORMAT = "int2g128"
 
 
-def has_few_tokens(statistics: Statistics) -> bool:
-    """Whether there are weights whose damping `choose_damping` chooses. The statistics have Hessians."""
-    inputs = [(statistics.tokens, statistics.head_input2.size)]
-    for block in statistics.blocks:
-        inputs += [(block.tokens, input2_I.size) for input2_I in block.input2.values()]
-    layers = [block.experts for block in statistics.blocks if block.experts is not None]
-    experts = any(_experts_have_few(sums, projection) for sums in layers for projection in PROJECTIONS)
-    return experts or any(_are_few(tokens, width) for tokens, width in inputs)
+def has_few_tokens(config: Config, tokens: int) -> bool:
+    """Whether damping may be worth choosing for a weight of a model that is calibrated on so many tokens: of a routed
+    expert, which sees its share of them, or of another."""
+    shapes = Layout(config).shapes().items()
+    of_experts = tokens * config.num_experts_per_tok / config.n_routed_experts
+    widths = ((".experts." in name, shape[-1]) for name, shape in shapes if len(shape) >= 2)
+    return any(_are_few(of_experts + width if is_expert else tokens, width) for is_expert, width in widths)
 
 
 def choose_damping(
@@ -46,15 +45,13 @@ def choose_damping(
     The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
     statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that.
     """
-    blocks = [named_leaves(layer) for layer in model.layers]
-    for mtp in model.mtp:
-        blocks.append({name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()})
+    blocks: list[Block | MtpBlock] = [*model.layers, *model.mtp]
     cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
     steps = sum(len(_matrices(sums)) + len(PROJECTIONS) * (sums.experts is not None) for sums in statistics.blocks)
     with counted(progress, steps + 1, "choosing damping") as tick:
-        chosen = tuple(_of_block(*case, tick) for case in cases)
+        chosen = tuple(choose_damping_of_block(*case, tick) for case in cases)
         tick()
-        head = _of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
+        head = choose_damping_of_matrix(model.head.get_value(), statistics.head_inputs(), held_out.head_inputs())
     return replace(statistics, blocks=chosen, head_damping=head)
 
 
@@ -62,14 +59,18 @@ def _matrices(sums: BlockStatistics) -> list[str]:
     return [name for name in sums.input2 if not name.endswith("router")]
 
 
-def _of_block(
-    leaves: dict[str, Weight], sums: BlockStatistics, held_out: BlockStatistics, tick: Callable[[], None]
+def choose_damping_of_block(
+    block: Block | MtpBlock,
+    sums: BlockStatistics,
+    held_out: BlockStatistics,
+    tick: Callable[[], object] = lambda: None,
 ) -> BlockStatistics:
-    """The block's statistics with damping chosen; `tick` is called before every matrix and projection."""
+    """One block's statistics as `choose_damping` has them; `tick` is called before every matrix and projection."""
+    leaves = {name.removeprefix("block."): leaf for name, leaf in named_leaves(block).items()}
     own, each = {}, {}
     for name in _matrices(sums):
         tick()
-        own[name] = _of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name))
+        own[name] = choose_damping_of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name))
     experts = sums.experts
     if experts is not None and held_out.experts is not None:
         for projection in PROJECTIONS:
@@ -80,7 +81,9 @@ def _of_block(
     return replace(sums, damping=_known(own), experts=experts)
 
 
-def _of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> jax.Array | None:
+def choose_damping_of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> jax.Array | None:
+    """The multiple for one weight outside the routed experts, as `choose_damping` chooses it; None where tokens are
+    many."""
     if not _are_few(inputs.tokens, leaf.shape[-1]):
         return None
 

@@ -78,6 +78,13 @@ def only_survivors(block: Block, plan: BlockPlan) -> Block:
     return Block(block.config, leaves.__getitem__, True, mlp.experts_per_token)
 
 
+def around(mtp: MtpBlock, block: Block) -> MtpBlock:
+    """The MTP block with another decoder block in it."""
+    leaves = named_leaves(mtp) | {f"block.{name}": leaf for name, leaf in named_leaves(block).items()}
+    per_token = block.mlp.experts_per_token if isinstance(block.mlp, MoE) else None
+    return MtpBlock(mtp.config, leaves.__getitem__, isinstance(block.mlp, MoE), per_token)
+
+
 def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:

@@ -19,6 +19,7 @@ from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock, rotated
 from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
+from moejax.model.source import ModelSource, Source, model_of
 
 # Rows of embedding and head that are dense in the wide dtype at a time.
 _ROWS = 1024
@@ -66,24 +67,46 @@ def rotate(
     Raises InputError if the model is rotated already, a size is odd, or the model has MTP blocks and its final norm's
     gain an entry that is zero (which a trace does not see).
     """
-    if model.config.residual_rotation or model.config.down_input_transform:
+    return model_of(rotated_source(ModelSource(model), seed, down=down, dtype=dtype))
+
+
+def rotated_source(
+    source: Source, seed: int, *, down: bool = False, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> "RotatedSource":
+    """The parts of `rotate`'s model, each turned when it is asked for. Raises InputError as `rotate` does."""
+    config = source.config
+    if config.residual_rotation or config.down_input_transform:
         raise InputError("the model is rotated already; one that is not is accepted")
-    if model.mtp:
-        _check_invertible(model.norm.get_value())
-    config = replace(model.config, residual_rotation="hadamard", down_input_transform="hadamard" if down else None)
-    dtype, signs = jnp.dtype(dtype), draw_signs(config, seed)
-    gain_D = model.norm.get_value()
-    leaves: dict[str, Weight] = {
-        "embed": _turn_rows(model.embed.get_value(), None, signs.residual_D, dtype),
-        "norm": _ones(gain_D, dtype),
-        "head": _turn_rows(model.head.get_value(), gain_D, signs.residual_D, dtype),
-    }
-    for i, layer in enumerate(model.layers):
-        leaves |= _named(f"layers.{i}", rotate_block(layer, config, signs, dtype))
-    for m, mtp in enumerate(model.mtp):
-        leaves |= _named(f"mtp.{m}", rotate_mtp(mtp, config, gain_D, signs, dtype))
-    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
-    return DeepseekV3(config, leaves.__getitem__, [block.experts_per_token for block in blocks])
+    if config.num_nextn_predict_layers:
+        _check_invertible(source.norm())
+    config = replace(config, residual_rotation="hadamard", down_input_transform="hadamard" if down else None)
+    return RotatedSource(source, config, draw_signs(config, seed), jnp.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class RotatedSource:
+    """`Source` of a rotated model: the parts of `source`, turned by `signs` and dense in `dtype`. `config` is the
+    rotated model's."""
+
+    source: Source
+    config: Config
+    signs: Signs
+    dtype: jnp.dtype
+
+    def embedding(self) -> Leaf:
+        return _turn_rows(self.source.embedding(), None, self.signs.residual_D, self.dtype)
+
+    def block(self, index: int) -> Block:
+        return rotate_block(self.source.block(index), self.config, self.signs, self.dtype)
+
+    def norm(self) -> jax.Array:
+        return _ones(self.source.norm(), self.dtype)
+
+    def head(self) -> Leaf:
+        return _turn_rows(self.source.head(), self.source.norm(), self.signs.residual_D, self.dtype)
+
+    def mtp(self, depth: int) -> MtpBlock:
+        return rotate_mtp(self.source.mtp(depth), self.config, self.source.norm(), self.signs, self.dtype)
 
 
 def rotate_block(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) -> Block:

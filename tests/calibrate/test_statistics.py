@@ -11,7 +11,7 @@ import pytest
 
 from leaf_oracle import to_numpy
 from moejax.calibrate import ExpertStatistics, calibrate
-from moejax.calibrate.observe import _observe_block
+from moejax.calibrate.calibration import _observe_block
 from moejax.calibrate.statistics import (
     EXPERT_PRODUCTS_BYTES,
     PRIOR_TOKENS,

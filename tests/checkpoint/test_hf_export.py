@@ -28,6 +28,7 @@ from moejax.formats import ExpertWeights, select_experts
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.pipeline.origin import Origin
 from moejax.pipeline.shapes import copied_files, shapes_for
+from moejax.pipeline.write import Calibrated
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from small_checkpoint import FP8_CONFIG
@@ -65,7 +66,7 @@ def write_pruned(
     # What is not rounded needs no statistics.
     statistics = jax.eval_shape(lambda m: calibrate(m, chunks), shapes.model)
     statistics = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), statistics)
-    Origin(model, model, shapes, statistics, chunks).write(plan, output, sys.maxsize)
+    Origin(model, model, shapes, Calibrated(chunks, chunks), statistics).write(plan, output, sys.maxsize)
 
 
 def read_all(folder: Path) -> Tensors:

@@ -13,7 +13,7 @@ from moejax.evaluate.forward import final_states
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3
 from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.parts import PartsInMemory
+from moejax.model.source import ModelSource
 from small_models import CHUNKS, CONFIG, small_model
 
 BATCHES = [CHUNKS[:2], CHUNKS[2:]]
@@ -25,30 +25,30 @@ quick_hidden = jax.jit(DeepseekV3.hidden)
 
 @dataclass
 class Watched:
-    """Parts of a model, copied when asked for: no part may be asked for while another one lives."""
+    """Source of a model, copied when asked for: no part may be asked for while another one lives."""
 
-    parts: PartsInMemory
+    source: ModelSource
     asked: list[str] = field(default_factory=list)
     lent: list[Any] = field(default_factory=list)
 
     @property
     def config(self) -> Config:
-        return self.parts.config
+        return self.source.config
 
     def embedding(self) -> Leaf:
-        return self._lend("embedding", self.parts.embedding())
+        return self._lend("embedding", self.source.embedding())
 
     def block(self, index: int) -> Block:
-        return self._lend(f"block {index}", self.parts.block(index))
+        return self._lend(f"block {index}", self.source.block(index))
 
     def norm(self) -> jax.Array:
-        return self._lend("norm", self.parts.norm())
+        return self._lend("norm", self.source.norm())
 
     def head(self) -> Leaf:
-        return self._lend("head", self.parts.head())
+        return self._lend("head", self.source.head())
 
     def mtp(self, index: int) -> MtpBlock:
-        return self._lend(f"mtp {index}", self.parts.mtp(index))
+        return self._lend(f"mtp {index}", self.source.mtp(index))
 
     def _lend(self, name: str, part: Any) -> Any:
         alive = [own for own, array in self.lent if array() is not None]
@@ -62,13 +62,13 @@ class Watched:
 def test_final_states_are_those_of_the_whole_model_and_one_part_is_there_at_a_time() -> None:
     model = small_model()
     ticks: list[None] = []
-    parts = Watched(PartsInMemory(model))
+    source = Watched(ModelSource(model))
     gc.disable()  # what is let go must not wait for it
     try:
-        states = final_states(parts, BATCHES, jnp.float32, True, lambda: ticks.append(None))
+        states = final_states(source, BATCHES, jnp.float32, True, lambda: ticks.append(None))
     finally:
         gc.enable()
-    assert parts.asked == ["embedding", *(f"block {i}" for i in range(L)), "norm", "mtp 0"]
+    assert source.asked == ["embedding", *(f"block {i}" for i in range(L)), "norm", "mtp 0"]
     assert len(ticks) == (L + 1) * len(BATCHES)
     tokens = jnp.asarray(CHUNKS)
     normed = np.asarray(model.normed(quick_hidden(model, tokens)))
@@ -79,6 +79,6 @@ def test_final_states_are_those_of_the_whole_model_and_one_part_is_there_at_a_ti
 
 
 def test_nothing_is_drafted_that_is_not_asked_for() -> None:
-    parts = Watched(PartsInMemory(small_model()))
-    assert final_states(parts, BATCHES, jnp.float32, False, lambda: None).drafted == []
-    assert "mtp 0" not in parts.asked
+    source = Watched(ModelSource(small_model()))
+    assert final_states(source, BATCHES, jnp.float32, False, lambda: None).drafted == []
+    assert "mtp 0" not in source.asked

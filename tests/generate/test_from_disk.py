@@ -10,15 +10,15 @@ from moejax.generate.decode import Decoding, generate, generate_batch
 from moejax.generate.from_disk import PartByPart
 from moejax.generate.sampling import Sampling
 from moejax.model.deepseek_v3 import Block
-from moejax.model.parts import PartsInMemory
+from moejax.model.source import ModelSource
 from small_models import first_layers
 
 PROMPT = [5, 80, 13, 60, 2, 41]
 
 
 @dataclass(frozen=True)
-class Counted(PartsInMemory):
-    """Parts that count how often they are read."""
+class Counted(ModelSource):
+    """Source that count how often they are read."""
 
     reads: dict[str, int] = field(default_factory=dict)
 
@@ -34,24 +34,24 @@ class Counted(PartsInMemory):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, 20, 0.9)], ids=["greedy", "drawn"])
 def test_the_same_tokens_as_in_memory(sampling: Sampling) -> None:
     model = first_layers(2)
-    runner, decoding = PartByPart(PartsInMemory(model)), Decoding(prefill_chunk=4)
+    runner, decoding = PartByPart(ModelSource(model)), Decoding(prefill_chunk=4)
     expected = list(generate(model, PROMPT, 8, sampling=sampling, seed=2, decoding=decoding))
     assert list(generate(runner, PROMPT, 8, sampling=sampling, seed=2, decoding=decoding)) == expected
 
 
 def test_a_batch_of_prompts() -> None:
     model, prompts = first_layers(2), [PROMPT, PROMPT[:3]]
-    assert list(generate_batch(PartByPart(PartsInMemory(model)), prompts, 5)) == list(generate_batch(model, prompts, 5))
+    assert list(generate_batch(PartByPart(ModelSource(model)), prompts, 5)) == list(generate_batch(model, prompts, 5))
 
 
 def test_every_step_reads_every_part_once() -> None:
-    parts = Counted(first_layers(2))
-    list(generate(PartByPart(parts), PROMPT, 5))
-    assert parts.reads == {"embedding": 5, "block 0": 5, "block 1": 5}
+    source = Counted(first_layers(2))
+    list(generate(PartByPart(source), PROMPT, 5))
+    assert source.reads == {"embedding": 5, "block 0": 5, "block 1": 5}
 
 
 def test_one_compilation_for_all_steps_of_a_kind() -> None:
-    runner = PartByPart(PartsInMemory(first_layers(2)))
+    runner = PartByPart(ModelSource(first_layers(2)))
     list(generate(runner, PROMPT, 3))
     before = from_disk.run_block_cached._cache_size()  # type: ignore[attr-defined]
     list(generate(runner, PROMPT[:5], 9))

@@ -19,7 +19,7 @@ from moejax.generate.from_disk import PartByPart
 from moejax.generate.speculative import Speculation
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.finite import all_finite
-from moejax.model.parts import PartsInMemory
+from moejax.model.source import ModelSource
 from moejax.pipeline.probe import probe
 from small_models import CHUNKS, CONFIG, small_model
 
@@ -112,7 +112,7 @@ def test_every_walk_stops() -> None:
         lambda: calibrate(model, CHUNKS, batch=2),
         lambda: probe(model, CHUNKS),
         lambda: list(generate(model, CHUNKS[0], 2)),
-        lambda: list(generate(PartByPart(PartsInMemory(model)), CHUNKS[0], 2)),
+        lambda: list(generate(PartByPart(ModelSource(model)), CHUNKS[0], 2)),
         lambda: list(Speculation(model, CHUNKS[0], 2)),
     ]
     for walk in walks:

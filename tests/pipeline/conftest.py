@@ -32,9 +32,9 @@ def tokenize(small: Path) -> Tokenize:
 
 @pytest.fixture(scope="session")
 def prepared(small: Path, calibration_text: Path, tokenize: Tokenize) -> Prepared:
-    calibrated, probed = split_calibration(tokenize(calibration_text), calibration=2, probed=1)
-    made = provenance(read_text(calibration_text), len(calibrated), RECIPE)
-    return prepare(require_original(open_checkpoint(small)), calibrated, probed, RECIPE, made, silent)
+    calibrated = split_calibration(tokenize(calibration_text), calibration=2, probed=1)
+    made = provenance(read_text(calibration_text), len(calibrated.chunks), RECIPE)
+    return prepare(require_original(open_checkpoint(small)), calibrated, RECIPE, made, silent)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from moejax.formats import parse_group_format
 from moejax.model import named_leaves
 from moejax.pipeline import compress as job
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.write import Calibrated
 from moejax.planning.size import parse_budget
 from moejax.progress import silent
 
@@ -82,7 +83,7 @@ def compressed_to_a_sixth(config: dict[str, Any], folder: Path) -> None:
     checkpoint = job.require_original(open_checkpoint(folder / "original"))
     budget = budget_near(parse_budget("6x", checkpoint.num_elements), checkpoint)
     chunks = np.random.RandomState(0).randint(config["vocab_size"], size=(6, TOKENS)).astype(np.int32)
-    prepared = job.prepare(checkpoint, chunks[:3], chunks[3:5], RECIPE, {}, silent)
+    prepared = job.prepare(checkpoint, Calibrated(chunks[:3], chunks[3:5]), RECIPE, {}, silent)
     result = job.compress_checkpoint(prepared, folder / "out", budget, chunks[5:], silent)
     assert result.bytes == folder_bytes(folder / "out") <= budget
     assert result.planned is not None and result.planned.without_format == ()

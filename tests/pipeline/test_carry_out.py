@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moejax.calibrate import Following, Statistics
+from moejax.calibrate import Statistics
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.formats import ExpertWeights, format_name
-from moejax.model import DeepseekV3, named_leaves
+from moejax.model import named_leaves
+from moejax.model.leaves import Weight
+from moejax.model.source import ModelSource
 from moejax.pipeline import compress as job
 from moejax.pipeline.origin import Origin, read_origin
 from moejax.planning import BlockPlan, Method, Plan
 from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.progress import silent
-from moejax.transforms.compress import compress_in_sequence
+from moejax.transforms.compress import calibrate_and_compress
 
 EVERY, SOME = tuple(range(12)), (0, 1, 3, 4, 6, 8, 9, 11)
 PLAN = Plan(
@@ -42,26 +44,19 @@ def done(
     tokenize: Callable[[Path], np.ndarray],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, job.Result, Origin]:
-    """The folder, what is told of it, and what was carried out."""
-    calibrated, held_out = job.split_calibration(tokenize(calibration_text), calibration=2, probed=1)
+    """The folder, what is told of it, and what was carried out, read into memory."""
+    calibrated = job.split_calibration(tokenize(calibration_text), calibration=2, probed=1)
     checkpoint, output = job.require_original(open_checkpoint(small)), tmp_path_factory.mktemp("carried") / "out"
-    size, origins = job.check_plan_bytes(checkpoint, PLAN, None), []
-
-    def read(*arguments: Any) -> Origin:
-        origins.append(read_origin(*arguments))
-        return origins[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "read_origin", read)
-        evaluated = tokenize(heldout_text)
-        result = job.carry_out(checkpoint, PLAN, calibrated, held_out, {}, output, size, evaluated, silent)
-    return output, result, origins[0]
+    size, evaluated = job.check_plan_bytes(checkpoint, PLAN, None), tokenize(heldout_text)
+    result = job.carry_out(checkpoint, PLAN, calibrated, {}, output, size, evaluated, silent)
+    return output, result, read_origin(checkpoint, PLAN.method, calibrated, {}, silent)
 
 
-def in_sequence(origin: Origin, statistics: Statistics) -> DeepseekV3:
-    assert origin.chunks is not None
-    start = Following.of(origin.model, origin.chunks, hessians=True)
-    return compress_in_sequence(origin.model, PLAN, start, statistics)
+def in_sequence(origin: Origin, statistics: Statistics) -> dict[str, Weight]:
+    leaves: dict[str, Weight] = {}
+    source = ModelSource(origin.model)
+    calibrate_and_compress(source, PLAN, *origin.calibrated, leaves.update, known=statistics)
+    return leaves
 
 
 def test_the_bytes_are_those_of_the_plan(done: tuple[Path, job.Result, Origin]) -> None:
@@ -79,8 +74,8 @@ def test_weights_are_rounded_in_sequence_with_the_damping_that_was_chosen(
     chosen = [*origin.statistics.blocks[1].damping.values(), origin.statistics.head_damping]
     assert len(chosen) > 5 and {float(multiple) for multiple in chosen if multiple is not None} - {1.0}
     written = named_leaves(load_model(open_checkpoint(output)))
-    expected = named_leaves(in_sequence(origin, origin.statistics))
-    usual = named_leaves(in_sequence(origin, without_damping(origin.statistics)))
+    expected = in_sequence(origin, origin.statistics)
+    usual = in_sequence(origin, without_damping(origin.statistics))
     differing = 0
     for name, leaf in written.items():
         if format_name(in_one_bucket(leaf)).startswith("int2"):

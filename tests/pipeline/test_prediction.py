@@ -49,8 +49,8 @@ def rows(tiny: Path, optimized: None) -> list[Row]:
         chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)
         for text in (default_calibration_text(400_000), default_evaluation_text(200_000))
     )
-    calibrated, probed = job.split_calibration(calibration, CALIBRATED, PROBED)
-    prepared = job.prepare(checkpoint, calibrated, probed, Recipe(FORMATS), {}, silent)
+    calibrated = job.split_calibration(calibration, CALIBRATED, PROBED)
+    prepared = job.prepare(checkpoint, calibrated, Recipe(FORMATS), {}, silent)
     held_out = held_out[np.linspace(0, len(held_out) - 1, EVALUATED).astype(int)]
     unseen = replace(prepared.trial, probe=probe(prepared.model, held_out))
     found = []

@@ -1,5 +1,6 @@
 """The damping chosen for a matrix is the one of least error on held-out tokens, found here in NumPy and float64."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -13,7 +14,12 @@ from moejax.formats import ExpertWeights, Leaf, parse_group_format
 from moejax.model import named_leaves
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.choose_damping import MULTIPLES, choose_damping, has_few_tokens
-from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
+from moejax.transforms.error_feedback import (
+    DAMPING,
+    DAMPING_PER_INPUT,
+    damping_for,
+    quantize_with_feedback,
+)
 from moejax.transforms.rounding import to_float32
 from seen_by_blocks import statistics_with_hessians
 from small_models import CONFIG, small_model
@@ -78,13 +84,20 @@ def test_every_matrix_but_the_router_has_one() -> None:
 
 def test_where_tokens_are_many_nothing_is_chosen() -> None:
     many = jax.tree.map(lambda sums: 1e4 * sums, statistics_with_hessians())
-    assert has_few_tokens(statistics_with_hessians()) and not has_few_tokens(many)
     many = choose_damping(small_model(), many, held_out())
     assert not any(block.damping or (block.experts and block.experts.damping) for block in many.blocks)
     assert many.head_damping is None
 
 
-def test_a_layers_experts_alone_can_have_few() -> None:
-    few = statistics_with_hessians()
-    many = jax.tree.map(lambda sums: 1e4 * sums, few)
-    assert has_few_tokens(replace(many, blocks=(*many.blocks[:1], replace(many.blocks[1], experts=experts_of(few)))))
+def test_tokens_are_few_where_those_of_one_weight_are() -> None:
+    """At DAMPING a matrix of I inputs has DAMPING_PER_INPUT / DAMPING * I tokens; experts see K/E of them."""
+    per_input = DAMPING_PER_INPUT / DAMPING
+    widest = CONFIG.num_attention_heads * CONFIG.v_head_dim, 2 * CONFIG.hidden_size, CONFIG.intermediate_size
+    enough = math.ceil(per_input * max(widest))
+    share = CONFIG.num_experts_per_tok / CONFIG.n_routed_experts
+    for_experts = math.ceil((per_input - 1) * CONFIG.moe_intermediate_size / share)
+    for config, least in (
+        (CONFIG, max(enough, for_experts)),
+        (replace(CONFIG, num_experts_per_tok=CONFIG.n_routed_experts, num_nextn_predict_layers=0), enough),
+    ):
+        assert has_few_tokens(config, least - 1) and not has_few_tokens(config, least + 1)

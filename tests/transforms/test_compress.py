@@ -1,6 +1,8 @@
 """A plan carried out on a small model: what every weight becomes, and that nothing else happens."""
 
 import dataclasses
+import gc
+import weakref
 from functools import cache, partial
 from typing import Any
 
@@ -11,20 +13,23 @@ import pytest
 from jax.extend.core import subjaxprs
 
 from leaf_oracle import to_numpy
-from moejax.calibrate import Following, Statistics, calibrate
+from moejax.calibrate import Statistics, calibrate
 from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, dense, describe, format_name, parse_group_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
-from moejax.planning import KEEP, BlockPlan, Plan
+from moejax.model.source import ModelSource
+from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
-from moejax.transforms.compress import compress, compress_in_sequence
+from moejax.transforms.choose_damping import choose_damping
+from moejax.transforms.compress import calibrate_and_compress, compress
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, RAW_CONFIG, small_model, small_statistics
 
+HELD_OUT = np.random.RandomState(1).randint(CONFIG.vocab_size, size=(4, 14)).astype(np.int32)
 BLOCKS = ["layers.0", "layers.1", "layers.2", "mtp.0.block"]
 EVERY_EXPERT = tuple(range(CONFIG.n_routed_experts))
 PLAN = Plan(
@@ -245,13 +250,58 @@ def original(name: str, expert: int | None = None) -> jax.Array:
 SHALLOW = dataclasses.replace(PLAN, embed=KEEP, blocks=(PLAN.blocks[0], *(BlockPlan(),) * 3))
 
 
-def start(hessians: bool = True) -> Following:
-    return Following.of(small_model(), CHUNKS, batch=2, hessians=hessians)
+SEQUENTIAL = Method(error_feedback=True, sequential=True)
+
+
+def in_sequence(plan: Plan, statistics: Statistics, method: Method = SEQUENTIAL) -> dict[str, Any]:
+    """The plan's leaves, calibration following compression, damped as `statistics` say."""
+    return on_the_way(dataclasses.replace(plan, method=method), statistics)
+
+
+def on_the_way(plan: Plan, known: Statistics | None = None) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    calibrate_and_compress(ModelSource(small_model()), plan, CHUNKS, HELD_OUT, leaves.update, known=known, batch=2)
+    return leaves
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_statistics_made_on_the_way_give_the_same_bytes(error_feedback: bool) -> None:
+    """As those of the whole model at once, damping chosen where there are Hessians."""
+    statistics = small_statistics()
+    if error_feedback:
+        held_out = calibrate(small_model(), HELD_OUT, batch=2, hessians=True)
+        statistics = choose_damping(small_model(), statistics_with_hessians(), held_out)
+    expected = named_leaves(compress(small_model(), PLAN, statistics))
+    found = on_the_way(dataclasses.replace(PLAN, method=Method(error_feedback)))
+    assert list(found) != [] and found.keys() == expected.keys()
+    assert_same_bits({name: found[name] for name in expected}, expected)
+
+
+def test_one_block_at_a_time_is_in_memory() -> None:
+    """Each is asked for when those before it, and what became of them, are let go of."""
+    lent: list[Any] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Lending(ModelSource):
+        def block(self, index: int) -> Any:
+            assert not [own for own in lent if own() is not None], f"alive when block {index} was asked for"
+            block = jax.tree.map(jnp.copy, super().block(index))
+            lent.extend(weakref.ref(array) for array in jax.tree.leaves(named_leaves(block)))
+            return block
+
+    finished: list[str] = []
+    plan = dataclasses.replace(PLAN, method=Method(error_feedback=True, sequential=True))
+    gc.disable()
+    try:
+        calibrate_and_compress(Lending(small_model()), plan, CHUNKS, HELD_OUT, finished.extend)
+    finally:
+        gc.enable()
+    assert lent and set(finished) == named_leaves(small_model()).keys()
 
 
 def test_in_sequence_the_first_rounded_block_is_as_without() -> None:
     """Up to it nothing has changed; the float32 sums may differ in the last bits, and a few codes with them."""
-    found = named_leaves(compress_in_sequence(small_model(), SHALLOW, start(), statistics_with_hessians()))
+    found = in_sequence(SHALLOW, statistics_with_hessians())
     alone = named_leaves(compress(small_model(), SHALLOW, statistics_with_hessians()))
     for name in ("layers.0.self_attn.q_a", "layers.0.self_attn.k_b"):
         a, b = (np.asarray(dense(leaves[name], jnp.dtype("float32"))) for leaves in (found, alone))
@@ -261,8 +311,7 @@ def test_in_sequence_the_first_rounded_block_is_as_without() -> None:
 
 def test_in_sequence_a_block_is_rounded_by_what_the_compressed_ones_put_out() -> None:
     """As if the compressed blocks before it had been calibrated with it, its pruned experts never chosen."""
-    found = compress_in_sequence(small_model(), PLAN, start(), statistics_with_hessians())
-    leaves, original_leaves = named_leaves(found), named_leaves(small_model())
+    leaves, original_leaves = in_sequence(PLAN, statistics_with_hessians()), named_leaves(small_model())
     before = {name: leaf for name, leaf in leaves.items() if name == "embed" or name.startswith("layers.0.")}
     masked = {
         "layers.1.mlp.bias": original_leaves["layers.1.mlp.bias"]
@@ -291,8 +340,8 @@ def test_in_sequence_a_block_is_rounded_by_what_the_compressed_ones_put_out() ->
 
 
 def test_in_sequence_shapes_are_the_same() -> None:
-    found = compress_in_sequence(small_model(), PLAN, start(hessians=False), small_statistics())
-    jax.tree.map(assert_same_shape, found, compressed())
+    found = in_sequence(PLAN, small_statistics(), Method(sequential=True))
+    jax.tree.map(assert_same_shape, found, dict(named_leaves(compressed())))
 
 
 def test_in_sequence_damping_is_what_was_chosen() -> None:
@@ -302,7 +351,7 @@ def test_in_sequence_damping_is_what_was_chosen() -> None:
     chosen = dataclasses.replace(first, damping={"self_attn.q_a": jnp.float32(3.0)})
     statistics = dataclasses.replace(statistics, blocks=(chosen, *statistics.blocks[1:]), head_damping=jnp.float32(0.1))
     plan = dataclasses.replace(SHALLOW, head="int2g64")
-    found = named_leaves(compress_in_sequence(small_model(), plan, start(), statistics))
+    found = in_sequence(plan, statistics)
     inputs, to = first.inputs("self_attn.q_a"), parse_group_format(plan.blocks[0].formats["self_attn.q_a"])
     a, b, usual = (
         np.asarray(dense(leaf, jnp.dtype("float32")))
@@ -313,5 +362,5 @@ def test_in_sequence_damping_is_what_was_chosen() -> None:
         )
     )
     assert np.mean(a != b) < 0.01 < np.mean(a != usual)
-    plain = named_leaves(compress_in_sequence(small_model(), plan, start(), statistics_with_hessians()))
+    plain = in_sequence(plan, statistics_with_hessians())
     assert not np.array_equal(found["head"].words, plain["head"].words)

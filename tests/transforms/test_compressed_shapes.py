@@ -20,7 +20,7 @@ from moejax.transforms.compressed_shapes import compressed_shapes
 from small_models import CONFIG, small_model, small_statistics
 
 FORMATS = (KEEP, "int2g32", "int3g64e8", "ternaryg128")
-MODEL = jax.eval_shape(small_model)
+MODEL = jax.eval_shape(lambda model: model, small_model())
 MATRICES = [
     [name for name in own.input2 if index == CONFIG.num_hidden_layers or name != "eh_proj"]
     for index, own in enumerate(small_statistics().blocks)

@@ -57,9 +57,9 @@ def prepare(name: str, calibration: Path) -> Trial:
     checkpoint = require_original(open_checkpoint(name))
     tokenizer = load_tokenizer(checkpoint.path)
     tokens = chunks(tokenizer.encode(read_text(calibration).content), bos_token_id=tokenizer.bos_token_id)
-    calibrated, probed = split_calibration(tokens, 64, 8)
+    calibrated = split_calibration(tokens, 64, 8)
     model = load_model(checkpoint)
-    return Trial(model, probe(model, probed), calibrate(model, calibrated, progress=progress_bar))
+    return Trial(model, probe(model, calibrated.held_out), calibrate(model, calibrated.chunks, progress=progress_bar))
 
 
 def rounding_rates(trial: Trial) -> Mapping[int, float]:

@@ -34,6 +34,7 @@ from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.write import Calibrated
 from moejax.planning import Plan
 from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
@@ -78,10 +79,9 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Texts:
-    """Chunks to calibrate on, to try plans on, to measure on, and others of the calibration text."""
+    """Chunks to calibrate on, to measure on, and others of the calibration text."""
 
-    calibrated: np.ndarray
-    probed: np.ndarray
+    calibrated: Calibrated
     held_out: np.ndarray
     left_out: np.ndarray
 
@@ -96,12 +96,12 @@ def read_texts(options: argparse.Namespace) -> Texts:
     if not options.text:
         places = np.linspace(3, len(calibration) - 4, LEFT_OUT).astype(int)
         left_out, others = calibration[places], np.delete(calibration, places, axis=0)
-        return Texts(*job.split_calibration(others, options.calibration_chunks, 8), left_out, left_out)
+        return Texts(job.split_calibration(others, options.calibration_chunks, 8), left_out, left_out)
     used = job.split_calibration(calibration, options.calibration_chunks, 8)
     seen = {chunk.tobytes() for own in used for chunk in own}
     others = np.stack([chunk for chunk in calibration if chunk.tobytes() not in seen])
     left_out = others[np.linspace(0, len(others) - 1, LEFT_OUT).astype(int)]
-    return Texts(*used, chunks_of(options.text), left_out)
+    return Texts(used, chunks_of(options.text), left_out)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def all_rows(texts: Texts, options: argparse.Namespace) -> Iterator[dict[str, An
     checkpoint = job.require_original(open_checkpoint(options.checkpoint))
     bases: list[Predictions] = []
     for recipe in options.recipes:
-        prepared = job.prepare(checkpoint, texts.calibrated, texts.probed, read_recipe(recipe), {}, progress_bar)
+        prepared = job.prepare(checkpoint, texts.calibrated, read_recipe(recipe), {}, progress_bar)
         bases = bases or [predictions(prepared, own) for own in (texts.held_out, texts.left_out)]
         for case in cases(recipe, prepared, options):
             row: dict[str, Any] = {"method": case.method, "budget": case.label, "bytes": None}

@@ -12,8 +12,8 @@ from moejax.model.leaves import under
 
 
 @dataclass(frozen=True)
-class PartsOnDisk:
-    """`Parts` of a checkpoint larger than memory: block(i) is load_model(checkpoint).layers[i], and the others alike.
+class CheckpointSource:
+    """`Source` of a checkpoint larger than memory: block(i) is load_model(checkpoint).layers[i], and the others alike.
 
     Nothing is kept: a part's memory is free once the caller lets go of it, and asked again it is read again.
     """

@@ -9,7 +9,7 @@ import numpy as np
 from model_cases import CASES, write_hf_checkpoint
 from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.native import Description, write_native
-from moejax.checkpoint.streamed import PartsOnDisk
+from moejax.checkpoint.source import CheckpointSource
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves
 
@@ -31,15 +31,15 @@ def test_every_part_is_the_loaded_models(tmp_path: Path) -> None:
         (original, original.experts_per_token),
         (open_checkpoint(tmp_path / "native"), PER_TOKEN),
     ):
-        model, parts = load_model(checkpoint), PartsOnDisk(checkpoint)
-        assert parts.config == model.config
-        same(parts.embedding(), model.embed.get_value())
-        same(parts.norm(), model.norm.get_value())
-        same(parts.head(), model.head.get_value())
-        blocks = [parts.block(index) for index in range(len(model.layers))]
-        for block, layer in zip([*blocks, parts.mtp(0)], [*model.layers, *model.mtp], strict=True):
+        model, source = load_model(checkpoint), CheckpointSource(checkpoint)
+        assert source.config == model.config
+        same(source.embedding(), model.embed.get_value())
+        same(source.norm(), model.norm.get_value())
+        same(source.head(), model.head.get_value())
+        blocks = [source.block(index) for index in range(len(model.layers))]
+        for block, layer in zip([*blocks, source.mtp(0)], [*model.layers, *model.mtp], strict=True):
             same(block, layer)
-        own = [getattr(block.mlp, "experts_per_token", per_token[0]) for block in [*blocks, parts.mtp(0).block]]
+        own = [getattr(block.mlp, "experts_per_token", per_token[0]) for block in [*blocks, source.mtp(0).block]]
         assert own == list(per_token)
 
 

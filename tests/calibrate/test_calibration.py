@@ -7,24 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.calibrate import BlockStatistics, Following, Statistics, calibrate
+from moejax.calibrate import BlockStatistics, Calibration, Statistics, calibrate
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
+from moejax.model.hidden_states import HiddenStates
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, small_model
 
 LAYERS = CONFIG.num_hidden_layers
 
 
-def started(hessians: bool = True) -> Following:
-    model = small_model()
-    return Following.of(model, CHUNKS, batch=2, hessians=hessians).behind_embedding(model.embed.get_value())
+def started(model: DeepseekV3, hessians: bool = True) -> Calibration:
+    """Behind the model's embedding."""
+    calibration = Calibration(CONFIG, CHUNKS, batch=2, hessians=hessians)
+    calibration.embedding(model.embed.get_value())
+    return calibration
 
 
-def behind_all_layers(following: Following) -> Following:
-    for layer in small_model().layers:
-        following = following.behind_block(layer)
-    return following
+def behind_all_layers(model: DeepseekV3, calibration: Calibration) -> Calibration:
+    for i, layer in enumerate(model.layers):
+        HiddenStates.block(calibration, i, layer)
+    calibration.norm(model.norm.get_value())
+    return calibration
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -36,19 +40,21 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 def test_behind_a_model_that_nothing_changed_everything_is_as_calibrated() -> None:
-    expected, following, model = statistics_with_hessians(), started(), small_model()
-    for layer, sums in zip(model.layers, expected.blocks, strict=False):
-        assert_alike(following.block_statistics(layer), sums)
-        following = following.behind_block(layer)
-    assert_alike(following.mtp_statistics(0, model.mtp[0].block), expected.blocks[LAYERS])
+    expected, model = statistics_with_hessians(), small_model()
+    following = started(model)
+    for i, layer in enumerate(model.layers):
+        assert_alike(following.observe(i, layer), expected.blocks[i])
+        HiddenStates.block(following, i, layer)
+    following.norm(model.norm.get_value())
+    assert_alike(following.observe_mtp(0, model.mtp[0]), expected.blocks[LAYERS])
     assert_alike(following.head_inputs(), expected.head_inputs())
 
 
 def test_without_hessians_there_are_none() -> None:
-    following = started(hessians=False)
-    sums = following.block_statistics(small_model().layers[0])
+    following = started(small_model(), hessians=False)
+    sums = following.observe(0, small_model().layers[0])
     assert sums.products is None
-    following = behind_all_layers(following)
+    behind_all_layers(small_model(), following)
     assert following.head_inputs().hessian is None
     assert_alike(following.head_inputs().second_moment, statistics_with_hessians().head_inputs().second_moment)
 
@@ -67,20 +73,17 @@ def rougher() -> tuple[DeepseekV3, Statistics]:
 
 def test_a_block_sees_what_the_changed_parts_before_it_put_out(rougher: tuple[DeepseekV3, Statistics]) -> None:
     changed, expected = rougher
-    following = Following.of(small_model(), CHUNKS, batch=2, hessians=True)
-    following = following.behind_embedding(changed.embed.get_value()).behind_block(changed.layers[0])
-    sums = following.block_statistics(small_model().layers[1])
+    following = started(changed)
+    HiddenStates.block(following, 0, changed.layers[0])
+    sums = following.observe(1, small_model().layers[1])
     assert_alike(sums, expected.blocks[1])
     assert not_alike(sums, statistics_with_hessians().blocks[1])
 
 
 def test_the_mtp_block_sees_the_changed_embedding_too(rougher: tuple[DeepseekV3, Statistics]) -> None:
     changed, expected = rougher
-    following = Following.of(small_model(), CHUNKS, batch=2, hessians=True)
-    following = following.behind_embedding(changed.embed.get_value())
-    for layer in changed.layers:
-        following = following.behind_block(layer)
-    assert_alike(following.mtp_statistics(0, small_model().mtp[0].block), expected.blocks[LAYERS])
+    following = behind_all_layers(changed, started(changed))
+    assert_alike(following.observe_mtp(0, small_model().mtp[0]), expected.blocks[LAYERS])
 
 
 def not_alike(found: BlockStatistics, other: BlockStatistics) -> bool:

@@ -1,0 +1,68 @@
+"""Tokens on their way through a model: the step that every walk over hidden states is made of."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.formats import Leaf
+from moejax.kernels import take
+from moejax.model.config import Config
+from moejax.model.deepseek_v3 import Block
+from moejax.model.finite import require_finite, require_finite_block
+from moejax.model.rope import rotation
+from moejax.model.source import Source, Step, walk
+from moejax.model.steps import run_block
+
+# An array (B, T, D), a `jax.Array` or what `kept` makes of one.
+State = Any
+
+
+class HiddenStates(Step):
+    """Hidden states (B, T, D) of batches of tokens (B, T), which are of one length, behind the last part walked over.
+
+    states: one per batch. embedded: what the embedding gave, if MTP blocks will take it (`drafts`), else empty. by: the
+    rotation of all positions. What `kept` makes of states lies between two blocks: `np.asarray` puts them into the
+    host's memory. `tick` is called before every batch of every block.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batches: Sequence[jax.Array | np.ndarray],
+        dtype: jax.typing.DTypeLike,
+        *,
+        drafts: bool = False,
+        kept: Callable[[jax.Array], State] = lambda x_BTD: x_BTD,
+        tick: Callable[[], object] = lambda: None,
+    ):
+        self.config, self.batches, self.dtype = config, batches, dtype
+        self.states: list[State] = []
+        self.embedded: list[State] = []
+        self.by = rotation(config, jnp.arange(batches[0].shape[1]), jnp.promote_types(dtype, jnp.float32))
+        self._drafts, self._kept, self.tick = drafts, kept, tick
+
+    def embedding(self, embedding: Leaf) -> None:
+        """Raises InputError if a row of a token is not finite."""
+        for tokens_BT in self.batches:
+            x_BTD = take(embedding, jnp.asarray(tokens_BT), self.dtype)
+            require_finite("embed", x_BTD)
+            self.states.append(self._kept(x_BTD))
+        if self._drafts:
+            self.embedded = list(self.states)
+
+    def block(self, index: int, block: Block) -> None:
+        """Raises InputError, naming the matrix, where an output is not finite."""
+        for n, state_BTD in enumerate(self.states):
+            self.tick()
+            x_BTD = jnp.asarray(state_BTD)
+            y_BTD = run_block(block, x_BTD, self.by)
+            require_finite_block(f"layers.{index}", block, x_BTD, self.by, y_BTD)
+            self.states[n] = self._kept(y_BTD)
+
+
+def require_finite_blocks(source: Source, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:
+    """Raise InputError, naming the matrix, at the first part of a model whose output on tokens (B, T) is not finite."""
+    walk(source, HiddenStates(source.config, [tokens_BT], dtype))
