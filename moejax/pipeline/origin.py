@@ -13,7 +13,8 @@ import numpy as np
 from moejax.calibrate import Following, Statistics, calibrate
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model
-from moejax.checkpoint.native import COPIED_FILES, Description, NativeBytes, native_bytes, write_native
+from moejax.checkpoint.native import COPIED_FILES
+from moejax.checkpoint.native_writer import Description, NativeBytes, native_bytes, write_native
 from moejax.model import DeepseekV3
 from moejax.model.config import ROTATION_FIELDS
 from moejax.planning import Method, Plan
