@@ -1,9 +1,10 @@
-"""Writing the native checkpoint (see `native`) item by item, so that no more than one block need be in memory."""
+"""Writing the native checkpoint (see `native`) item by item, so that no more than one block need be in memory, and a
+job that was stopped can go on."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 
 from moejax.checkpoint import store
-from moejax.checkpoint.atomic import atomic_folder
+from moejax.checkpoint.atomic import atomic_folder, clear_folder, require_space
+from moejax.checkpoint.journal import Journal
 from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, arrays_of, item_of
-from moejax.errors import InputError, InternalError
+from moejax.errors import InputError, InternalError, note
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.config import ROTATION_FIELDS
@@ -23,6 +25,7 @@ from moejax.progress import Progress, silent
 # What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
 # decided what to calibrate on.
 PROVENANCE_BYTES = 2048
+_JOURNAL = "journal.jsonl"
 _NO_CHECKSUM = "0" * 8
 
 
@@ -65,22 +68,24 @@ class NativeWriter:
 
     items: what is promised, every leaf by item and by name within; of use are the shapes alone.
     bytes: what the whole folder will take.
+    checksums: of every array of the items that are finished, by item and by the array's name within.
     """
 
     folder: Path
     items: Mapping[str, Mapping[str, Weight]]
     bytes: int
-    _checksums: dict[str, dict[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    checksums: dict[str, dict[str, str]]
+    journal: Journal | None
 
     @property
-    def checksums(self) -> Mapping[str, Mapping[str, str]]:
-        """Of every array of the items that are finished."""
-        return self._checksums
+    def finished(self) -> list[str]:
+        """The items that are on the disk, by this run or an earlier one."""
+        return list(self.checksums)
 
     @property
     def missing(self) -> list[str]:
         """The items that are still to be added."""
-        return [item for item in self.items if item not in self._checksums]
+        return [item for item in self.items if item not in self.checksums]
 
     def add(self, item: str, leaves: Mapping[str, Weight]) -> None:
         """Write an item, its leaves by their names within it; when this returns, it is on the disk.
@@ -96,30 +101,51 @@ class NativeWriter:
         arrays = {name: np.asarray(array) for name, array in _arrays_of_item(in_order).items()}
         checksums = {name: store.checksum(array) for name, array in arrays.items()}
         store.write_item(self.folder, item, arrays)
-        self._checksums[item] = checksums
+        self.checksums[item] = checksums
+        if self.journal:
+            self.journal.add(item, checksums)
 
 
 @contextmanager
 def native_writer(
-    model: DeepseekV3, output: Path, description: Description, copied: Sequence[Path], budget: int
+    model: DeepseekV3,
+    output: Path,
+    description: Description,
+    copied: Sequence[Path],
+    budget: int,
+    job: str | None = None,
+    progress: Progress = silent,
 ) -> Iterator[NativeWriter]:
     """A writer of the checkpoint `output` of a model, of which shapes are enough. The folder appears, with its manifest
     and the copied files, when the block ends with all items added.
 
-    Raises, leaving nothing, InputError before the block runs if the bytes exceed `budget` or what is free; OSError if
-    they cannot be written; InternalError if items are missing, or the bytes are others than `native_bytes` predicts.
+    job: a text that no other items have, such as a hash of what they are made from and by. With it, finished items stay
+    beside `output` when the block fails or the process is killed. The next writer with the same text checks them, which
+    `progress` shows, and has those that are whole among its `finished`; the folder's bytes do not depend on it.
+
+    Raises, leaving nothing else, InputError before the block runs if the bytes exceed `budget` or what is free; OSError
+    if they cannot be written; InternalError if items are missing, or the bytes are others than `native_bytes` predicts.
     """
     predicted = native_bytes(model, description, copied).total
     if predicted > budget:
         raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
-    with atomic_folder(output, predicted) as folder:
-        writer = NativeWriter(folder, _items(model), predicted)
+
+    def is_resumable(folder: Path) -> bool:
+        return job is not None and bool(Journal(folder / _JOURNAL, job).finished())
+
+    with atomic_folder(output, is_resumable=is_resumable) as folder:
+        journal = None if job is None else Journal(folder / _JOURNAL, job)
+        writer = NativeWriter(folder, _items(model), predicted, {}, journal)
+        if journal:
+            _take_up(writer, journal, progress)
+        require_space(output.absolute(), predicted - store.folder_bytes(folder))
         yield writer
         if writer.missing:
             raise InternalError(f"{output} lacks {', '.join(writer.missing)}; nothing was written")
         (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums))
         for file in copied:
             (folder / file.name).write_bytes(file.read_bytes())
+        (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
         store.check_written(f"{output}", store.folder_bytes(folder), predicted)
 
 
@@ -136,6 +162,19 @@ def write_native(
         for item, leaves in progress(list(_items(model).items()), "writing"):
             writer.add(item, leaves)
     return writer.bytes
+
+
+def _take_up(writer: NativeWriter, journal: Journal, progress: Progress) -> None:
+    """What an earlier run has finished, if it is whole, is the writer's; all else is removed."""
+    items, finished = writer.folder / store.ITEMS_FOLDER, journal.finished()
+    for item in progress([item for item in writer.items if item in finished], "checking what is written"):
+        if store.is_whole(writer.folder, item, _arrays_of_item(writer.items[item]), finished[item]):
+            writer.checksums[item] = finished[item]
+        elif (items / item).exists():
+            note(f"{items / item}, which an earlier run had finished, is damaged and made anew")
+    clear_folder(writer.folder, but=(_JOURNAL, store.ITEMS_FOLDER))
+    if items.exists():
+        clear_folder(items, but=writer.finished)
 
 
 def _check_leaves(item: str, leaves: Mapping[str, Weight], promised: Mapping[str, Weight]) -> None:

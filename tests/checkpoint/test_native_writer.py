@@ -1,6 +1,7 @@
 """A checkpoint that is written item by item is the one that is written in one go, or none."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 from moejax.checkpoint.atomic import partial_path
 from moejax.checkpoint.native import item_of
 from moejax.checkpoint.native_writer import NativeWriter, native_bytes, native_writer
-from moejax.errors import InputError, InternalError
+from moejax.checkpoint.store import folder_bytes
+from moejax.errors import InputError, InternalError, Note
 from moejax.formats import GroupedInt
 from moejax.model import DeepseekV3, named_leaves
+from moejax.progress import Step
 from native_checkpoint import BUDGET, DESCRIPTION, files, random_experts
 
 Items = dict[str, dict[str, Any]]
+JOB = "a hash"
 
 
 @pytest.fixture
@@ -135,12 +139,134 @@ def test_a_budget_one_byte_short_leaves_nothing(abstract: DeepseekV3, copied: li
 
 def test_two_writers_of_one_output(abstract: DeepseekV3, items: Items, written: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with native_writer(abstract, output, DESCRIPTION, [], BUDGET) as writer:
+    with native_writer(abstract, output, DESCRIPTION, [], BUDGET, JOB) as writer:
         for item, leaves in items.items():
             writer.add(item, leaves)
             with (
                 pytest.raises(InputError, match=f"another process is writing it, in {partial_path(output)}"),
-                native_writer(abstract, output, DESCRIPTION, [], BUDGET),
+                native_writer(abstract, output, DESCRIPTION, [], BUDGET, JOB),
             ):
                 pytest.fail("the block must not run")
     assert files(output).items() <= files(written).items()
+
+
+def stopped(abstract: DeepseekV3, items: Items, output: Path, finished: list[str], job: str | None = JOB) -> None:
+    """A run that fails after these items."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        native_writer(abstract, output, DESCRIPTION, [], BUDGET, job) as writer,
+    ):
+        for item in finished:
+            writer.add(item, items[item])
+        raise KeyboardInterrupt
+
+
+def gone_on_with(
+    abstract: DeepseekV3, items: Items, output: Path, copied: list[Path], job: str | None = JOB
+) -> tuple[list[str], list[str]]:
+    """The items that the next run finds finished, and those that it adds."""
+    size = native_bytes(abstract, DESCRIPTION, copied).total
+    with native_writer(abstract, output, DESCRIPTION, copied, size, job) as writer:
+        found, missing = writer.finished, writer.missing
+        for item in missing:
+            writer.add(item, items[item])
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    return found, missing
+
+
+def test_what_was_stopped_is_gone_on_with(
+    abstract: DeepseekV3, items: Items, copied: list[Path], written: Path, tmp_path: Path
+) -> None:
+    """Twice, the second time with the journal's last line and an item half-written."""
+    output, partial = tmp_path / "out", partial_path(tmp_path / "out")
+    stopped(abstract, items, output, ["layer_1"])
+    stopped(abstract, items, output, ["outer", "mtp_0"])
+    with (partial / "journal.jsonl").open("ab") as journal:
+        journal.write(b'\n{"item": "layer_0", "check')
+    (partial / "items" / ".layer_0.partial").mkdir()
+    (partial / "items" / "layer_2").mkdir()
+    (partial / "manifest.json").write_text("{")
+    assert gone_on_with(abstract, items, output, copied) == (["outer", "layer_1", "mtp_0"], ["layer_0", "layer_2"])
+    assert files(output) == files(written)
+
+
+def test_a_failure_at_the_end_is_gone_on_with(
+    abstract: DeepseekV3, items: Items, copied: list[Path], written: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.touch()
+    with (
+        pytest.raises(FileNotFoundError),
+        native_writer(abstract, tmp_path / "out", DESCRIPTION, [copy], BUDGET, JOB) as writer,
+    ):
+        for item, leaves in items.items():
+            writer.add(item, leaves)
+        copy.unlink()
+    assert gone_on_with(abstract, items, tmp_path / "out", copied) == (list(items), [])
+    assert files(tmp_path / "out") == files(written)
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "input_norm/.zarray", "input_norm/0"])
+def test_an_item_of_which_a_byte_changed_is_made_anew(
+    abstract: DeepseekV3, items: Items, copied: list[Path], written: Path, tmp_path: Path, file: str
+) -> None:
+    stopped(abstract, items, tmp_path / "out", ["layer_2", "layer_1"])
+    damaged = partial_path(tmp_path / "out") / "items" / "layer_1" / file
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(Note, match=r"items/layer_1, which an earlier run had finished, is damaged and made anew$"):
+        found, missing = gone_on_with(abstract, items, tmp_path / "out", copied)
+    assert (found, missing) == (["layer_2"], ["outer", "layer_0", "layer_1", "mtp_0"])
+    assert files(tmp_path / "out") == files(written)
+
+
+@pytest.mark.parametrize("job", ["another job", None])
+def test_another_job_begins_anew(
+    abstract: DeepseekV3, items: Items, copied: list[Path], written: Path, tmp_path: Path, job: str | None
+) -> None:
+    stopped(abstract, items, tmp_path / "out", ["outer", "layer_0"])
+    with pytest.warns(Note, match=r"\.out\.partial, which a process that was killed left half-written, is removed"):
+        assert gone_on_with(abstract, items, tmp_path / "out", copied, job) == ([], list(items))
+    assert files(tmp_path / "out") == files(written)
+
+
+def test_nothing_stays_of_a_run_without_a_job_or_without_an_item(
+    abstract: DeepseekV3, items: Items, tmp_path: Path
+) -> None:
+    stopped(abstract, items, tmp_path / "out", ["layer_1"], job=None)
+    assert not list(tmp_path.iterdir())
+    stopped(abstract, items, tmp_path / "out", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_finished_needs_no_space(
+    abstract: DeepseekV3, items: Items, copied: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, size = tmp_path / "out", native_bytes(abstract, DESCRIPTION, []).total
+    stopped(abstract, items, output, ["layer_1", "layer_2", "outer"])
+    needed = size - folder_bytes(partial_path(output))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with (
+        pytest.raises(InputError, match=f"out: {needed} bytes are needed and {tmp_path} has {needed - 1} free"),
+        native_writer(abstract, output, DESCRIPTION, [], BUDGET, JOB),
+    ):
+        pytest.fail("the block must not run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert gone_on_with(abstract, items, output, [])[1] == ["layer_0", "mtp_0"]
+
+
+def test_checking_what_is_written_is_shown(abstract: DeepseekV3, items: Items, tmp_path: Path) -> None:
+    shown: list[tuple[list[Any], str]] = []
+
+    def progress(steps: Iterable[Step], description: str) -> Iterable[Step]:
+        shown.append((list(steps), description))
+        return steps
+
+    stopped(abstract, items, tmp_path / "out", ["outer", "layer_1"])
+    with (
+        pytest.raises(InternalError, match="out lacks layer_0, layer_2, mtp_0"),
+        native_writer(abstract, tmp_path / "out", DESCRIPTION, [], BUDGET, JOB, progress),
+    ):
+        pass
+    assert shown == [(["outer", "layer_1"], "checking what is written")]
