@@ -19,7 +19,8 @@ import numpy as np
 from model_cases import BASE, random_tensors
 from moejax.checkpoint.hf_export import write_huggingface
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
-from moejax.checkpoint.native import Description, open_native, write_native
+from moejax.checkpoint.native import open_native
+from moejax.checkpoint.native_writer import Description, write_native
 from moejax.formats import ExpertWeights, GroupedInt, GroupedTernary, Leaf, abstract_leaf, gather_experts
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
 from moejax.model.deepseek_v3 import Block

@@ -241,7 +241,7 @@ import os, signal, sys
 import orbax.checkpoint as ocp
 from moejax import cli
 from moejax.commands import inspect
-from moejax.checkpoint.native import Description, write_native
+from moejax.checkpoint.native_writer import Description, write_native
 from moejax.checkpoint.load import load_model, open_checkpoint
 from pathlib import Path
 

@@ -1,7 +1,8 @@
 """Folders and files that appear under their names whole or not at all.
 
 Until it is whole, an output `NAME` lies beside its place as `.NAME.partial`, which the process that writes it keeps
-locked: a process that finds it locked leaves it alone, one that finds it unlocked removes what a killed one left.
+locked: a process that finds it locked leaves it alone, one that finds it unlocked removes what a killed one left, or
+goes on with it if it can.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,22 +24,28 @@ _NO_FOLDER = "no folder can be made in {parent} ({reason}); give a path in a fol
 _NO_FILE = "cannot be written ({reason}); give a file in a folder that exists"
 
 
+def _never(_: Path) -> bool:
+    return False
+
+
 @contextmanager
-def atomic_folder(output: Path, size: int = 0) -> Iterator[Path]:
+def atomic_folder(output: Path, size: int = 0, is_resumable: Callable[[Path], bool] = _never) -> Iterator[Path]:
     """Yields the folder `.NAME.partial` beside `output`, which becomes `output` if the block succeeds and vanishes if
     not.
+
+    If `is_resumable` says so of the folder, a failure leaves it, and another block finds it as it was left.
 
     Raises InputError, before the block runs, if `output` exists, is being written by another process, or its parent
     cannot be written to or has not `size` bytes free. OSErrors of the block that name no file, or one of the folder's,
     are raised naming `output`.
     """
     output = Path(os.path.abspath(output))
-    with _partial(output, _begin_folder, _NO_FOLDER):
+    with _partial(output, _begin_folder, _NO_FOLDER, is_resumable):
         require_space(output, size)
         yield partial_path(output)
         _sync_tree(partial_path(output))
         partial_path(output).rename(output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
 @contextmanager
@@ -52,7 +59,7 @@ def atomic_file(output: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         partial_path(output).rename(output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
 def write_text(output: Path, text: str) -> None:
@@ -66,6 +73,22 @@ def write_text(output: Path, text: str) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(output)) from error
+
+
+def clear_folder(folder: Path, but: Collection[str] = ()) -> None:
+    """Removes everything in `folder` but the entries of these names."""
+    for entry in folder.iterdir():
+        if entry.name not in but:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's own entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial_path(output: Path) -> Path:
@@ -101,8 +124,10 @@ def require_space(output: Path, size: int) -> None:
 
 
 @contextmanager
-def _partial(output: Path, begin: Callable[[Path], int], refusal: str) -> Iterator[int]:
-    """The descriptor of `.NAME.partial`, empty and locked; after a failure it is gone."""
+def _partial(
+    output: Path, begin: Callable[[Path], int], refusal: str, is_resumable: Callable[[Path], bool] = _never
+) -> Iterator[int]:
+    """The descriptor of `.NAME.partial`, locked; unless it is resumable, it is empty, and gone after a failure."""
     _require_none(output)
     temporary = partial_path(output)
     try:
@@ -114,12 +139,13 @@ def _partial(output: Path, begin: Callable[[Path], int], refusal: str) -> Iterat
             ) from error
         raise _refused(output, refusal, error) from error
     try:
-        _lock(output, descriptor)
+        _lock(output, descriptor, is_resumable)
         try:
             _require_none(output)  # another process may have come to its end meanwhile
             yield descriptor
-        except BaseException as error:  # an interrupt leaves nothing behind either
-            _remove(temporary)
+        except BaseException as error:  # an interrupt too
+            if not is_resumable(temporary):
+                _remove(temporary)
             if isinstance(error, OSError) and error.errno is not None and _is_within(error.filename, temporary):
                 raise OSError(error.errno, error.strerror, str(output)) from error
             raise
@@ -146,8 +172,8 @@ def _begin_file(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
-def _lock(output: Path, descriptor: int) -> None:
-    """Locks `.NAME.partial` and empties it. Raises InputError if another process has it."""
+def _lock(output: Path, descriptor: int, is_resumable: Callable[[Path], bool]) -> None:
+    """Locks `.NAME.partial` and empties it, unless it is resumable. Raises InputError if another process has it."""
     temporary = partial_path(output)
     in_use = InputError(
         f"{output}: another process is writing it, in {temporary}; wait for its end, or give another path"
@@ -167,8 +193,9 @@ def _lock(output: Path, descriptor: int) -> None:
                 f"{output}: another process is writing it, or one was killed, in {temporary}, which cannot be locked "
                 "there; remove that if none is at work"
             )
-        note(f"{temporary}, which a process that was killed left half-written, is removed")
-        _empty(temporary, descriptor)
+        if not is_resumable(temporary):
+            note(f"{temporary}, which a process that was killed left half-written, is removed")
+            _empty(temporary, descriptor)
 
 
 def _is_same(descriptor: int, path: Path) -> bool:
@@ -183,11 +210,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _empty(path: Path, descriptor: int) -> None:
-    if not path.is_dir():
-        os.ftruncate(descriptor, 0)
-        return
-    for entry in path.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    clear_folder(path) if path.is_dir() else os.ftruncate(descriptor, 0)
 
 
 def _remove(path: Path) -> None:
@@ -207,12 +230,4 @@ def _sync_tree(folder: Path) -> None:
     In threads, because file systems commit what waits together in one go (measured: 20 times faster).
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(_sync, [folder, *folder.rglob("*")]))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        list(pool.map(sync, [folder, *folder.rglob("*")]))

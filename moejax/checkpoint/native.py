@@ -5,8 +5,7 @@ items/<item>/...       the arrays, one orbax item per block (see `store`)
 tokenizer.json, ...    copied from the original
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,16 +14,13 @@ import jax
 import numpy as np
 
 from moejax.checkpoint import store
-from moejax.checkpoint.atomic import atomic_folder
 from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.leaf_checks import check_arrays, check_indices
 from moejax.errors import InputError, brief
-from moejax.formats import abstract_experts, abstract_leaf, describe
-from moejax.model import Config, DeepseekV3, Layout, config_from_hf, named_leaves
-from moejax.model.config import ROTATION_FIELDS
+from moejax.formats import abstract_experts, abstract_leaf
+from moejax.model import Config, Layout, config_from_hf
 from moejax.model.leaves import Weight
-from moejax.progress import Progress, silent
 
 T = TypeVar("T")
 
@@ -37,22 +33,9 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
-# decided what to calibrate on.
-PROVENANCE_BYTES = 2048
 _OUTER = "outer"
-_NO_CHECKSUM = "0" * 8
 # Pruning shortens the first axis of these weights, and nothing else.
 _PER_EXPERT = ("router", "bias", "group_id", "experts.gate", "experts.up", "experts.down")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a manifest says beside the leaves: plain JSON values."""
-
-    raw_config: dict[str, Any]
-    plan: dict[str, Any]
-    provenance: dict[str, Any]
 
 
 def item_of(name: str) -> tuple[str, str]:
@@ -64,54 +47,12 @@ def item_of(name: str) -> tuple[str, str]:
     return f"{'layer' if kind == 'layers' else kind}_{index}", rest
 
 
-@dataclass(frozen=True)
-class NativeBytes:
-    """The bytes of a folder: arrays, orbax's and zarr's descriptions of them, manifest, copied files."""
-
-    arrays: int
-    descriptions: int
-    manifest: int
-    copied: int
-
-    @property
-    def total(self) -> int:
-        return self.arrays + self.descriptions + self.manifest + self.copied
-
-
-def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
-    """The exact bytes of the folder that `write_native` will write, from shapes alone."""
-    items = {item: _arrays_of(leaves) for item, leaves in _items(abstract_model).items()}
-    names = [f"{item}/{array}" for item, arrays in items.items() for array in arrays]
-    manifest = _manifest(abstract_model, description, dict.fromkeys(names, _NO_CHECKSUM))
-    arrays = sum(store.payload_bytes(own) for own in items.values())
-    in_items = sum(store.item_bytes(own) for own in items.values())
-    return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
-
-
-def write_native(
-    model: DeepseekV3,
-    output: Path,
-    description: Description,
-    copied: Sequence[Path],
-    budget: int,
-    progress: Progress = silent,
-) -> int:
-    """Write the checkpoint and return its bytes. Raises, leaving nothing, InputError if they exceed `budget` or what is
-    free, OSError if they cannot be written, InternalError if they are others than `native_bytes` predicts."""
-    items, predicted = _items(model), native_bytes(model, description, copied).total
-    if predicted > budget:
-        raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
-    with atomic_folder(output, predicted) as folder:
-        checksums: dict[str, str] = {}
-        for item, leaves in progress(list(items.items()), "writing"):
-            arrays = {name: np.asarray(array) for name, array in _arrays_of(leaves).items()}
-            checksums |= {f"{item}/{name}": store.checksum(array) for name, array in arrays.items()}
-            store.write_item(folder, item, arrays)
-        (folder / MANIFEST).write_bytes(_manifest(model, description, checksums))
-        for file in copied:
-            (folder / file.name).write_bytes(file.read_bytes())
-        store.check_written(f"{output}", store.folder_bytes(folder), predicted)
-    return predicted
+def arrays_of(name: str, leaf: Weight) -> dict[str, jax.Array]:
+    """A leaf's arrays under names of their own: `self_attn.q_a.words`, or just the leaf's if it is one array."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(leaf)
+    return {
+        ".".join((name, *(str(getattr(key, "name", getattr(key, "idx", ""))) for key in path))): a for path, a in flat
+    }
 
 
 @dataclass(frozen=True)
@@ -140,7 +81,7 @@ class NativeCheckpoint:
         abstract = self.abstract(name)
         item, within = item_of(name)
         arrays, checksums = self._arrays_of_item(item), self.items[item][within][1]
-        names = list(_arrays(within, abstract))
+        names = list(arrays_of(within, abstract))
         for n, array_name in enumerate(names):
             if store.checksum(arrays[array_name]) != checksums[8 * n : 8 * n + 8]:
                 raise InputError(
@@ -250,56 +191,9 @@ def _check_spec(checkpoint: NativeCheckpoint, name: str) -> None:
         raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays")
 
 
-def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[str, str]) -> bytes:
-    items = {
-        item: {
-            name: [describe(leaf), "".join(checksums[f"{item}/{array}"] for array in _arrays(name, leaf))]
-            for name, leaf in leaves.items()
-        }
-        for item, leaves in _items(model).items()
-    }
-    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
-    per_token = [block.experts_per_token for block in blocks]
-    manifest = {
-        "format": "moejax",
-        "version": FORMAT_VERSION,
-        "config": description.raw_config,
-        "experts_per_token": per_token,
-        "items": items,
-        "plan": description.plan,
-        "provenance": description.provenance,
-    }
-    if wrong := [n for n in ROTATION_FIELDS if description.raw_config.get(n) != getattr(model.config, n)]:
-        raise ValueError(f"the config says nothing of the model's {wrong[0]}; it would be read as another model")
-    padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
-    if padding < 0:
-        raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")
-    return json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding
-
-
-def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
-    items: dict[str, dict[str, Weight]] = {}
-    for name, leaf in named_leaves(model).items():
-        item, within = item_of(name)
-        items.setdefault(item, {})[within] = leaf
-    return items
-
-
-def _arrays(name: str, leaf: Weight) -> dict[str, jax.Array]:
-    """A leaf's arrays under names of their own: `self_attn.q_a.words`, or just the leaf's if it is one array."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(leaf)
-    return {
-        ".".join((name, *(str(getattr(key, "name", getattr(key, "idx", ""))) for key in path))): a for path, a in flat
-    }
-
-
-def _arrays_of(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:
-    return {array: value for name, leaf in leaves.items() for array, value in _arrays(name, leaf).items()}
-
-
 def _abstract(within: str, spec: str) -> Weight:
     return abstract_experts(spec) if within.rpartition(".")[0].endswith("experts") else abstract_leaf(spec)
 
 
 def _item_arrays(leaves: Mapping[str, tuple[str, str]]) -> list[str]:
-    return [array for name, (spec, _) in leaves.items() for array in _arrays(name, _abstract(name, spec))]
+    return [array for name, (spec, _) in leaves.items() for array in arrays_of(name, _abstract(name, spec))]

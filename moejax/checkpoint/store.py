@@ -100,6 +100,23 @@ def read_item(folder: Path, name: str, names: Collection[str] | None = None) -> 
     return {leaf: _map_leaf(item / leaf) for leaf in sorted(expected)}
 
 
+def is_whole(folder: Path, name: str, leaves: Mapping[str, ArrayLike], checksums: Mapping[str, str]) -> bool:
+    """Returns whether the item `name` is byte for byte what `write_item` makes of leaves of these names, shapes, dtypes
+    and checksums."""
+    item = folder / ITEMS_FOLDER / name
+    try:
+        arrays = read_item(folder, name, leaves)
+    except InputError:
+        return False
+    described = _descriptions(leaves)
+    files = sum(file.is_file() for file in item.rglob("*"))
+    return (
+        files == len(described) + len(leaves)
+        and all((item / file).read_bytes() == content for file, content in described.items())
+        and {leaf: checksum(array) for leaf, array in arrays.items()} == checksums
+    )
+
+
 def item_bytes(leaves: Mapping[str, ArrayLike]) -> int:
     """Returns the bytes of all files of an item with these leaves: the arrays' plus what describes them.
 
@@ -107,9 +124,7 @@ def item_bytes(leaves: Mapping[str, ArrayLike]) -> int:
     for, a name that is no file name.
     """
     _check_leaves(leaves)
-    arrays = (_array_fields(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves.values())
-    described = sum(len(json.dumps(fields, separators=(",", ":"))) for fields in arrays)
-    return payload_bytes(leaves) + described + len(json.dumps(_tree_fields(leaves)))
+    return payload_bytes(leaves) + sum(map(len, _descriptions(leaves).values()))
 
 
 def payload_bytes(leaves: Mapping[str, ArrayLike]) -> int:
@@ -201,6 +216,14 @@ def _check_leaves(leaves: Mapping[str, ArrayLike]) -> None:
             raise ValueError(f"leaf {name}: shape {leaf.shape} has no elements and cannot be stored; others can")
 
 
+def _descriptions(leaves: Mapping[str, ArrayLike]) -> dict[str, bytes]:
+    """The content of an item's files but for the arrays', by their paths within it."""
+    arrays = {name: _array_fields(leaf.shape, np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    return {_TREE_FILE: json.dumps(_tree_fields(sorted(leaves))).encode()} | {
+        f"{name}/{_ARRAY_FILE}": json.dumps(fields, separators=(",", ":")).encode() for name, fields in arrays.items()
+    }
+
+
 def _array_fields(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
     """The content of a leaf's `.zarray`, in the order in which it is written there."""
     return {
@@ -217,7 +240,7 @@ def _array_fields(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any
 
 
 def _tree_fields(names: Collection[str]) -> dict[str, Any]:
-    """The content of an item's `_METADATA`; the order of its leaves does not change its size."""
+    """The content of an item's `_METADATA`, in which the leaves are sorted."""
     dict_key = 2
     value = {"value_type": "np.ndarray", "skip_deserialize": False}
     return {

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from moejax.checkpoint.native import COPIED_FILES, Description, NativeBytes, native_bytes
+from moejax.checkpoint.native import COPIED_FILES
+from moejax.checkpoint.native_writer import Description, NativeBytes, native_bytes
 from moejax.model import Config, DeepseekV3
 from moejax.model.config import ROTATION_FIELDS
 from moejax.model.source import ModelSource, Source, model_of

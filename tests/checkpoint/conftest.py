@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moejax.checkpoint.native import write_native
+from moejax.checkpoint.native_writer import write_native
 from moejax.model import DeepseekV3
 from native_checkpoint import BUDGET, DESCRIPTION, random_model
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from moejax.checkpoint.atomic import atomic_file, atomic_folder, partial_path, require_free, require_space, write_text
+from moejax.checkpoint.atomic import (
+    atomic_file,
+    atomic_folder,
+    clear_folder,
+    partial_path,
+    require_free,
+    require_space,
+    write_text,
+)
 from moejax.errors import InputError, Note
 
 Atomic = Callable[[Path], AbstractContextManager[Any]]
@@ -144,6 +152,46 @@ def test_what_a_killed_process_left_is_named_and_removed(tmp_path: Path, atomic:
     assert partial_path(tmp_path / "out").exists() is False
     assert (tmp_path / "out").is_dir() or (tmp_path / "out").read_bytes() == b""
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def has_half(folder: Path) -> bool:
+    return (folder / "sub" / "half").exists()
+
+
+def test_what_is_resumable_is_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    begin_and_die(output, atomic_folder)
+    for n in range(2):
+        with pytest.raises(RuntimeError), atomic_folder(output, is_resumable=has_half) as temporary:
+            assert (temporary / "sub" / "half").read_text() == "half" and (temporary / "0").exists() == (n > 0)
+            (temporary / str(n)).touch()
+            raise RuntimeError
+    with atomic_folder(output, is_resumable=has_half):
+        pass
+    assert sorted(path.name for path in output.iterdir()) == ["0", "1", "link", "sub"]
+
+
+def test_what_is_not_resumable_is_removed(tmp_path: Path) -> None:
+    begin_and_die(tmp_path / "out", atomic_folder)
+    with (
+        pytest.raises(RuntimeError),
+        pytest.warns(Note, match="left half-written, is removed"),
+        atomic_folder(tmp_path / "out", is_resumable=lambda folder: (folder / "other").exists()) as temporary,
+    ):
+        assert not list(temporary.iterdir())
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_clear_folder_keeps_what_is_named(tmp_path: Path) -> None:
+    for name in ("kept", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "link").symlink_to("kept")
+    (tmp_path / "file").touch()
+    clear_folder(tmp_path, but=["kept"])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept" / "file").exists()
 
 
 def test_it_is_removed_before_the_work_already(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from moejax.checkpoint.hf_names import expected_tensors, num_elements
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.leaf_checks import check_indices
 from moejax.checkpoint.load import load_model
-from moejax.checkpoint.native import Description, native_bytes, open_native, write_native
+from moejax.checkpoint.native import open_native
+from moejax.checkpoint.native_writer import Description, native_bytes, write_native
 from moejax.checkpoint.summary import summarize
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights

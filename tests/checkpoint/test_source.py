@@ -8,7 +8,7 @@ import numpy as np
 
 from model_cases import CASES, write_hf_checkpoint
 from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
-from moejax.checkpoint.native import Description, write_native
+from moejax.checkpoint.native_writer import Description, write_native
 from moejax.checkpoint.source import CheckpointSource
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves

@@ -23,6 +23,7 @@ from hypothesis.extra import numpy as st_np
 from moejax.checkpoint.store import (
     checksum,
     folder_bytes,
+    is_whole,
     item_bytes,
     payload_bytes,
     read_item,
@@ -263,6 +264,37 @@ def test_an_item_with_other_leaves_than_expected_is_refused(tmp_path: Path) -> N
         read_item(tmp_path, "a", LEAVES.keys() - {"scale"})
     with pytest.raises(InputError, match="has no item b"):
         read_item(tmp_path, "b")
+
+
+def test_an_item_is_whole_until_a_byte_of_any_file_changes(tmp_path: Path) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    checksums = {name: checksum(array) for name, array in LEAVES.items()}
+    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
+    assert is_whole(tmp_path, "a", abstract, checksums)
+    for file in [path for path in (tmp_path / "items" / "a").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        for n in range(0, len(content), 7):
+            file.write_bytes(content[:n] + bytes([content[n] ^ 1]) + content[n + 1 :])
+            assert not is_whole(tmp_path, "a", abstract, checksums), (file, n)
+        for other in (content[:-1], content + b" "):
+            file.write_bytes(other)
+            assert not is_whole(tmp_path, "a", abstract, checksums), file
+        file.write_bytes(content)
+    assert is_whole(tmp_path, "a", abstract, checksums)
+
+
+def test_what_is_whole_is_what_was_asked_for(tmp_path: Path) -> None:
+    write_item(tmp_path, "a", LEAVES)
+    checksums = {name: checksum(array) for name, array in LEAVES.items()}
+    turned = LEAVES | {"q_a": LEAVES["q_a"].reshape(4, 3)}
+    fewer = {name: array for name, array in LEAVES.items() if name != "scale"}
+    assert is_whole(tmp_path, "a", LEAVES, checksums)
+    assert not is_whole(tmp_path, "b", LEAVES, checksums)
+    assert not is_whole(tmp_path, "a", turned, checksums)
+    assert not is_whole(tmp_path, "a", fewer, checksums)
+    assert not is_whole(tmp_path, "a", LEAVES, {name: checksums[name] for name in fewer})
+    (tmp_path / "items" / "a" / "scale" / "more").touch()
+    assert not is_whole(tmp_path, "a", LEAVES, checksums)
 
 
 def test_folder_bytes_counts_every_file(tmp_path: Path) -> None:

@@ -1,0 +1,229 @@
+"""Writing the native checkpoint (see `native`) item by item, so that no more than one block need be in memory, and a
+job that was stopped can go on."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.checkpoint import store
+from moejax.checkpoint.atomic import atomic_folder, clear_folder, require_space
+from moejax.checkpoint.journal import Journal
+from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, arrays_of, item_of
+from moejax.errors import InputError, InternalError, note
+from moejax.formats import describe
+from moejax.model import DeepseekV3, named_leaves
+from moejax.model.config import ROTATION_FIELDS
+from moejax.model.leaves import Weight
+from moejax.progress import Progress, silent
+
+# What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
+# decided what to calibrate on.
+PROVENANCE_BYTES = 2048
+_JOURNAL = "journal.jsonl"
+_NO_CHECKSUM = "0" * 8
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a manifest says beside the leaves: plain JSON values."""
+
+    raw_config: dict[str, Any]
+    plan: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NativeBytes:
+    """The bytes of a folder: arrays, orbax's and zarr's descriptions of them, manifest, copied files."""
+
+    arrays: int
+    descriptions: int
+    manifest: int
+    copied: int
+
+    @property
+    def total(self) -> int:
+        return self.arrays + self.descriptions + self.manifest + self.copied
+
+
+def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
+    """The exact bytes of the folder that `native_writer` and `write_native` will write, from shapes alone."""
+    items = {item: _arrays_of_item(leaves) for item, leaves in _items(abstract_model).items()}
+    checksums = {item: dict.fromkeys(own, _NO_CHECKSUM) for item, own in items.items()}
+    manifest = _manifest(abstract_model, description, checksums)
+    arrays = sum(store.payload_bytes(own) for own in items.values())
+    in_items = sum(store.item_bytes(own) for own in items.values())
+    return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
+
+
+@dataclass(frozen=True)
+class NativeWriter:
+    """Takes the items of a checkpoint one by one, in any order; `native_writer` makes it and ends what it began.
+
+    items: what is promised, every leaf by item and by name within; of use are the shapes alone.
+    bytes: what the whole folder will take.
+    checksums: of every array of the items that are finished, by item and by the array's name within.
+    """
+
+    folder: Path
+    items: Mapping[str, Mapping[str, Weight]]
+    bytes: int
+    checksums: dict[str, dict[str, str]]
+    journal: Journal | None
+
+    @property
+    def finished(self) -> list[str]:
+        """The items that are on the disk, by this run or an earlier one."""
+        return list(self.checksums)
+
+    @property
+    def missing(self) -> list[str]:
+        """The items that are still to be added."""
+        return [item for item in self.items if item not in self.checksums]
+
+    def add(self, item: str, leaves: Mapping[str, Weight]) -> None:
+        """Write an item, its leaves by their names within it; when this returns, it is on the disk.
+
+        Raises ValueError if the item is none of the model's, or was added before; InternalError, naming the leaf, if
+        one is not what is promised, and if they take other bytes; OSError if they cannot be written.
+        """
+        if item not in self.missing:
+            raise ValueError(f"the item {item} is none of those that are missing: {', '.join(self.missing)}")
+        promised = self.items[item]
+        _check_leaves(item, leaves, promised)
+        in_order = {name: leaves[name] for name in promised}
+        arrays = {name: np.asarray(array) for name, array in _arrays_of_item(in_order).items()}
+        checksums = {name: store.checksum(array) for name, array in arrays.items()}
+        store.write_item(self.folder, item, arrays)
+        self.checksums[item] = checksums
+        if self.journal:
+            self.journal.add(item, checksums)
+
+
+@contextmanager
+def native_writer(
+    model: DeepseekV3,
+    output: Path,
+    description: Description,
+    copied: Sequence[Path],
+    budget: int,
+    job: str | None = None,
+    progress: Progress = silent,
+) -> Iterator[NativeWriter]:
+    """A writer of the checkpoint `output` of a model, of which shapes are enough. The folder appears, with its manifest
+    and the copied files, when the block ends with all items added.
+
+    job: a text that no other items have, such as a hash of what they are made from and by. With it, finished items stay
+    beside `output` when the block fails or the process is killed. The next writer with the same text checks them, which
+    `progress` shows, and has those that are whole among its `finished`; the folder's bytes do not depend on it.
+
+    Raises, leaving nothing else, InputError before the block runs if the bytes exceed `budget` or what is free; OSError
+    if they cannot be written; InternalError if items are missing, or the bytes are others than `native_bytes` predicts.
+    """
+    predicted = native_bytes(model, description, copied).total
+    if predicted > budget:
+        raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
+
+    def is_resumable(folder: Path) -> bool:
+        return job is not None and bool(Journal(folder / _JOURNAL, job).finished())
+
+    with atomic_folder(output, is_resumable=is_resumable) as folder:
+        journal = None if job is None else Journal(folder / _JOURNAL, job)
+        writer = NativeWriter(folder, _items(model), predicted, {}, journal)
+        if journal:
+            _take_up(writer, journal, progress)
+        require_space(output.absolute(), predicted - store.folder_bytes(folder))
+        yield writer
+        if writer.missing:
+            raise InternalError(f"{output} lacks {', '.join(writer.missing)}; nothing was written")
+        (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums))
+        for file in copied:
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
+        store.check_written(f"{output}", store.folder_bytes(folder), predicted)
+
+
+def write_native(
+    model: DeepseekV3,
+    output: Path,
+    description: Description,
+    copied: Sequence[Path],
+    budget: int,
+    progress: Progress = silent,
+) -> int:
+    """Write the checkpoint of a model in memory and return its bytes. Raises as `native_writer` does."""
+    with native_writer(model, output, description, copied, budget) as writer:
+        for item, leaves in progress(list(_items(model).items()), "writing"):
+            writer.add(item, leaves)
+    return writer.bytes
+
+
+def _take_up(writer: NativeWriter, journal: Journal, progress: Progress) -> None:
+    """What an earlier run has finished, if it is whole, is the writer's; all else is removed."""
+    items, finished = writer.folder / store.ITEMS_FOLDER, journal.finished()
+    for item in progress([item for item in writer.items if item in finished], "checking what is written"):
+        if store.is_whole(writer.folder, item, _arrays_of_item(writer.items[item]), finished[item]):
+            writer.checksums[item] = finished[item]
+        elif (items / item).exists():
+            note(f"{items / item}, which an earlier run had finished, is damaged and made anew")
+    clear_folder(writer.folder, but=(_JOURNAL, store.ITEMS_FOLDER))
+    if items.exists():
+        clear_folder(items, but=writer.finished)
+
+
+def _check_leaves(item: str, leaves: Mapping[str, Weight], promised: Mapping[str, Weight]) -> None:
+    for name in sorted(leaves.keys() ^ promised.keys()):
+        raise InternalError(f"{item}: the weight {name} is {'missing' if name in promised else 'none of this item'}")
+    for name, leaf in leaves.items():
+        if _form(leaf) != _form(promised[name]):
+            raise InternalError(f"{item}: the weight {name} is {_form(leaf)} and was to be {_form(promised[name])}")
+
+
+def _form(leaf: Weight) -> Any:
+    """The leaf with its arrays' dtypes and shapes in their places."""
+    return jax.tree.map(lambda array: f"{array.dtype}{list(array.shape)}", leaf)
+
+
+def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[str, Mapping[str, str]]) -> bytes:
+    items = {
+        item: {
+            name: [describe(leaf), "".join(checksums[item][array] for array in arrays_of(name, leaf))]
+            for name, leaf in leaves.items()
+        }
+        for item, leaves in _items(model).items()
+    }
+    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
+    per_token = [block.experts_per_token for block in blocks]
+    manifest = {
+        "format": "moejax",
+        "version": FORMAT_VERSION,
+        "config": description.raw_config,
+        "experts_per_token": per_token,
+        "items": items,
+        "plan": description.plan,
+        "provenance": description.provenance,
+    }
+    if wrong := [n for n in ROTATION_FIELDS if description.raw_config.get(n) != getattr(model.config, n)]:
+        raise ValueError(f"the config says nothing of the model's {wrong[0]}; it would be read as another model")
+    padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
+    if padding < 0:
+        raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")
+    return json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding
+
+
+def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
+    items: dict[str, dict[str, Weight]] = {}
+    for name, leaf in named_leaves(model).items():
+        item, within = item_of(name)
+        items.setdefault(item, {})[within] = leaf
+    return items
+
+
+def _arrays_of_item(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:
+    return {array: value for name, leaf in leaves.items() for array, value in arrays_of(name, leaf).items()}
