@@ -62,7 +62,7 @@ def test_a_plan_without_mtp_blocks_needs_them_dropped(
     done: Done, small_fp8: Path, text_options: list[object], tmp_path: Path
 ) -> None:
     message = refused(tmp_path, "compress", small_fp8, "--plan", done.plan, "--output", tmp_path / "o", *text_options)
-    assert "the plan has 3 blocks; the model has 3 layers and 1 MTP blocks, which --drop-mtp leaves out" in message
+    assert "the plan has 3 blocks; the model has 3 layers and 1 MTP blocks; --drop-mtp leaves those out" in message
 
 
 def test_a_pruned_checkpoint_is_exported_as_it_is(done: Done, small_fp8: Path) -> None:
