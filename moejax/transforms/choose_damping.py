@@ -14,6 +14,7 @@ from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statisti
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
+from moejax.model.weights import IN_BLOCK, block_and_name
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
@@ -46,9 +47,11 @@ def choose_damping(
     The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
     statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that.
     """
-    blocks = [named_leaves(layer) for layer in model.layers]
-    for mtp in model.mtp:
-        blocks.append({name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()})
+    blocks: list[dict[str, Weight]] = [{} for _ in statistics.blocks]
+    for name, leaf in named_leaves(model).items():
+        block, own = block_and_name(name, len(model.layers))
+        if block is not None:
+            blocks[block][own] = leaf
     cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
     steps = sum(len(_matrices(sums)) + len(PROJECTIONS) * (sums.experts is not None) for sums in statistics.blocks)
     with counted(progress, steps + 1, "choosing damping") as tick:
@@ -59,7 +62,7 @@ def choose_damping(
 
 
 def _matrices(sums: BlockStatistics) -> list[str]:
-    return [name for name in sums.input2 if not name.endswith("router")]
+    return [name for name in sums.input2 if IN_BLOCK[name].may_be_rounded]
 
 
 def _of_block(
