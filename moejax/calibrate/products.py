@@ -4,16 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels import product
-
-# Weights that take what another takes: the sum is held once, under the other's name.
-_SAME_INPUT = {
-    "self_attn.q": "self_attn.kv_a",
-    "self_attn.q_a": "self_attn.kv_a",
-    "self_attn.v_b": "self_attn.k_b",
-    "mlp.up": "mlp.gate",
-    "mlp.shared.gate": "mlp.router",
-    "mlp.shared.up": "mlp.router",
-}
+from moejax.model.weights import IN_BLOCK
 
 # The most rows of an expert that are multiplied at once.
 _ROW_BLOCK = 128
@@ -21,7 +12,7 @@ _ROW_BLOCK = 128
 
 def input_name(weight: str) -> str:
     """The weight, of the same block, under whose name the sum for this one's input is held."""
-    return _SAME_INPUT.get(weight, weight)
+    return IN_BLOCK[weight].same_input or weight
 
 
 def input_products(taps: dict[str, jax.Array]) -> dict[str, jax.Array]:

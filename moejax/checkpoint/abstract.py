@@ -5,15 +5,11 @@ from typing import Any
 
 from moejax.checkpoint.hf_config import dense_dtype, linear_block, unrotated_config
 from moejax.checkpoint.hf_leaves import kv_b_block
+from moejax.checkpoint.hf_names import K_B, V_B
 from moejax.formats import abstract_experts, abstract_leaf
 from moejax.formats.dense import DENSE_NAMES
 from moejax.model import DeepseekV3, Layout
-
-# What DeepSeek stores in FP8 where it quantizes: the matrices of attention and of every MLP. Embedding, head, router,
-# norms and the MTP blocks' eh_proj stay dense (arXiv:2412.19437, section 3.3, and the published checkpoint).
-_LINEAR = ("q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "gate", "up", "down")
-# Whatever the config's dtype is.
-_FIXED_DTYPES = {"bias": "float32", "group_id": "int32", "routing_scale": "float32"}
+from moejax.model.weights import row_of
 
 
 def abstract_original(raw_config: Mapping[str, Any], source: str = "config.json") -> DeepseekV3:
@@ -28,14 +24,14 @@ def abstract_original(raw_config: Mapping[str, Any], source: str = "config.json"
     shapes = Layout(config).shapes()
 
     def format_of(name: str) -> str:
-        kind = name.rpartition(".")[2]
-        if block is None or kind not in _LINEAR:
-            return DENSE_NAMES[_FIXED_DTYPES.get(kind, dense)]
-        rows, inputs = kv_b_block(block, config) if kind in ("k_b", "v_b") else block
+        row = row_of(name)
+        if block is None or not row.is_fp8:
+            return DENSE_NAMES[row.dtype or dense]
+        rows, inputs = kv_b_block(block, config) if row.name in (K_B, V_B) else block
         return f"fp8b{rows}x{inputs}"
 
     def leaf(name: str) -> Any:
         spec = f"{format_of(name)}[{','.join(map(str, shapes[name]))}]"
-        return abstract_experts(spec) if ".experts." in name else abstract_leaf(spec)
+        return abstract_experts(spec) if row_of(name).role == "routed experts" else abstract_leaf(spec)
 
     return DeepseekV3(config, leaf)

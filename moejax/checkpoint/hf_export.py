@@ -25,9 +25,10 @@ from moejax.checkpoint.store import folder_bytes, payload_bytes
 from moejax.errors import InputError
 from moejax.formats import Fp8Blocks, Leaf, dense
 from moejax.kernels import hadamard
-from moejax.model import Config, Layout, config_from_hf
+from moejax.model import Config, config_from_hf
 from moejax.model.config import ROTATION_FIELDS
 from moejax.model.leaves import Weight
+from moejax.model.weights import block_name, row_of
 from moejax.progress import Progress, silent
 
 Dtype = Literal["bfloat16", "float32"]
@@ -110,10 +111,11 @@ class _Routing:
 
 def _common_routing(checkpoint: Checkpoint, is_dequantized: bool) -> _Routing:
     config, abstract = checkpoint.config, dict(checkpoint.abstract_leaves())
-    layers = [name.removesuffix(".mlp.bias") for name in Layout(config).shapes() if name.endswith(".mlp.bias")]
-    if not layers:
+    moe_blocks = [block for block in range(config.num_blocks) if config.is_moe(block)]
+    if not moe_blocks:
         return _Routing({}, {})
-    per_token = [k for block, k in enumerate(checkpoint.experts_per_token) if config.is_moe(block)]
+    layers = [block_name(block, config.num_hidden_layers) for block in moe_blocks]
+    per_token = [checkpoint.experts_per_token[block] for block in moe_blocks]
     experts = _common(
         {layer: abstract[f"{layer}.mlp.bias"].shape[0] for layer in layers},
         "keeps {} experts",
@@ -193,9 +195,10 @@ def _abstract_tensors(
 
 def _converted(name: str, leaf: Leaf, *, dtype: Dtype, scales: Mapping[str, float], is_down_rotated: bool) -> Leaf:
     """A matrix, routers apart, in `dtype`."""
-    if leaf.ndim < 2 or name.endswith(".router"):
+    row = row_of(name)
+    if not row.is_matrix or row.role == "router":
         return leaf
-    return _dequantized(leaf, scales.get(name, 1.0), dtype, is_down_rotated and name.endswith(".down"))
+    return _dequantized(leaf, scales.get(name, 1.0), dtype, is_down_rotated and row.takes_product)
 
 
 @partial(jax.jit, static_argnames=("dtype", "is_rotated"))

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.hf_names import DERIVED, SCALE, hf_name
+from moejax.checkpoint.hf_names import K_B, SCALE, V_B, hf_name
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf
 from moejax.model.config import Config
 from moejax.model.leaves import Weight
+from moejax.model.weights import row_of
 
 _ALIGNMENT = 64
 
@@ -31,14 +32,15 @@ class HuggingFaceLeaves:
 
     def __call__(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`."""
-        if name.endswith(DERIVED):
-            return derived_leaf(name, self.config)
+        row = row_of(name)
+        if row.is_derived:
+            return derived_leaf(row.name, self.config)
         tensor = hf_name(name, self.config)
         assert tensor is not None
-        if "{}" in tensor:
+        if row.role == "routed experts":
             return self._experts(tensor)
-        if tensor.endswith("kv_b_proj.weight"):
-            return self._split_kv_b(tensor, is_key=name.endswith("k_b"))
+        if row.name in (K_B, V_B):
+            return self._split_kv_b(tensor, is_key=row.name == K_B)
         return self._leaf(tensor)
 
     def _leaf(self, tensor: str) -> Leaf:
@@ -81,8 +83,8 @@ class HuggingFaceLeaves:
 
 
 def derived_leaf(name: str, config: Config) -> jax.Array:
-    """A leaf that no tensor holds: experts in equal contiguous groups (E,), a routing scale of one ()."""
-    if name.endswith("routing_scale"):
+    """A block's weight that no tensor holds: experts in equal contiguous groups (E,), a routing scale of one ()."""
+    if name == "mlp.routing_scale":
         return jnp.ones((), jnp.float32)
     experts, groups = config.n_routed_experts, config.n_group
     return jnp.arange(experts, dtype=jnp.int32) // (experts // groups)

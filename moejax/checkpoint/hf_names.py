@@ -1,10 +1,10 @@
-"""The names of a Hugging Face `deepseek_v3` checkpoint's tensors, and which of the model's leaves each one holds."""
+"""The names of a Hugging Face `deepseek_v3` checkpoint's tensors, and which of the model's weights each one holds."""
 
 import math
 from collections.abc import Iterator
 
 from moejax.model.config import Config
-from moejax.model.leaves import ROTATION_LEAVES, Layout
+from moejax.model.weights import Layout, block_and_name, row_of
 
 _ATTENTION = {
     "q": "q_proj",
@@ -26,44 +26,37 @@ _BLOCK = {
     **{f"mlp.{name}": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
     **{f"mlp.shared.{name}": f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
     **{f"mlp.experts.{name}": f"mlp.experts.{{}}.{name}_proj.weight" for name in ("gate", "up", "down")},
-}
-TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-_MTP = {
     "enorm": "enorm.weight",
     "hnorm": "hnorm.weight",
     "eh_proj": "eh_proj.weight",
     "norm": "shared_head.norm.weight",
 }
+TOP = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # An MTP block's own copies of embedding and head.
 MTP_COPIES = {"embed_tokens.weight": "embed", "shared_head.head.weight": "head"}
-# Leaves that no tensor holds: they are functions of the config.
-DERIVED = ("mlp.group_id", "mlp.routing_scale")
+# Within a block, the two weights that one tensor holds, head by head: kv_b_proj.
+K_B, V_B = "self_attn.k_b", "self_attn.v_b"
 SCALE = "_scale_inv"
 
 
 def hf_name(name: str, config: Config) -> str | None:
-    """The Hugging Face tensor behind a leaf, None if there is none; experts' names have a `{}` for the expert."""
-    if name.endswith(DERIVED) or name.rpartition(".")[2] in ROTATION_LEAVES:
-        return None
-    if name in TOP:
-        return TOP[name]
-    kind, index, rest = name.split(".", 2)
-    if kind == "layers":
-        return f"model.layers.{index}.{_BLOCK[rest]}"
-    prefix = f"model.layers.{config.num_hidden_layers + int(index)}"
-    return f"{prefix}.{_BLOCK[rest.removeprefix('block.')] if rest.startswith('block.') else _MTP[rest]}"
+    """The Hugging Face tensor behind a weight, None if there is none; experts' names have a `{}` for the expert."""
+    block, own = block_and_name(name, config.num_hidden_layers)
+    if block is None:
+        return TOP[own]
+    return f"model.layers.{block}.{_BLOCK[own]}" if own in _BLOCK else None
 
 
 def expected_tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight that a checkpoint of this config is published with, FP8 scales apart."""
     for name, shape in Layout(config).shapes().items():
-        tensor = hf_name(name, config)
-        if tensor is None or name.endswith("k_b"):
+        tensor, row = hf_name(name, config), row_of(name)
+        if tensor is None or row.name == K_B:
             continue
-        if name.endswith("v_b"):
+        if row.name == V_B:
             heads, latent = shape[0], shape[2]
             yield tensor, (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
-        elif "{}" in tensor:
+        elif row.role == "routed experts":
             yield from ((tensor.format(e), shape[1:]) for e in range(shape[0]))
         else:
             yield tensor, shape

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.checkpoint.hf_names import DERIVED, MTP_COPIES, SCALE, hf_name
+from moejax.checkpoint.hf_names import K_B, MTP_COPIES, SCALE, V_B, hf_name
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf, PackedTensor, format_name
 from moejax.model import Config, Layout
 from moejax.model.leaves import Leaves
+from moejax.model.weights import row_of
 
 Array = jax.Array | np.ndarray
 Block = tuple[int, int]
@@ -38,8 +39,8 @@ def hf_tensors(
     several formats, another shape than the config's, FP8 blocks of another size.
     """
     for name, shape in Layout(config).shapes().items():
-        tensor = hf_name(name, config)
-        if tensor is None or name.endswith((*DERIVED, "k_b")):
+        tensor, row = hf_name(name, config), row_of(name)
+        if tensor is None or row.name == K_B:
             continue
         own = leaf(name)
         if own.shape != shape:
@@ -47,8 +48,8 @@ def hf_tensors(
         if isinstance(own, ExpertWeights):
             for e, expert in enumerate(_experts(name, own, convert)):
                 yield from _tensors(name, tensor.format(e), expert, block)
-        elif name.endswith("v_b"):
-            k_name = f"{name.removesuffix('v_b')}k_b"
+        elif row.name == V_B:
+            k_name = name.removesuffix(V_B) + K_B
             joined = _join_kv_b(name, convert(k_name, leaf(k_name)), convert(name, own), block)
             yield from _tensors(name, tensor, joined, block)
         else:

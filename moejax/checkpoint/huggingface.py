@@ -32,7 +32,8 @@ from moejax.checkpoint.safetensors_folder import (
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
 from moejax.model.config import Config
-from moejax.model.leaves import Layout, Weight, named_leaves
+from moejax.model.leaves import Weight, named_leaves
+from moejax.model.weights import Layout, row_of
 
 # Tensors that are no weights, and are left out. Kimi-K2's files hold one in every layer, of (D/H)/2 numbers where the
 # model has R/2 frequencies (https://github.com/NVIDIA-NeMo/Megatron-Bridge/issues/1861): transformers and others ignore
@@ -126,6 +127,7 @@ def _num_elements(folder: SafetensorsFolder, promised: Config) -> int:
 
 def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[str, Any], path: Path) -> None:
     expected: dict[str, tuple[int, ...]] = {}
+    routers = {hf_name(name, config) for name in Layout(config).shapes() if row_of(name).role == "router"}
     not_needed = {name + suffix for name, _ in copies(config) for suffix in ("", SCALE)}
     for name, shape in expected_tensors(config):  # no further than the folder goes, whatever sizes a config claims
         if name in not_needed:
@@ -135,7 +137,7 @@ def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[s
             raise InputError(f"{path}: the tensor {name} is missing; the config asks for it")
         if info.shape != shape:
             raise InputError(f"{info.file}: the tensor {name} has shape {info.shape}; the config asks for {shape}")
-        _check_dtype(name, info)
+        _check_dtype(name, info, may_be_fp8=len(shape) == 2 and name not in routers)
         expected[name] = shape
         if info.dtype == ml_dtypes.float8_e4m3fn:
             block = fp8_block(raw_config, str(path / CONFIG_FILE))
@@ -153,18 +155,17 @@ def _check_tensors(folder: SafetensorsFolder, config: Config, raw_config: dict[s
         raise InputError(f"{path}: the tensor {scale} is missing; its FP8 weight needs it")
 
 
-def _check_dtype(name: str, info: TensorInfo) -> None:
-    is_linear = len(info.shape) == 2 and not name.endswith("mlp.gate.weight")
-    if info.dtype.name in DENSE_DTYPES or (is_linear and info.dtype == ml_dtypes.float8_e4m3fn):
+def _check_dtype(name: str, info: TensorInfo, may_be_fp8: bool) -> None:
+    if info.dtype.name in DENSE_DTYPES or (may_be_fp8 and info.dtype == ml_dtypes.float8_e4m3fn):
         return
-    accepted = ", ".join(DENSE_DTYPES) + (" and float8_e4m3fn" if is_linear else "")
+    accepted = ", ".join(DENSE_DTYPES) + (" and float8_e4m3fn" if may_be_fp8 else "")
     raise InputError(f"{info.file}: the tensor {name} has dtype {info.dtype}; accepted are {accepted}")
 
 
 def _check_experts(folder: SafetensorsFolder, config: Config) -> None:
     for name in Layout(config).shapes():
         tensor = hf_name(name, config)
-        if tensor is None or "{}" not in tensor:
+        if tensor is None or row_of(name).role != "routed experts":
             continue
         first, *others = (tensor.format(e) for e in range(config.n_routed_experts))
         for other in others:

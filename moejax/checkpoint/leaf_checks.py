@@ -13,6 +13,7 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights
 from moejax.model import Config
 from moejax.model.leaves import Weight
+from moejax.model.weights import row_of
 
 
 def check_arrays(path: Path, name: str, arrays: Sequence[jax.Array], abstract: Sequence[jax.ShapeDtypeStruct]) -> None:
@@ -31,7 +32,8 @@ def check_indices(path: Path, name: str, weight: Weight, config: Config) -> None
         places = zip(np.asarray(weight.bucket_E).tolist(), np.asarray(weight.index_E).tolist(), strict=True)
         if sorted(places) != [(b, slot) for b, bucket in enumerate(weight.buckets) for slot in range(bucket.shape[0])]:
             raise InputError(f"{path}: {name} does not give each of its experts a place of its own; copy it anew")
-    if name.endswith("group_id") and not set(np.asarray(weight).tolist()) <= set(range(config.n_group)):
+    own = row_of(name).name
+    if own == "mlp.group_id" and not set(np.asarray(weight).tolist()) <= set(range(config.n_group)):
         raise InputError(f"{path}: {name} names a group that is none of the {config.n_group}; copy it anew")
-    if name.endswith(".signs") and not np.all(np.abs(np.asarray(weight, np.float32)) == 1):
+    if own == "signs" and not np.all(np.abs(np.asarray(weight, np.float32)) == 1):
         raise InputError(f"{path}: {name} holds numbers other than 1 and -1; copy it anew")

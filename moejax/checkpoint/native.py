@@ -21,6 +21,7 @@ from moejax.errors import InputError, brief
 from moejax.formats import abstract_experts, abstract_leaf
 from moejax.model import Config, Layout, config_from_hf
 from moejax.model.leaves import Weight
+from moejax.model.weights import PER_EXPERT, block_name, row_of
 
 T = TypeVar("T")
 
@@ -34,8 +35,6 @@ COPIED_FILES = (
     "generation_config.json",
 )
 _OUTER = "outer"
-# Pruning shortens the first axis of these weights, and nothing else.
-_PER_EXPERT = ("router", "bias", "group_id", "experts.gate", "experts.up", "experts.down")
 
 
 def item_of(name: str) -> tuple[str, str]:
@@ -99,7 +98,8 @@ class NativeCheckpoint:
         if within not in self.items.get(item, {}):
             raise InputError(f"{self.path / MANIFEST}: the weight {name} is missing; the config asks for it")
         try:
-            return _abstract(within, self.items[item][within][0])
+            spec = self.items[item][within][0]
+            return abstract_experts(spec) if row_of(name).role == "routed experts" else abstract_leaf(spec)
         except InputError as error:
             raise InputError(f"{self.path / MANIFEST}: the weight {name}: {error}") from None
 
@@ -110,7 +110,9 @@ class NativeCheckpoint:
     def _arrays_of_item(self, item: str) -> dict[str, np.ndarray]:
         if item not in self._opened:
             self._opened.clear()  # mapped pages count as the process's own memory
-            self._opened[item] = store.read_item(self.path, item, _item_arrays(self.items[item]))
+            names = [name for name in Layout(self.config).shapes() if item_of(name)[0] == item]
+            arrays = [array for name in names for array in arrays_of(item_of(name)[1], self.abstract(name))]
+            self._opened[item] = store.read_item(self.path, item, arrays)
         return self._opened[item]
 
 
@@ -151,7 +153,7 @@ def _check_against_config(checkpoint: NativeCheckpoint) -> None:
         raise InputError(f"{source}: experts_per_token needs {checkpoint.config.num_blocks} entries, one per block")
     for name, shape in expected.items():
         own = checkpoint.abstract(name).shape
-        may_be_pruned = name.endswith(tuple(f".mlp.{weight}" for weight in _PER_EXPERT)) and len(own) == len(shape)
+        may_be_pruned = row_of(name).is_per_expert and len(own) == len(shape)
         if own != shape and not (may_be_pruned and own[1:] == shape[1:] and own[0] <= shape[0]):
             raise InputError(f"{source}: the weight {name} has shape {own}; the config asks for {shape}")
         _check_spec(checkpoint, name)
@@ -167,25 +169,23 @@ def _check_against_config(checkpoint: NativeCheckpoint) -> None:
 
 def _check_experts(checkpoint: NativeCheckpoint) -> None:
     source, config = checkpoint.path / MANIFEST, checkpoint.config
-    layers = [name.removesuffix("router") for name in Layout(config).shapes() if name.endswith(".mlp.router")]
-    per_token = [k for block, k in enumerate(checkpoint.experts_per_token) if config.is_moe(block)]
-    for layer, k in zip(layers, per_token, strict=True):
-        counts = {weight: checkpoint.abstract(layer + weight).shape[0] for weight in _PER_EXPERT}
-        survivors = counts["router"]
-        if other := next((weight for weight, count in counts.items() if count != survivors), None):
-            raise InputError(
-                f"{source}: the weight {layer}{other} is of {counts[other]} experts; its router has {survivors}"
-            )
+    for block, k in enumerate(checkpoint.experts_per_token):
+        if not config.is_moe(block):
+            continue
+        path = block_name(block, config.num_hidden_layers)
+        counts = {name: checkpoint.abstract(name).shape[0] for name in (f"{path}.{row.name}" for row in PER_EXPERT)}
+        router = f"{path}.mlp.router"
+        survivors = counts[router]
+        if other := next((name for name, count in counts.items() if count != survivors), None):
+            raise InputError(f"{source}: the weight {other} is of {counts[other]} experts; its router has {survivors}")
         if not 1 <= k <= survivors:
-            raise InputError(
-                f"{source}: experts_per_token of {layer}router is {brief(k)}; 1 to {survivors} are accepted"
-            )
+            raise InputError(f"{source}: experts_per_token of {router} is {brief(k)}; 1 to {survivors} are accepted")
 
 
 def _check_spec(checkpoint: NativeCheckpoint, name: str) -> None:
     source, leaf, (item, within) = checkpoint.path / MANIFEST, checkpoint.abstract(name), item_of(name)
     spec, checksums = checkpoint.items[item][within]
-    if ("i32" in spec) != name.endswith("group_id"):
+    if ("i32" in spec) != (row_of(name).dtype == "int32"):
         raise InputError(f"{source}: the weight {name} is {spec}; i32 is what group_id alone is made of")
     if len(checksums) != 8 * len(jax.tree.leaves(leaf)):
         raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays")

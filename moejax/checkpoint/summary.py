@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from moejax.formats import ExpertWeights, Leaf, payload_bytes
+from moejax.model.weights import Role, in_mtp_block, row_of
 
-KINDS = ("embedding", "head", "attention", "dense mlp", "shared experts", "routed experts", "router", "norms", "mtp")
+KINDS: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,9 @@ class KindSummary:
         return 8 * self.bytes / self.elements
 
 
-def kind_of(name: str) -> str:
-    """The kind of a weight by its name in the model."""
-    if name.startswith("mtp."):
-        return "mtp"
-    if name in ("embed", "head"):
-        return {"embed": "embedding", "head": "head"}[name]
-    if name.endswith("norm"):
-        return "norms"
-    for part, kind in ((".self_attn.", "attention"), (".shared.", "shared experts"), (".experts.", "routed experts")):
-        if part in name:
-            return kind
-    return "dense mlp" if name.endswith((".gate", ".up", ".down")) else "router"
+def kind_of(name: str) -> Role:
+    """The kind of a weight by its name in the model: its role, but all of an MTP block are of one kind."""
+    return "mtp" if in_mtp_block(name) else row_of(name).role
 
 
 def summarize(leaves: Iterable[tuple[str, Leaf | ExpertWeights]]) -> list[KindSummary]:

@@ -9,6 +9,7 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
 from moejax.generate.decode import CACHE_DTYPES
 from moejax.model.latent_cache import bytes_per_token
+from moejax.model.weights import row_of
 from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table
@@ -46,4 +47,4 @@ def _shown(value: Any) -> str:
 
 
 def _experts_per_layer(checkpoint: Checkpoint) -> list[int]:
-    return [leaf.shape[0] for name, leaf in checkpoint.abstract_leaves() if name.endswith("mlp.bias")]
+    return [leaf.shape[0] for name, leaf in checkpoint.abstract_leaves() if row_of(name).name == "mlp.bias"]

@@ -2,6 +2,7 @@
 
 from moejax.model.config import Config, Yarn, config_from_hf, require_tokens
 from moejax.model.deepseek_v3 import DeepseekV3
-from moejax.model.leaves import Layout, named_leaves
+from moejax.model.leaves import named_leaves
+from moejax.model.weights import Layout
 
 __all__ = ["Config", "DeepseekV3", "Layout", "Yarn", "config_from_hf", "named_leaves", "require_tokens"]

@@ -125,7 +125,7 @@ class MtpBlock(nnx.Module):
 class DeepseekV3(nnx.Module):
     """Token ids to logits.
 
-    `leaves` gives every weight by name (see `leaves.Layout`), `experts_per_token` K per block where it is not the
+    `leaves` gives every weight by name (see `weights.Layout`), `experts_per_token` K per block where it is not the
     config's. Everything is computed in `dtype`, sums in at least float32.
     """
 

@@ -23,9 +23,10 @@ import numpy as np
 
 from moejax.formats import GroupFormat, TernaryFormat
 from moejax.model import DeepseekV3
+from moejax.model.weights import block_name
 from moejax.pipeline.options import order_of_pruning
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu, block_name
+from moejax.planning.costs import Costs, ExpertMenu, Menu
 from moejax.planning.expert_scores import ExpertScores
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Curve, LossCurves

@@ -22,12 +22,12 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, GroupFormat, Leaf
 from moejax.kernels import hadamard
 from moejax.model import named_leaves
+from moejax.model.weights import block_and_name, block_name, in_mtp_block, row_of
 from moejax.pipeline.options import moe_blocks, quantizable
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import one_bucket, with_leaves
-from moejax.planning.allocate import block_and_name
-from moejax.planning.costs import Costs, ExpertMenu, block_name
+from moejax.planning.costs import Costs, ExpertMenu
 from moejax.progress import Progress
 from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import experts_together, requantize_experts, requantize_once
@@ -57,6 +57,10 @@ class _Measurement:
     recipe: Recipe
     leaves: dict[str, Leaf | ExpertWeights]
     scales: dict[str, float]
+
+    @property
+    def num_layers(self) -> int:
+        return self.trial.model.config.num_hidden_layers
 
     def tensor(self, name: str) -> np.ndarray:
         """Costs of one weight outside the routed experts, (F,), KEEP last."""
@@ -103,17 +107,17 @@ class _Measurement:
         return np.concatenate([share_EF * total_F[:-1], np.zeros((weights.num_experts, 1))], axis=1)
 
     def _experts_name(self, index: int, projection: str) -> str:
-        return f"{block_name(index, self.trial.model.config.num_hidden_layers)}.mlp.experts.{projection}"
+        return f"{block_name(index, self.num_layers)}.mlp.experts.{projection}"
 
     def _inputs(self, name: str, leaf: Leaf) -> tuple[Inputs, jax.Array]:
         """A weight's input, and what a unit error at each output counts (..., O)."""
         statistics, ones = self.trial.statistics, jnp.ones(leaf.shape[:-1])
-        if name == "embed":
+        block, own = block_and_name(name, self.num_layers)
+        if block is not None:
+            return statistics.blocks[block].inputs(own), ones
+        if row_of(name).role == "embedding":
             return embedding_inputs(self.trial.model.config), statistics.count_C.astype(jnp.float32)
-        if name == "head":
-            return statistics.head_inputs(), ones
-        block, own = block_and_name(name, self.trial.model.config.num_hidden_layers)
-        return statistics.blocks[block].inputs(own), ones
+        return statistics.head_inputs(), ones
 
     def _errors(
         self,
@@ -150,7 +154,7 @@ class _Measurement:
         self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]
     ) -> np.ndarray:
         """error_F as KL divergence, and 0 for KEEP."""
-        if name.startswith("mtp."):
+        if in_mtp_block(name):
             scale = self._last_layers_scale(name)
         else:
             probed = min(range(len(error_F)), key=lambda f: abs(self.recipe.formats[f].bits - bits))
@@ -161,13 +165,15 @@ class _Measurement:
         return np.append(error_F * scale, 0.0)
 
     def _last_layers_scale(self, name: str) -> float:
-        own = name.split(".", 2)[2].removeprefix("block.").replace("eh_proj", "self_attn.o")
-        return self.scales.get(f"layers.{self.trial.model.config.num_hidden_layers - 1}.{own}", 1.0)
+        _, own = block_and_name(name, self.num_layers)
+        last = block_name(self.num_layers - 1, self.num_layers)
+        return self.scales.get(f"{last}.{'self_attn.o' if own == 'eh_proj' else own}", 1.0)
 
     def _divergence(self, name: str, changed: jax.Array | ExpertWeights) -> float:
         probe = self.trial.probe
-        if isinstance(changed, jax.Array) and name in ("embed", "head"):
-            divergences = {"embed": probe.divergence_of_embedding, "head": probe.divergence_of_head}
-            return divergences[name](changed)
-        index, own = name.removeprefix("layers.").split(".", 1)
-        return probe.divergence_of_block(int(index), with_leaves(probe.blocks[int(index)], {own: changed}))
+        block, own = block_and_name(name, self.num_layers)
+        if block is not None:
+            return probe.divergence_of_block(block, with_leaves(probe.blocks[block], {own: changed}))
+        assert isinstance(changed, jax.Array)
+        is_embedding = row_of(name).role == "embedding"
+        return (probe.divergence_of_embedding if is_embedding else probe.divergence_of_head)(changed)

@@ -13,8 +13,9 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, payload_bytes
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
+from moejax.model.weights import Layout, block_name, row_of
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu, block_name
+from moejax.planning.costs import Costs, ExpertMenu, Menu
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group, pruning_order
 
@@ -34,12 +35,7 @@ def options(model: DeepseekV3, recipe: Recipe) -> Costs:
 
 def quantizable(model: DeepseekV3) -> dict[str, Leaf]:
     """The weights outside the routed experts that may be rounded: all matrices but the routers."""
-    leaves = named_leaves(model).items()
-    return {
-        name: leaf
-        for name, leaf in leaves
-        if not isinstance(leaf, ExpertWeights) and leaf.ndim >= 2 and not name.endswith(".router")
-    }
+    return {name: leaf for name, leaf in named_leaves(model).items() if row_of(name).may_be_rounded}
 
 
 def moe_blocks(model: DeepseekV3) -> list[int]:
@@ -111,6 +107,4 @@ def _menu(rows: list[tuple[np.ndarray, np.ndarray]], recipe: Recipe) -> Menu:
 
 
 def _min_bits(name: str, model: DeepseekV3, recipe: Recipe) -> int:
-    last = f"layers.{model.config.num_hidden_layers - 1}.mlp.shared"
-    outer = name in ("embed", "head") or name.startswith(last)
-    return recipe.min_bits_outer if outer else recipe.min_bits_block
+    return recipe.min_bits_outer if Layout(model.config).is_outer(name) else recipe.min_bits_block

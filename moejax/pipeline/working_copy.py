@@ -14,10 +14,9 @@ from moejax.formats import ExpertWeights, Leaf
 from moejax.model import named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
+from moejax.model.weights import PER_EXPERT
 from moejax.transforms.prune import masked_bias
 from moejax.transforms.rounding import to_float32
-
-_PER_EXPERT = ("mlp.router", "mlp.bias", "mlp.group_id")
 
 
 def dense_block(block: Block) -> Block:
@@ -40,11 +39,13 @@ def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] 
     kept = np.asarray(keep)
     before = named_leaves(original)
     pruned_E = np.isin(np.arange(len(before["mlp.bias"])), kept, invert=True)
-    leaves |= {name: before[name] for name in _PER_EXPERT}
+    for row in PER_EXPERT:
+        if row.role == "routed experts":
+            survivors = _dense_experts(leaves[row.name])
+            leaves[row.name] = one_bucket(jnp.zeros((len(pruned_E), *survivors.shape[1:])).at[kept].set(survivors))
+        else:
+            leaves[row.name] = before[row.name]
     leaves["mlp.bias"] = masked_bias(before["mlp.bias"], pruned_E)
-    for name in ("mlp.experts.gate", "mlp.experts.up", "mlp.experts.down"):
-        survivors = _dense_experts(leaves[name])
-        leaves[name] = one_bucket(jnp.zeros((len(pruned_E), *survivors.shape[1:])).at[kept].set(survivors))
     return with_leaves(original, leaves, compressed.mlp.experts_per_token)
 
 

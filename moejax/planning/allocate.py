@@ -3,6 +3,7 @@
 import numpy as np
 
 from moejax.model import Config
+from moejax.model.weights import block_and_name
 from moejax.planning.costs import Costs, Menu
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
 from moejax.planning.solve import Choice, menu_survivors
@@ -14,8 +15,8 @@ def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:
     chosen = {name: name_of[f] for name, f in zip(costs.names, choice.tensor_N, strict=True)}
     formats: list[dict[str, str]] = [{} for _ in range(config.num_blocks)]
     for name, target in chosen.items():
-        if name not in ("embed", "head") and target != KEEP:
-            block, own = block_and_name(name, costs.num_layers)
+        block, own = block_and_name(name, costs.num_layers)
+        if block is not None and target != KEEP:
             formats[block][own] = target
     blocks = []
     for i, own_formats in enumerate(formats):
@@ -35,8 +36,8 @@ def choice_of_plan(costs: Costs, plan: Plan) -> Choice | None:
     outer = {"embed": plan.embed, "head": plan.head}
     targets = []
     for name in costs.names:
-        block, own = block_and_name(name, costs.num_layers) if name not in outer else (0, name)
-        targets.append(outer[name] if name in outer else plan.blocks[block].formats.get(own, KEEP))
+        block, own = block_and_name(name, costs.num_layers)
+        targets.append(outer[own] if block is None else plan.blocks[block].formats.get(own, KEEP))
     pruned: dict[int, int] = {}
     expert: dict[int, dict[str, np.ndarray]] = {}
     for i, menu in costs.experts.items():
@@ -53,12 +54,6 @@ def choice_of_plan(costs: Costs, plan: Plan) -> Choice | None:
     if not set(targets) <= index_of.keys():
         return None
     return Choice(np.asarray([index_of[target] for target in targets], int), pruned, expert)
-
-
-def block_and_name(name: str, num_layers: int) -> tuple[int, str]:
-    """`mtp.0.block.self_attn.o` of a model of 61 layers to (61, "self_attn.o")."""
-    kind, index, own = name.split(".", 2)
-    return int(index) + (num_layers if kind == "mtp" else 0), own.removeprefix("block.")
 
 
 def smallest_choice(costs: Costs) -> Choice:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from moejax.model import Config
-from moejax.planning.allocate import block_and_name
+from moejax.model.weights import block_and_name
 from moejax.planning.costs import Costs, Menu
 from moejax.planning.fit import SizeOf
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
@@ -48,10 +48,10 @@ def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer
     """Formats by their index in the ladder: per block, and for embedding and head. Floors do not apply."""
     name_of, menu = costs.tensors.formats, costs.tensors
     row_of = {name: n for n, name in enumerate(costs.names)}
-    inner = {block_and_name(name, costs.num_layers): n for name, n in row_of.items() if name not in ("embed", "head")}
+    places = {block_and_name(name, costs.num_layers): n for name, n in row_of.items()}
     blocks = []
     for i, level in enumerate(levels):
-        rows = {own: row for (block, own), row in inner.items() if block == i}
+        rows = {own: row for (block, own), row in places.items() if block == i}
         targets = {own: _usable(menu, row, level) for own, row in rows.items()}
         block = BlockPlan({own: target for own, target in targets.items() if target != KEEP})
         if i in costs.experts:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moejax.model.weights import block_name
 from moejax.planning.plan import PROJECTIONS
 
 
@@ -90,11 +91,6 @@ class Costs:
     def _with_menus(self, menus: Mapping[int, Mapping[str, Menu]]) -> "Costs":
         experts = {block: replace(own, menus=menus[block]) for block, own in self.experts.items()}
         return replace(self, experts=experts)
-
-
-def block_name(index: int, num_layers: int) -> str:
-    """The name under which a block's weights stand in a model of so many layers, MTP blocks behind them."""
-    return f"layers.{index}" if index < num_layers else f"mtp.{index - num_layers}.block"
 
 
 def _has_format(menu: Menu) -> np.ndarray:

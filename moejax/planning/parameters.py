@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from moejax.formats import ExpertWeights
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
-
-# What a checkpoint derives from its config is no parameter.
-_DERIVED = (".group_id", ".routing_scale")
+from moejax.model.weights import block_and_name, row_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,16 @@ def count_parameters(model: DeepseekV3) -> Parameters:
     """Of a model, concrete or in shapes alone."""
     total = mtp = active = 0
     for name, leaf in named_leaves(model).items():
-        size = 0 if name.endswith(_DERIVED) else math.prod(leaf.shape)
-        if name.startswith("mtp."):
+        row = row_of(name)
+        size = 0 if row.is_derived else math.prod(leaf.shape)
+        block, _ = block_and_name(name, len(model.layers))
+        if block is not None and block >= len(model.layers):
             mtp += size
             continue
         total += size
-        if isinstance(leaf, ExpertWeights):
-            moe = model.layers[int(name.split(".")[1])].mlp
+        if block is not None and isinstance(leaf, ExpertWeights):
+            moe = model.layers[block].mlp
             assert isinstance(moe, MoE)
             size = size // leaf.num_experts * moe.experts_per_token
-        active += 0 if name == "embed" else size
+        active += 0 if row.role == "embedding" else size
     return Parameters(total, mtp, active)

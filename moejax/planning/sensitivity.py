@@ -18,6 +18,7 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.model import Config
+from moejax.model.weights import block_and_name
 
 # Kinds of weights that the measurement changed together.
 _TOGETHER = (
@@ -44,12 +45,11 @@ class Sensitivity:
 
         MTP blocks, which the model's predictions do not depend on, count like the last layer.
         """
-        if name in self.outer:
-            return self.outer[name]
-        _, index, own = name.split(".", 2)
-        layer = int(index) if name.startswith("layers.") else config.num_hidden_layers - 1
+        block, kind = block_and_name(name, config.num_hidden_layers)
+        if block is None:
+            return self.outer[kind]
+        layer = min(block, config.num_hidden_layers - 1)
         depth = (layer + 0.5) / config.num_hidden_layers
-        kind = own.removeprefix("block.")
         return sum(float(np.interp(depth, *self.by_depth[part])) for part in _STAND_INS.get(kind, (kind,)))
 
 

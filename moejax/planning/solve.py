@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moejax.model.weights import in_mtp_block
 from moejax.planning.costs import Costs, ExpertMenu, Menu
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Losses
@@ -61,7 +62,7 @@ def choice_bytes(costs: Costs, choice: Choice) -> int:
 
 def choice_losses(costs: Costs, choice: Choice) -> Losses:
     """The summed costs of a choice; MTP blocks' cost the model's predictions nothing."""
-    counts_N = np.asarray([not name.startswith("mtp.") for name in costs.names], bool)
+    counts_N = np.asarray([not in_mtp_block(name) for name in costs.names], bool)
     others = float(np.sum(_picked(costs.tensors.cost_NF, choice.tensor_N), where=counts_N))
     experts = pruning = 0.0
     for block, menu in costs.experts.items():

@@ -6,6 +6,7 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.model import Config, Layout
+from moejax.model.weights import IN_BLOCK, block_and_name
 from moejax.planning import BlockPlan, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group
@@ -32,9 +33,9 @@ def check_plan(plan: Plan, config: Config) -> None:
 
 def _matrices(config: Config, index: int) -> set[str]:
     """The weights outside the routed experts that have an input, named within their block."""
-    shapes = dict(Layout(config).block(index)).items()
-    own = {name for name, shape in shapes if len(shape) >= 2 and not name.startswith("mlp.experts.")}
-    return own if index < config.num_hidden_layers else own | {"eh_proj"}
+    placed = (block_and_name(name, config.num_hidden_layers) for name in Layout(config).shapes())
+    own = (IN_BLOCK[name] for block, name in placed if block == index)
+    return {row.name for row in own if row.is_matrix and row.role != "routed experts"}
 
 
 def _check_experts(block: BlockPlan, kept: Sequence[int], config: Config, what: str) -> None:

@@ -14,6 +14,7 @@ from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statisti
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
@@ -32,8 +33,8 @@ def has_few_tokens(config: Config, tokens: int) -> bool:
     expert, which sees its share of them, or of another."""
     shapes = Layout(config).shapes().items()
     of_experts = tokens * config.num_experts_per_tok / config.n_routed_experts
-    widths = ((".experts." in name, shape[-1]) for name, shape in shapes if len(shape) >= 2)
-    return any(_are_few(of_experts + width if is_expert else tokens, width) for is_expert, width in widths)
+    matrices = ((row_of(name).role, shape[-1]) for name, shape in shapes if row_of(name).is_matrix)
+    return any(_are_few(of_experts + width if role == "routed experts" else tokens, width) for role, width in matrices)
 
 
 def choose_damping(
@@ -56,7 +57,7 @@ def choose_damping(
 
 
 def _matrices(sums: BlockStatistics) -> list[str]:
-    return [name for name in sums.input2 if not name.endswith("router")]
+    return [name for name in sums.input2 if IN_BLOCK[name].may_be_rounded]
 
 
 def choose_damping_of_block(

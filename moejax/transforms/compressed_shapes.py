@@ -9,11 +9,9 @@ from moejax.formats import ExpertWeights, Leaf, format_name, parse_group_format
 from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
+from moejax.model.weights import IN_BLOCK, block_and_name
 from moejax.planning import KEEP, BlockPlan, Plan
-from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.check_plan import check_plan
-
-_PER_SURVIVOR = ("mlp.router", "mlp.bias", "mlp.group_id")
 
 
 def compressed_shapes(model: DeepseekV3, plan: Plan) -> DeepseekV3:
@@ -22,34 +20,28 @@ def compressed_shapes(model: DeepseekV3, plan: Plan) -> DeepseekV3:
     Raises InputError as `compress` does.
     """
     check_plan(plan, model.config)
-    leaves = named_leaves(model)
-    leaves |= {name: _in_format(leaves[name], target) for name, target in (("embed", plan.embed), ("head", plan.head))}
-    layers = len(model.layers)
-    experts_per_token = []
-    for i, own in enumerate(plan.blocks):
-        part = f"layers.{i}" if i < layers else f"mtp.{i - layers}"
-        prefix = part if i < layers else f"{part}.block"
-        for name, target in own.formats.items():
-            full = f"{part if name == 'eh_proj' else prefix}.{name}"
-            leaves[full] = _in_format(leaves[full], target)
-        if own.keep is not None:
-            leaves |= _survivors(leaves, f"{prefix}.", own, own.keep)
-        block = model.layers[i] if i < layers else model.mtp[i - layers].block
-        experts_per_token.append(own.experts_per_token or block.experts_per_token)
-    return DeepseekV3(model.config, leaves.__getitem__, experts_per_token)
+    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
+    outer, leaves = {"embed": plan.embed, "head": plan.head}, named_leaves(model)
+    for name, leaf in leaves.items():
+        index, own = block_and_name(name, len(model.layers))
+        leaves[name] = _in_format(leaf, outer.get(name, KEEP)) if index is None else _of(leaf, own, plan.blocks[index])
+    per_token = [
+        own.experts_per_token or block.experts_per_token for own, block in zip(plan.blocks, blocks, strict=True)
+    ]
+    return DeepseekV3(model.config, leaves.__getitem__, per_token)
+
+
+def _of(leaf: Weight, name: str, plan: BlockPlan) -> Weight:
+    """What a block's plan makes of its weight `name`."""
+    if plan.keep is not None and isinstance(leaf, ExpertWeights):
+        return _experts(leaf, plan.experts.get(name.rpartition(".")[2], (KEEP,) * len(plan.keep)))
+    if plan.keep is not None and IN_BLOCK[name].is_per_expert:
+        leaf = _first(leaf, len(plan.keep))
+    return _in_format(leaf, plan.formats.get(name, KEEP))
 
 
 def _in_format(leaf: Leaf, target: str) -> Leaf:
     return leaf if target == KEEP else parse_group_format(target).abstract(leaf.shape)
-
-
-def _survivors(leaves: dict[str, Weight], prefix: str, plan: BlockPlan, keep: Sequence[int]) -> dict[str, Weight]:
-    """What there is one of for every expert, of those that `plan` keeps."""
-    own: dict[str, Weight] = {f"{prefix}{name}": _first(leaves[f"{prefix}{name}"], len(keep)) for name in _PER_SURVIVOR}
-    for projection in PROJECTIONS:
-        name = f"{prefix}mlp.experts.{projection}"
-        own[name] = _experts(leaves[name], plan.experts.get(projection, (KEEP,) * len(keep)))
-    return own
 
 
 def _experts(weights: ExpertWeights, formats: Sequence[str]) -> ExpertWeights:

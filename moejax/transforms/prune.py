@@ -8,10 +8,11 @@ import numpy as np
 
 from moejax.calibrate.statistics import ExpertStatistics
 from moejax.errors import InputError
-from moejax.formats import select_experts
+from moejax.formats import ExpertWeights, select_experts
 from moejax.model.config import Config
 from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
+from moejax.model.weights import IN_BLOCK
 
 CRITERIA = ("frequency", "paper", "gate_mass", "reap", "msan")
 
@@ -110,10 +111,9 @@ def prune(moe: MoE, keep: Sequence[int]) -> MoE:
     """
     kept = np.asarray(keep, np.int32)
     leaves = named_leaves(moe)
-    for name in ("router", "bias", "group_id"):
-        leaves[name] = jnp.take(leaves[name], kept, axis=0)
-    for name in ("gate", "up", "down"):
-        leaves[f"experts.{name}"] = select_experts(leaves[f"experts.{name}"], keep)
+    for name in [name for name in leaves if IN_BLOCK[f"mlp.{name}"].is_per_expert]:
+        own = leaves[name]
+        leaves[name] = select_experts(own, keep) if isinstance(own, ExpertWeights) else jnp.take(own, kept, axis=0)
     return MoE(moe.config, leaves.__getitem__, moe.experts_per_token)
 
 

@@ -20,6 +20,7 @@ from moejax.model.deepseek_v3 import Block, MtpBlock, rotated
 from moejax.model.leaves import Weight
 from moejax.model.moe import MoE
 from moejax.model.source import ModelSource, Source, model_of
+from moejax.model.weights import IN_BLOCK
 
 # Rows of embedding and head that are dense in the wide dtype at a time.
 _ROWS = 1024
@@ -161,12 +162,11 @@ def _feed_forward(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) 
     leaves, gain_D = named_leaves(block.mlp), block.post_attention_norm.get_value()
     turned: dict[str, Weight] = {}
     for name, leaf in leaves.items():
-        turn = _turn_experts if isinstance(leaf, ExpertWeights) else _turn
-        if name == "router":
-            turned[name] = _turn(leaf, gain_D, signs.residual_D, None, _wide(dtype))
-        elif name.endswith(("gate", "up")):
-            turned[name] = turn(leaf, gain_D, signs.residual_D, None, dtype)
-        elif name.endswith("down"):
+        row, turn = IN_BLOCK[f"mlp.{name}"], _turn_experts if isinstance(leaf, ExpertWeights) else _turn
+        if row.takes_hidden:
+            to = _wide(dtype) if row.role == "router" else dtype
+            turned[name] = turn(leaf, gain_D, signs.residual_D, None, to)
+        elif row.takes_product:
             inputs = jnp.ones(leaf.shape[-1], jnp.bfloat16) if config.down_input_transform else None
             turned[name] = turn(leaf, None, inputs, signs.residual_D, dtype)
     return {f"mlp.{name}": leaf for name, leaf in turned.items()}

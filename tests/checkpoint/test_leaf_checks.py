@@ -48,10 +48,10 @@ def test_slots_that_are_none_or_are_used_twice_are_refused(places: list[tuple[in
 @pytest.mark.parametrize(("groups", "is_right"), [([0, 3, 1, 1], True), ([0, 4], False), ([-1, 0], False)])
 def test_groups_are_those_of_the_config(groups: list[int], is_right: bool) -> None:
     if is_right:
-        check_indices(PATH, "a.group_id", jnp.asarray(groups), CONFIG)
+        check_indices(PATH, "layers.1.mlp.group_id", jnp.asarray(groups), CONFIG)
     else:
-        with pytest.raises(InputError, match=r"folder: a.group_id names a group that is none of the 4"):
-            check_indices(PATH, "a.group_id", jnp.asarray(groups), CONFIG)
+        with pytest.raises(InputError, match=r"folder: layers.1.mlp.group_id names a group that is none of the 4"):
+            check_indices(PATH, "layers.1.mlp.group_id", jnp.asarray(groups), CONFIG)
 
 
 def test_arrays_have_the_shapes_and_dtypes_of_the_manifest() -> None:

@@ -1,12 +1,10 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moejax.planning import KEEP, BlockPlan
-from moejax.planning.allocate import block_and_name as split_name
 from moejax.planning.allocate import choice_of_plan, plan_of_choice, smallest_choice
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.solve import Choice, choice_bytes, menu_survivors, solve
@@ -128,8 +126,3 @@ def test_a_model_whose_weights_outside_the_experts_all_stay() -> None:
     choice = Choice(np.zeros(0, int), {1: 1, 2: 0, 3: 0}, random_choice(2, (1, 0, 0)).expert)
     found = choice_of_plan(costs, plan_of_choice(costs, choice, CONFIG))
     assert found is not None and found.tensor_N.dtype == int and found.tensor_N.shape == (0,)
-
-
-@pytest.mark.parametrize("name", [name for name in SIZES if name not in ("embed", "head")])
-def test_a_weight_s_block_and_its_name_within(name: str) -> None:
-    assert split_name(name, CONFIG.num_hidden_layers) == block_and_name(name)

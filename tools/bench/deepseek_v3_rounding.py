@@ -24,7 +24,7 @@ from moejax.checkpoint.json_file import read_json_object
 from moejax.formats import parse_group_format
 from moejax.machine import peak_memory
 from moejax.model import Config, config_from_hf
-from moejax.model.leaves import Layout
+from moejax.model.weights import Layout, row_of
 from moejax.planning.size import format_size
 from moejax.resources import config_path
 from moejax.transforms.error_feedback import MOST_ROWS
@@ -62,9 +62,10 @@ def matrices(config: Config) -> Counter[tuple[int, int]]:
     one weight have one input and are rounded as one matrix."""
     count: Counter[tuple[int, int]] = Counter()
     for name, shape in Layout(config).shapes().items():
-        if len(shape) < 2 or name == "embed" or name.endswith("router"):
+        row = row_of(name)
+        if not row.is_matrix or row.role in ("embedding", "router"):
             continue
-        experts = shape[0] if ".experts." in name else 1
+        experts = shape[0] if row.is_per_expert else 1
         count[math.prod(shape[:-1]) // experts, shape[-1]] += experts
     return count
 
