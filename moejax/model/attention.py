@@ -12,6 +12,9 @@ from moejax.model.leaves import Leaves, Taps, linear
 from moejax.model.norm import LATENT_EPS, rms_norm
 from moejax.model.rope import Rotation, rotate
 
+# How many queries of a row attend at once, without a cache.
+QUERIES = 512
+
 
 class Attention(nnx.Module):
     """MLA as DeepSeek-V3 computes it (arXiv:2412.19437, section 2.1.1).
@@ -39,16 +42,27 @@ class Attention(nnx.Module):
         self.o = nnx.Param(leaves("o"))
 
     def __call__(self, x_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
-        """Causal attention among the T tokens of each row, keys and values expanded per head."""
+        """Causal attention among the T tokens of each row, keys and values expanded per head.
+
+        No more than QUERIES of them attend at once: their scores take H * QUERIES * T numbers a row.
+        """
         q_nope, q_rope = self._queries(x_BTD, by, taps)
-        c_kv, k_rope = self._latents(x_BTD, by, taps)
-        k_nope = self._expand(c_kv, self.k_b, taps, "k_b")
-        v = self._expand(c_kv, self.v_b, taps, "v_b")
-        scores = self._scaled(product("bthn,bshn->bhts", q_nope, k_nope), q_rope, Latents(c_kv, k_rope))
+        latents = self._latents(x_BTD, by, taps)
+        k_nope = self._expand(latents.c_kv, self.k_b, taps, "k_b")
+        v = self._expand(latents.c_kv, self.v_b, taps, "v_b")
         length = x_BTD.shape[1]
-        visible = jnp.tril(jnp.ones((length, length), bool))
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-        return self._output(product("bhts,bshv->bthv", weights, v).astype(v.dtype), taps)
+
+        def attend_from(first: jax.Array | int, q_nope: jax.Array, q_rope: jax.Array) -> jax.Array:
+            scores = self._scaled(product("bthn,bshn->bhts", q_nope, k_nope), q_rope, latents)
+            visible = first + jnp.arange(q_nope.shape[1])[:, None] >= jnp.arange(length)
+            weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+            return product("bhts,bshv->bthv", weights, v).astype(v.dtype)
+
+        if length <= QUERIES:
+            return self._output(attend_from(0, q_nope, q_rope), taps)
+        firsts = jnp.arange(0, length, QUERIES)
+        out = jax.lax.map(lambda block: attend_from(*block), (firsts, _in_blocks(q_nope), _in_blocks(q_rope)))
+        return self._output(jnp.moveaxis(out, 0, 1).reshape(len(x_BTD), -1, *out.shape[3:])[:, :length], taps)
 
     def attend_cached(
         self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
@@ -132,6 +146,12 @@ class Attention(nnx.Module):
 
     def _output(self, out_BTHV: jax.Array, taps: Taps | None) -> jax.Array:
         return linear(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o, taps, "o")
+
+
+def _in_blocks(q_BTHN: jax.Array) -> jax.Array:
+    """Queries (n, B, QUERIES, H, N) in n blocks, zeros behind the last."""
+    padded = jnp.pad(q_BTHN, ((0, 0), (0, -q_BTHN.shape[1] % QUERIES), (0, 0), (0, 0)))
+    return jnp.moveaxis(padded.reshape(len(padded), -1, QUERIES, *padded.shape[2:]), 1, 0)
 
 
 def _wide(x: jax.Array) -> jnp.dtype:

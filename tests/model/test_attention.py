@@ -9,7 +9,10 @@ import pytest
 
 from model_cases import BASE, Config, random_tensors, write_hf_checkpoint
 from moejax.checkpoint.huggingface import open_huggingface
+from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3
+from moejax.model import attention as own
+from moejax.model.workspace import step_bytes
 
 BATCH, TOKENS, CACHED = 2, 9, 12
 
@@ -116,3 +119,24 @@ def test_a_cache_in_bfloat16_gives_nearly_the_same(dense_model: DeepseekV3) -> N
     assert states.dtype == jnp.float32 and cache[0].rows.dtype == jnp.bfloat16
     expected = hidden(dense_model, tokens_BT, dtype=jnp.float32)
     assert 1e-4 < float(jnp.max(jnp.abs(states - expected)) / jnp.std(expected)) < 0.05
+
+
+@pytest.mark.parametrize("queries", [4, 5, 8])
+def test_queries_that_attend_block_by_block_attend_alike(
+    sparse_model: DeepseekV3, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, tokens_BT = sparse_model.layers[0].self_attn, prompt(sparse_model)
+    x_BTD, by = sparse_model.embedded(tokens_BT), sparse_model.rotation(jnp.arange(tokens_BT.shape[1]), jnp.float32)
+    expected, blocks = attention(x_BTD, by), -(-tokens_BT.shape[1] // queries)
+    assert blocks > 1
+    monkeypatch.setattr(own, "QUERIES", queries)
+    np.testing.assert_allclose(attention(x_BTD, by), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_attention_takes_grows_with_its_tokens_not_their_square(sparse_model: DeepseekV3) -> None:
+    def taken(length: int) -> int:
+        x_1TD = abstract_array((1, length, sparse_model.config.hidden_size), jnp.float32)
+        by = jax.eval_shape(lambda: sparse_model.rotation(jnp.arange(length), jnp.dtype(jnp.float32)))
+        return step_bytes(jax.jit(lambda block, x, by: block.self_attn(x, by)), sparse_model.layers[0], x_1TD, by)
+
+    assert taken(16 * own.QUERIES) < 2.5 * taken(8 * own.QUERIES)
