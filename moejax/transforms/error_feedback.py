@@ -3,7 +3,6 @@
 The number of levels is traced, so that every shape, group size and kind of scale compiles once for all formats.
 """
 
-import math
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +15,7 @@ from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
 from moejax.formats.grouped import centre, round_to_codes
 from moejax.formats.scales import as_stored, encode_scales
 from moejax.kernels import product
-from moejax.transforms.quantize import positive, search_scales
+from moejax.transforms.quantize import in_parts, positive, search_scales
 
 # How much the Hessian's diagonal grows (see `damped`): where tokens are many; per input and token where they are few.
 DAMPING = 0.03
@@ -70,7 +69,7 @@ def quantize_with_feedback(
 
     Raises InputError if there is no such `column_order`.
     """
-    *outer, inputs = weight.shape
+    inputs = weight.shape[-1]
     if column_order not in get_args(ColumnOrder):
         raise InputError(f"column_order is {column_order!r}; {' or '.join(get_args(ColumnOrder))} is accepted")
 
@@ -79,12 +78,7 @@ def quantize_with_feedback(
         rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
         return _pack(rounded, weight.shape, to)
 
-    outputs = math.prod(outer)
-    if outputs <= MOST_ROWS:
-        return round_rows(weight)
-    rows = math.ceil(outputs / math.ceil(outputs / MOST_ROWS))
-    parts = [round_rows(own_OI) for own_OI in jnp.split(weight.reshape(-1, inputs), [*range(rows, outputs, rows)])]
-    return jax.tree.map(lambda *own: jnp.concatenate(own).reshape(*outer, -1), *parts)
+    return in_parts(weight, MOST_ROWS, round_rows)
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_kind", "column_order"))

@@ -3,6 +3,8 @@
 The number of levels is traced in the search: it compiles once per shape, group size and kind of scale for all formats.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,6 +21,10 @@ from moejax.kernels import product
 # share falls from about 1 at 8 bits to 0.3 at 1 bit; 1 itself is among them, so that no group is worse than with it.
 SHARES = np.linspace(0.20, 1.04, 22, dtype=np.float32)
 
+# Weights whose scales are searched together at most: what the search takes, some six times as many numbers, grows with
+# them.
+MOST_WEIGHTS = 1 << 24
+
 
 def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> GroupedCodes:
     """Round a weight (..., O, I) to a format, minimizing E|(W - Q) x|^2 over the group scales with x's entries taken as
@@ -27,8 +33,26 @@ def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> Gr
     The scale is the best of a grid or the least-squares scale for the codes it gave,
     s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (levels - 1)/2.
     """
-    scale, _ = search_scales(weight, second_moment, to.levels, to.group_size, to.scale_kind)
-    return _encode(weight, scale, to)
+
+    def round_rows(weight: jax.Array) -> GroupedCodes:
+        scale, _ = search_scales(weight, second_moment, to.levels, to.group_size, to.scale_kind)
+        return _encode(weight, scale, to)
+
+    if second_moment.ndim > 1:
+        return round_rows(weight)
+    return in_parts(weight, MOST_WEIGHTS // weight.shape[-1], round_rows)
+
+
+def in_parts(weight: jax.Array, most_rows: int, round_rows: Callable[[jax.Array], GroupedCodes]) -> GroupedCodes:
+    """`round_rows` of a weight (..., O, I), of which no row's result depends on another: in equal parts where there are
+    more than `most_rows` rows."""
+    *outer, inputs = weight.shape
+    outputs = math.prod(outer)
+    if outputs <= most_rows:
+        return round_rows(weight)
+    rows = math.ceil(outputs / math.ceil(outputs / most_rows))
+    parts = [round_rows(own_OI) for own_OI in jnp.split(weight.reshape(-1, inputs), [*range(rows, outputs, rows)])]
+    return jax.tree.map(lambda *own: jnp.concatenate(own).reshape(*outer, -1), *parts)
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_kind"))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from leaf_oracle import scales_of, to_numpy
 from moejax.formats import GroupedCodes, GroupFormat, IntFormat, ScaleKind, TernaryFormat
+from moejax.transforms import quantize as own
 from moejax.transforms.quantize import quantization_errors, quantize, search_scales
 
 Array = NDArray[Any]
@@ -264,3 +265,22 @@ def test_weights_in_bfloat16_are_searched_in_float32() -> None:
     packed = quantize(weight, moment, IntFormat(4, GROUP_SIZE))
     wide = quantize(weight.astype(jnp.float32), moment, IntFormat(4, GROUP_SIZE))
     jax.tree.map(np.testing.assert_array_equal, packed, wide)
+
+
+@pytest.mark.parametrize("shape", [(OUTPUTS, INPUTS), (3, OUTPUTS // 3, INPUTS)])
+def test_many_rows_are_searched_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = normal_weight(5).reshape(shape), log_normal_moment(6)
+    whole = quantized(weight, moment, 8)
+    monkeypatch.setattr(own, "MOST_WEIGHTS", 4 * INPUTS + 1)
+    searched: list[int] = []
+    search = own.search_scales
+
+    def counted(rows: jax.Array, *others: Any) -> tuple[jax.Array, jax.Array]:
+        searched.append(len(rows))
+        return search(rows, *others)
+
+    monkeypatch.setattr(own, "search_scales", counted)
+    parts = quantized(weight, moment, 8)
+    assert searched == [3, 3]
+    assert parts.shape == whole.shape
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
