@@ -55,12 +55,15 @@ def compress(
     calibration_chunks: Annotated[int, arg(help="chunks of 512 tokens to calibrate on, spread over the text")] = 128,
     text: TextArg = None,
     drop_mtp: DropMtpArg = False,
+    work: Annotated[
+        Path | None, arg(help="keep what is finished in this folder: stopped and begun again, the job goes on")
+    ] = None,
     json: JsonArg = None,
 ) -> None:
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
 
-    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, drop_mtp, json)
+    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, drop_mtp, work, json)
 
 
 @app.command

@@ -7,6 +7,7 @@ goes on with it if it can.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -75,6 +76,13 @@ def write_text(output: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(output)) from error
 
 
+def fingerprint(folder: Path) -> str:
+    """A short text that changes with the name, the size or the time of a file in the folder."""
+    files = ((file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file())
+    told = [(str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for file, stat in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
 def clear_folder(folder: Path, but: Collection[str] = ()) -> None:
     """Removes everything in `folder` but the entries of these names."""
     for entry in folder.iterdir():
@@ -96,16 +104,17 @@ def partial_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def require_free(output: Path) -> None:
+def require_free(output: Path, is_resumable: Callable[[Path], bool] = _never) -> None:
     """Raises the InputError that `atomic_folder` would: before the work whose result is to lie there. How much room
     there is, `require_space` says, once it is known how much is needed.
 
-    What a killed process left is removed.
+    What a killed process left is removed, unless it is resumable.
     """
     output = Path(os.path.abspath(output))
     if os.path.lexists(partial_path(output)):
-        with _partial(output, _begin_folder, _NO_FOLDER):
-            _remove(partial_path(output))
+        with _partial(output, _begin_folder, _NO_FOLDER, is_resumable):
+            if not is_resumable(partial_path(output)):
+                _remove(partial_path(output))
     _require_none(output)
     try:  # under another name, lest a process that is about to begin writing finds its own taken
         tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}").cleanup()

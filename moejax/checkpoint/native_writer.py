@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint import store
@@ -86,6 +87,16 @@ class NativeWriter:
     def missing(self) -> list[str]:
         """The items that are still to be added."""
         return [item for item in self.items if item not in self.checksums]
+
+    def read(self, item: str) -> dict[str, Weight]:
+        """The leaves of a finished item, read back."""
+        arrays = store.read_item(self.folder, item)
+        return {
+            name: jax.tree.unflatten(
+                jax.tree.structure(leaf), [jnp.asarray(arrays[own]) for own in arrays_of(name, leaf)]
+            )
+            for name, leaf in self.items[item].items()
+        }
 
     def add(self, item: str, leaves: Mapping[str, Weight]) -> None:
         """Write an item, its leaves by their names within it; when this returns, it is on the disk.
@@ -172,6 +183,8 @@ def _take_up(writer: NativeWriter, journal: Journal, progress: Progress) -> None
             writer.checksums[item] = finished[item]
         elif (items / item).exists():
             note(f"{items / item}, which an earlier run had finished, is damaged and made anew")
+    if writer.checksums:
+        note(f"{writer.folder}: {len(writer.checksums)} of {len(writer.items)} items of an earlier run are taken over")
     clear_folder(writer.folder, but=(_JOURNAL, store.ITEMS_FOLDER))
     if items.exists():
         clear_folder(items, but=writer.finished)

@@ -1,30 +1,37 @@
 """`moejax compress`."""
 
+import shlex
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.atomic import require_free, require_space
+from moejax.checkpoint.atomic import fingerprint, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
-from moejax.errors import InputError
+from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.work import Work, work_in
 from moejax.pipeline.write import Calibrated
-from moejax.planning.plan import Plan, from_json
+from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 from moejax.report.pruning import pruning_figures, pruning_rows
 from moejax.tokenizer import load_tokenizer
+from moejax.version import __version__
 
 # Enough of the default text for stable figures in a minute on two cores.
 _CALIBRATION_BYTES = 1_500_000
@@ -52,11 +59,12 @@ def run_compress(
     calibration_chunks: int,
     text: Path | None,
     drop_mtp: bool,
+    work: Path | None,
     json: Path | None,
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
     started = time.monotonic()
-    require_free(output)
+    require_free(output, is_resumable=lambda _: work is not None)
     figures.require_writable(json, output)
     if calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
@@ -77,14 +85,37 @@ def run_compress(
     made = job.provenance(
         texts.calibration, len(texts.calibrated.chunks), own_recipe if given is None else None, dropped
     )
-    if given is not None:
-        result = job.carry_out(
-            checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar
-        )
-    else:
-        prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar)
-        result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
+    with _kept(work, checkpoint, texts, own_recipe if given is None else given, drop_mtp) as kept:
+        if given is not None:
+            result = job.carry_out(
+                checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar, kept
+            )
+        else:
+            prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar, kept)
+            result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
     _report(checkpoint, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
+
+
+@contextmanager
+def _kept(
+    folder: Path | None, checkpoint: HuggingFaceCheckpoint, texts: _Texts, by: Recipe | Plan, drop_mtp: bool
+) -> Iterator[Work]:
+    """What the job has found out, kept in a folder if one is given; if it is stopped, how it goes on is said."""
+    calibrated = sha256(b"".join(own.tobytes() for own in texts.calibrated)).hexdigest()
+    made_of = {
+        "version of moejax": __version__,
+        "checkpoint": fingerprint(checkpoint.path),
+        "calibration": calibrated,
+        "plan" if isinstance(by, Plan) else "recipe": digest(by) if isinstance(by, Plan) else repr(by),
+        "--drop-mtp": str(drop_mtp),
+    }
+    with work_in(folder, made_of) as work:
+        try:
+            yield work
+        except (KeyboardInterrupt, OSError, MemoryError):
+            if folder is not None:
+                note(f"what is finished is kept; this goes on: {shlex.join(['moejax', *sys.argv[1:]])}")
+            raise
 
 
 def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, budget: int | None) -> int:

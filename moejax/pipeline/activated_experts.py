@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 import jax
 
 from moejax.errors import InputError
-from moejax.model import Config, DeepseekV3
+from moejax.model import Config
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
 from moejax.pipeline.probe import Probe
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import divergence_of, masked_blocks
+from moejax.pipeline.trial import PlannedModel, Trial
 from moejax.pipeline.working_copy import with_leaves
 from moejax.planning import Plan
+from moejax.planning.plan import digest
 from moejax.progress import Progress
 from moejax.transforms.experts_per_token import fit_routing_scale, paper_rule
 
@@ -47,33 +48,38 @@ def candidates(recipe: Recipe, config: Config, kept: Sequence[int]) -> list[tupl
     return [(asked,) * len(kept)]
 
 
-def try_activated_experts(
-    probe: Probe, compressed: DeepseekV3, plan: Plan, recipe: Recipe, progress: Progress
-) -> list[ActivatedExperts]:
+def try_activated_experts(trial: Trial, plan: Plan, recipe: Recipe, progress: Progress) -> list[ActivatedExperts]:
     """The recipe's K', each without and, if it lets it, with the least-squares routing scale; the best first."""
-    blocks = masked_blocks(probe, compressed, plan)
-    experts = compressed.config.n_routed_experts
-    kept = [experts if own.keep is None else len(own.keep) for own, _ in zip(plan.blocks, blocks, strict=False)]
+    config, planned = trial.model.config, PlannedModel(trial, plan)
+    layers = plan.blocks[: config.num_hidden_layers]
+    kept = [config.n_routed_experts if own.keep is None else len(own.keep) for own in layers]
     tried = []
-    for per_layer in progress(candidates(recipe, compressed.config, kept), "trying experts per token"):
-        tried += try_routing_scales(probe, compressed, blocks, per_layer, recipe)
+    for per_layer in progress(candidates(recipe, config, kept), "trying experts per token"):
+        tried += try_routing_scales(planned, per_layer, recipe)
     return sorted(tried, key=lambda choice: choice.divergence)
 
 
-def try_routing_scales(
-    probe: Probe, compressed: DeepseekV3, blocks: Sequence[Block], per_layer: tuple[int, ...], recipe: Recipe
-) -> list[ActivatedExperts]:
-    """K' `per_layer` with a routing scale of 1 and, if the recipe lets it, with the least-squares one; `blocks` are the
-    compressed model's, as `masked_blocks` gives them."""
+def try_routing_scales(planned: PlannedModel, per_layer: tuple[int, ...], recipe: Recipe) -> list[ActivatedExperts]:
+    """K' `per_layer` with a routing scale of 1 and, if the recipe lets it, with the least-squares one."""
+    name = f"plan {digest(planned.plan)} with {per_layer} experts per token"
+    found = planned.trial.work.once(name, lambda: _tried_scales(planned, per_layer, recipe))
+    return [ActivatedExperts(per_layer, tuple(scales), divergence) for scales, divergence in found]
+
+
+def _tried_scales(
+    planned: PlannedModel, per_layer: tuple[int, ...], recipe: Recipe
+) -> list[tuple[tuple[float, ...], float]]:
+    """Routing scales and the divergence with them."""
+    blocks = planned.blocks
     scalings = [(1.0,) * len(blocks)]
     if recipe.fit_routing_scale:
         own_blocks = enumerate(zip(blocks, per_layer, strict=True))
-        scalings.append(tuple(_fitted_scale(probe, i, *own) for i, own in own_blocks))
-    tried = []
+        scalings.append(tuple(_fitted_scale(planned.trial.probe, i, *own) for i, own in own_blocks))
+    found = []
     for scales in dict.fromkeys(scalings):
         adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
-        tried.append(ActivatedExperts(per_layer, scales, divergence_of(probe, compressed, adjusted)))
-    return tried
+        found.append((scales, planned.divergence_with(adjusted)))
+    return found
 
 
 def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:

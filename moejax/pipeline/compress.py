@@ -31,6 +31,7 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
 from moejax.pipeline.trial import Trial
+from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.pipeline.write import Calibrated, write_plan
 from moejax.planning import Method, Plan
 from moejax.planning.costs import Costs
@@ -183,11 +184,12 @@ def prepare(
     recipe: Recipe,
     provenance: dict[str, Any],
     progress: Progress,
+    work: Work = NOT_KEPT,
 ) -> Prepared:
-    """Load, calibrate and measure."""
+    """Load, calibrate and measure; what the work knows is not measured again."""
     origin = read_origin(checkpoint, recipe.method, calibrated, provenance, progress)
     model = origin.model
-    trial = Trial(model, probe(model, calibrated.held_out, progress), origin.statistics)
+    trial = Trial(model, probe(model, calibrated.held_out, progress), origin.statistics, work=work)
     allowed = options(model, recipe)
     pruning = measure_pruning(trial, recipe, progress)
     costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
@@ -205,8 +207,7 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
         # Between the smallest plan's bytes and those of any the solver aims at lie the reserve and a few digits.
         tried = [try_out(0.0, problem.smallest(), problem, trial, prepared.recipe)]
     plan = tried[0].plan
-    compressed = trial.compressed(plan)
-    activated = try_activated_experts(trial.probe, compressed, plan, prepared.recipe, progress)
+    activated = try_activated_experts(trial, plan, prepared.recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
     plan = next((own for own in adjusted if prepared.origin.shapes.size_of(own) <= budget), plan)
     return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated), problem.costs.without_format)
@@ -222,7 +223,8 @@ def compress_checkpoint(
 ) -> Result:
     """Plan, write, read back, evaluate."""
     planned = plan_within(prepared, budget, progress)
-    written = prepared.origin.write(planned.plan, output, budget, progress, prepared.trial.rounder)
+    trial = prepared.trial
+    written = prepared.origin.write(planned.plan, output, budget, progress, trial.rounder, trial.work)
     figures = evaluate_written(output, prepared.origin.original, evaluation, progress)
     return Result(planned.plan, written, figures, planned, prepared.pruning)
 
@@ -236,9 +238,10 @@ def carry_out(
     budget: int,
     evaluation: np.ndarray,
     progress: Progress,
+    work: Work = NOT_KEPT,
 ) -> Result:
     """A given plan: calibrate and write block by block, read back, evaluate."""
     shapes = _shapes_of(checkpoint, plan.method, provenance)
     source = ready(CheckpointSource(checkpoint), plan.method)
-    written = write_plan(source, shapes, plan, calibrated, output, budget, progress)
+    written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)
     return Result(plan, written, evaluate_written(output, load_model(checkpoint, progress), evaluation, progress))

@@ -2,13 +2,14 @@
 once, against the sum of what they cost one at a time."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from moejax.pipeline.trial import Trial
 from moejax.planning.allocate import plan_of_choice
 from moejax.planning.costs import Costs, Menu
-from moejax.planning.plan import PROJECTIONS
+from moejax.planning.plan import PROJECTIONS, digest
 from moejax.planning.predict import LossCurves, Losses, curve_of
 from moejax.planning.solve import Choice, choice_losses
 from moejax.progress import Progress
@@ -29,7 +30,8 @@ def measure_curves(costs: Costs, trial: Trial, bits_F: Sequence[float], progress
         choice = _joint_choice(costs, family, level)
         sums, together = measured[family]
         sums.append(getattr(choice_losses(costs, choice), family))
-        together.append(trial.divergence(plan_of_choice(costs, choice, trial.model.config)))
+        plan = plan_of_choice(costs, choice, trial.model.config)
+        together.append(trial.work.once(f"divergence of plan {digest(plan)}", partial(trial.divergence, plan)))
     return LossCurves(**{family: curve_of(*own) for family, own in measured.items()})
 
 

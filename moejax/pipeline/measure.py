@@ -12,6 +12,7 @@ MTP blocks, which the model's predictions do not depend on, take the scales of t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,10 @@ def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What all measurements share. `scales` collects KL per unit of error by weight's name, for MTP blocks to reuse."""
+    """What all measurements share. `scales` collects KL per unit of error by weight's name, for MTP blocks to reuse.
+
+    Errors and costs are by format, (F,), or by expert and format, (E, F); costs have KEEP behind them.
+    """
 
     trial: Trial
     recipe: Recipe
@@ -63,7 +67,24 @@ class _Measurement:
         return self.trial.model.config.num_hidden_layers
 
     def tensor(self, name: str) -> np.ndarray:
-        """Costs of one weight outside the routed experts, (F,), KEEP last."""
+        """Costs of one weight outside the routed experts."""
+        return self._once(name, partial(self._of_tensor, name))
+
+    def experts(self, index: int, projection: str) -> np.ndarray:
+        """Costs of one projection of every expert of a block."""
+        return self._once(self._experts_name(index, projection), partial(self._of_experts, index, projection))
+
+    def _once(self, name: str, find: Callable[[], tuple[np.ndarray, float]]) -> np.ndarray:
+        """Costs that, with their scale, may be known of an earlier run."""
+
+        def found() -> tuple[list[Any], float]:
+            costs, scale = find()
+            return costs.tolist(), scale
+
+        costs, self.scales[name] = self.trial.work.once(f"costs of {name}", found)
+        return np.asarray(costs)
+
+    def _of_tensor(self, name: str) -> tuple[np.ndarray, float]:
         leaf = self.leaves[name]
         assert not isinstance(leaf, ExpertWeights)
         inputs, output_weight = self._inputs(name, leaf)
@@ -75,10 +96,10 @@ class _Measurement:
             return self._divergence(name, to_float32(rounded(to)))
 
         (error_F,) = self._errors([name], [leaf], lambda to: [rounded(to)], [inputs], [output_weight])
-        return self._scaled(name, error_F, _PROBE_BITS, divergence)
+        scale = self._scale(name, error_F, _PROBE_BITS, divergence)
+        return np.append(error_F * scale, 0.0), scale
 
-    def experts(self, index: int, projection: str) -> np.ndarray:
-        """Costs of one projection of every expert of a block, (E, F), KEEP last."""
+    def _of_experts(self, index: int, projection: str) -> tuple[np.ndarray, float]:
         name = self._experts_name(index, projection)
         weights, sums = self.leaves[name], self.trial.statistics.blocks[index].experts
         assert isinstance(weights, ExpertWeights) and sums is not None
@@ -102,9 +123,10 @@ class _Measurement:
 
         every, together = range(weights.num_experts), experts_together(weights)
         error_EF = np.concatenate([errors(every[e : e + together]) for e in every[::together]])
-        total_F = self._scaled(name, error_EF.sum(axis=0), _EXPERT_PROBE_BITS, divergence)
-        share_EF = error_EF / np.maximum(error_EF.sum(axis=0), 1e-300)
-        return np.concatenate([share_EF * total_F[:-1], np.zeros((weights.num_experts, 1))], axis=1)
+        total_F = error_EF.sum(axis=0)
+        scale = self._scale(name, total_F, _EXPERT_PROBE_BITS, divergence)
+        share_EF = error_EF / np.maximum(total_F, 1e-300)
+        return np.concatenate([share_EF * (total_F * scale), np.zeros((weights.num_experts, 1))], axis=1), scale
 
     def _experts_name(self, index: int, projection: str) -> str:
         return f"{block_name(index, self.num_layers)}.mlp.experts.{projection}"
@@ -150,19 +172,14 @@ class _Measurement:
             each = (hadamard(w_DF, inverse=True) for w_DF in each)
         return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
-    def _scaled(
-        self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]
-    ) -> np.ndarray:
-        """error_F as KL divergence, and 0 for KEEP."""
+    def _scale(self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]) -> float:
+        """KL divergence per unit of error, measured at the format nearest to so many bits."""
         if in_mtp_block(name):
-            scale = self._last_layers_scale(name)
-        else:
-            probed = min(range(len(error_F)), key=lambda f: abs(self.recipe.formats[f].bits - bits))
-            # Rounding makes a tiny divergence negative.
-            measured = max(divergence(self.recipe.formats[probed]), 0.0)
-            scale = measured / max(float(error_F[probed]), 1e-300)
-        self.scales[name] = scale
-        return np.append(error_F * scale, 0.0)
+            return self._last_layers_scale(name)
+        probed = min(range(len(error_F)), key=lambda f: abs(self.recipe.formats[f].bits - bits))
+        # Rounding makes a tiny divergence negative.
+        measured = max(divergence(self.recipe.formats[probed]), 0.0)
+        return measured / max(float(error_F[probed]), 1e-300)
 
     def _last_layers_scale(self, name: str) -> float:
         _, own = block_and_name(name, self.num_layers)

@@ -1,9 +1,9 @@
 """What pruning costs every layer: experts are masked, so that tokens re-route, and the layer is run again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -62,7 +62,9 @@ def measure_pruning(trial: Trial, recipe: Recipe, progress: Progress) -> dict[in
         allowed = allowed_counts(order, model.config, recipe)
         probes: tuple[PruningProbe, ...] = ()
         if i < len(probe.blocks):
-            probes = tuple(_probe_pruning(probe, i, order[:count]) for count in _probed_counts(allowed))
+            counts = _probed_counts(allowed).tolist()
+            found = trial.work.once(f"pruning of block {i}", partial(_probe_pruning, probe, i, order, counts))
+            probes = tuple(PruningProbe(i, count, kld, PruningError(*error)) for count, kld, error in found)
             last = _interpolated(probes, len(order))
         cost = last[np.minimum(np.arange(len(order) + 1), len(last) - 1)]
         measured[i] = LayerPruning(order, cost + allowed, probes)
@@ -85,15 +87,19 @@ def _probed_counts(allowed: np.ndarray) -> np.ndarray:
     return counts[np.unique(spread)]
 
 
-def _probe_pruning(probe: Probe, index: int, pruned: np.ndarray) -> PruningProbe:
+def _probe_pruning(
+    probe: Probe, index: int, order: np.ndarray, counts: Sequence[int]
+) -> list[tuple[int, float, tuple[float, ...]]]:
+    """Of the first experts of an order, so many: how many, the divergence, and the layer's errors."""
     block = probe.blocks[index]
     assert isinstance(block.mlp, MoE)
-    bias_E = named_leaves(block)["mlp.bias"]
-    pruned_E = np.isin(np.arange(len(bias_E)), pruned)
-    masked = with_leaves(block, {"mlp.bias": masked_bias(bias_E, pruned_E)})
-    error = pruning_error(block.mlp, probe.experts_input(index), jnp.asarray(pruned_E))
-    divergence = probe.divergence_of_block(index, masked)
-    return PruningProbe(index, len(pruned), divergence, jax.tree.map(float, error))
+    bias_E, found = named_leaves(block)["mlp.bias"], []
+    for count in counts:
+        pruned_E = np.isin(np.arange(len(bias_E)), order[:count])
+        masked = with_leaves(block, {"mlp.bias": masked_bias(bias_E, pruned_E)})
+        error = pruning_error(block.mlp, probe.experts_input(index), jnp.asarray(pruned_E))
+        found.append((count, probe.divergence_of_block(index, masked), tuple(map(float, error))))
+    return found
 
 
 def _interpolated(probes: tuple[PruningProbe, ...], most: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from moejax.checkpoint.load import load_model
 from moejax.model import DeepseekV3
 from moejax.model.source import ModelSource, model_of
 from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
+from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.pipeline.write import Calibrated, write_plan
 from moejax.planning import Method, Plan
 from moejax.progress import Progress, silent
@@ -33,13 +34,17 @@ class Origin:
     statistics: Statistics
 
     def write(
-        self, plan: Plan, output: Path, budget: int, progress: Progress = silent, rounder: Rounder = afresh
+        self,
+        plan: Plan,
+        output: Path,
+        budget: int,
+        progress: Progress = silent,
+        rounder: Rounder = afresh,
+        work: Work = NOT_KEPT,
     ) -> int:
-        """Carry a plan out and write the checkpoint; returns its bytes, never more than `budget`."""
-        known = self.statistics
-        return write_plan(
-            ModelSource(self.model), self.shapes, plan, self.calibrated, output, budget, progress, known, rounder
-        )
+        """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
+        source, known = ModelSource(self.model), self.statistics
+        return write_plan(source, self.shapes, plan, self.calibrated, output, budget, progress, known, rounder, work)
 
 
 def read_origin(

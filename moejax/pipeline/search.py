@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from moejax.pipeline.activated_experts import try_routing_scales
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import Trial, masked_blocks
+from moejax.pipeline.trial import PlannedModel, Trial
 from moejax.planning import Plan
 from moejax.planning.fit import PRUNING_WEIGHTS, Fitted, Problem
 from moejax.progress import Progress
@@ -42,9 +42,8 @@ def search(problem: Problem, trial: Trial, recipe: Recipe, budget: int, progress
 
 def try_out(pruning_weight: float, fitted: Fitted, problem: Problem, trial: Trial, recipe: Recipe) -> Candidate:
     """The plan with its true divergences beside the predicted one; every layer activates as many experts as before."""
-    compressed = trial.compressed(fitted.plan)
-    blocks = masked_blocks(trial.probe, compressed, fitted.plan)
-    per_layer = (compressed.config.num_experts_per_tok,) * len(blocks)
-    tried = try_routing_scales(trial.probe, compressed, blocks, per_layer, recipe)
+    config = trial.model.config
+    per_layer = (config.num_experts_per_tok,) * config.num_hidden_layers
+    tried = try_routing_scales(PlannedModel(trial, fitted.plan), per_layer, recipe)
     best = min(choice.divergence for choice in tried)
     return Candidate(pruning_weight, fitted.plan, problem.predicted(fitted.losses), tried[0].divergence, best)

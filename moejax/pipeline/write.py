@@ -1,6 +1,7 @@
 """A plan carried out on the parts of a model, one after another, and written."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ from moejax.checkpoint.native_writer import NativeWriter, native_writer
 from moejax.model.leaves import Weight
 from moejax.model.source import Source
 from moejax.pipeline.shapes import Shapes
+from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.planning import Plan
+from moejax.planning.plan import digest
 from moejax.progress import Progress
 from moejax.transforms.compress import calibrate_and_compress
 from moejax.transforms.compress_block import Rounder, afresh
@@ -36,16 +39,21 @@ def write_plan(
     progress: Progress,
     known: Statistics | None = None,
     rounder: Rounder = afresh,
+    work: Work = NOT_KEPT,
 ) -> int:
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
     Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known` and `rounder` as
-    in `calibrate_and_compress`. Raises what `native_writer` and it raise.
+    in `calibrate_and_compress`. Where work is kept, items that an earlier run of the job has finished are taken over;
+    the folder is the same. Raises what `native_writer` and `calibrate_and_compress` raise.
     """
     rounder = afresh if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
-    with native_writer(shapes.compressed(plan), output, shapes.description(plan), shapes.copied, budget) as writer:
-        finished = _Items(writer).take
-        calibrate_and_compress(source, plan, *calibrated, finished, known=known, rounder=rounder, progress=progress)
+    description, model = shapes.description(plan), shapes.compressed(plan)
+    job = None if work.job is None else f"{digest(plan)} of {work.job}"
+    with native_writer(model, output, description, shapes.copied, budget, job, progress) as writer:
+        if writer.missing:
+            parts = _Items(writer)
+            calibrate_and_compress(source, plan, *calibrated, parts, known=known, rounder=rounder, progress=progress)
     return writer.bytes
 
 
@@ -56,9 +64,14 @@ class _Items:
         self._writer = writer
         self._waiting: dict[str, dict[str, Weight]] = {}
 
-    def take(self, leaves: Mapping[str, Weight]) -> None:
+    def known(self, name: str) -> Callable[[], dict[str, Weight]] | None:
+        item, _ = item_of(f"{name}.")
+        return partial(self._writer.read, item) if item in self._writer.finished else None
+
+    def add(self, leaves: Mapping[str, Weight]) -> None:
         for name, leaf in leaves.items():
             item, within = item_of(name)
-            self._waiting.setdefault(item, {})[within] = leaf
+            if item not in self._writer.finished:
+                self._waiting.setdefault(item, {})[within] = leaf
         for item in [item for item, own in self._waiting.items() if len(own) == len(self._writer.items[item])]:
             self._writer.add(item, self._waiting.pop(item))

@@ -1,5 +1,7 @@
 """The plan: everything that `compress` will do, as a value that can be printed, saved and edited."""
 
+import hashlib
+import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -69,6 +71,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "method": asdict(plan.method),
         "blocks": [_block_to_json(block, letter) for block in plan.blocks],
     }
+
+
+def digest(plan: Plan) -> str:
+    """A short text that no other plan has."""
+    return hashlib.sha256(json.dumps(to_json(plan), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def from_json(raw: Mapping[str, Any]) -> Plan:

@@ -1,7 +1,6 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -9,34 +8,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
+from moejax.calibrate import Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.hidden_states import HiddenStates
 from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource, Source, Step, walk
-from moejax.planning import BlockPlan, Plan
+from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.check_plan import check_plan
-from moejax.transforms.choose_damping import (
-    choose_damping_of_block,
-    choose_damping_of_matrix,
-    has_few_tokens,
-)
+from moejax.transforms.choose_damping import has_few_tokens
 from moejax.transforms.compress_block import (
     Rounder,
     afresh,
-    around,
+    as_planned,
     compress_block,
     compress_mtp,
-    only_survivors,
     requantize_once,
     within,
 )
+from moejax.transforms.on_the_way import Followed, Known, Observed, StatisticsOnTheWay
 
-# Takes the weights of one part of the compressed model, by name in the model.
-Finished = Callable[[Mapping[str, Weight]], object]
+
+class Parts(Protocol):
+    """Where the parts of a compressed model go, each as its weights by name in the model."""
+
+    def add(self, leaves: Mapping[str, Weight]) -> object:
+        """Takes a part."""
+        ...
+
+    def known(self, name: str) -> Callable[[], Mapping[str, Weight]] | None:
+        """Reads the weights of the block called `name`, by name within it, if an earlier run has made them."""
+        ...
+
+
+class InMemory:
+    """All the weights of a compressed model, by name."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, Weight] = {}
+
+    def add(self, leaves: Mapping[str, Weight]) -> None:
+        self.leaves.update(leaves)
+
+    def known(self, name: str) -> None:
+        """Nothing is."""
 
 
 def compress(
@@ -54,10 +70,10 @@ def compress(
 
     Raises InputError if the plan's blocks, experts or weights are not the model's.
     """
-    leaves: dict[str, Weight] = {}
-    step = _Compression(model.config, plan, _Known(statistics), leaves.update, rounder)
+    parts = InMemory()
+    step = _Compression(model.config, plan, Known(statistics), parts, rounder)
     _walk(ModelSource(model), step, progress)
-    return DeepseekV3(model.config, leaves.__getitem__, step.experts_per_token)
+    return DeepseekV3(model.config, parts.leaves.__getitem__, step.experts_per_token)
 
 
 def calibrate_and_compress(
@@ -65,7 +81,7 @@ def calibrate_and_compress(
     plan: Plan,
     chunks: np.ndarray,
     held_out: np.ndarray,
-    finished: Finished,
+    parts: Parts,
     *,
     known: Statistics | None = None,
     rounder: Rounder = afresh,
@@ -73,7 +89,8 @@ def calibrate_and_compress(
     progress: Progress = silent,
 ) -> None:
     """`compress` with the statistics that the plan's method asks for, made of token chunks (N, T) on the way: of the
-    model, one part and its statistics are in memory. Every compressed part is handed to `finished` and let go of.
+    model, one part and its statistics are in memory. Every compressed part is added to `parts` and let go of; a block
+    that is known there is not compressed again.
 
     Statistics are those of `calibrate` and, where tokens are few, `choose_damping` on the chunks `held_out`. If the
     method is sequential, every block is calibrated on what the compressed blocks before it put out, with the experts
@@ -85,15 +102,15 @@ def calibrate_and_compress(
     config, method = source.config, plan.method
     begun = partial(Calibration, config, batch=batch, hessians=method.error_feedback)
     is_damped = method.error_feedback and has_few_tokens(config, chunks.size)
-    statistics: _StatisticsOnTheWay | None = None
+    statistics: StatisticsOnTheWay | None = None
     if known is not None:
-        statistics = _Known(known)
+        statistics = Known(known)
     elif is_damped or not method.sequential:
-        statistics = _Observed(begun(chunks), begun(held_out) if is_damped else None)
+        statistics = Observed(begun(chunks), begun(held_out) if is_damped else None)
     if method.sequential:
-        statistics = _Followed(begun(chunks), statistics)
+        statistics = Followed(begun(chunks), statistics)
     assert statistics is not None
-    _walk(source, _Compression(config, plan, statistics, finished, rounder), progress)
+    _walk(source, _Compression(config, plan, statistics, parts, rounder), progress)
 
 
 def _walk(source: Source, step: "_Compression", progress: Progress) -> None:
@@ -102,40 +119,26 @@ def _walk(source: Source, step: "_Compression", progress: Progress) -> None:
         walk(source, step, mtp=source.config.num_nextn_predict_layers, head=True, tick=tick)
 
 
-class _StatisticsOnTheWay(Protocol):
-    """Where statistics come from while a model is compressed from its embedding to its head."""
-
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None: ...
-
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics: ...
-
-    def behind(self, index: int, compressed: Block) -> None: ...
-
-    def norm(self, gain_D: jax.Array) -> None: ...
-
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics: ...
-
-    def head(self, head: Leaf) -> Inputs: ...
-
-
 class _Compression(Step):
-    """A plan on its way through a model, every part handed to `finished`."""
+    """A plan on its way through a model."""
 
-    def __init__(
-        self, config: Config, plan: Plan, statistics: _StatisticsOnTheWay, finished: Finished, rounder: Rounder
-    ):
+    def __init__(self, config: Config, plan: Plan, statistics: StatisticsOnTheWay, parts: Parts, rounder: Rounder):
         self.plan = plan
         self.experts_per_token: list[int] = []
-        self._config, self._statistics, self._finished, self._rounder = config, statistics, finished, rounder
+        self._config, self._statistics, self._parts, self._rounder = config, statistics, parts, rounder
 
     def embedding(self, embedding: Leaf) -> None:
         inputs = embedding_inputs(self._config)
         compressed = requantize_once(self._rounder, "embed", embedding, inputs, self.plan.embed)
         self._statistics.embedding(embedding, compressed)
-        self._finished({"embed": compressed})
+        self._parts.add({"embed": compressed})
 
     def block(self, index: int, block: Block) -> None:
         name, plan = f"layers.{index}", self.plan.blocks[index]
+        known = self._parts.known(name)
+        if known is not None:
+            self._statistics.pass_by(index, block, lambda: as_planned(block, plan, known()))
+            return
         sums = self._statistics.block(index, block, plan)
         compressed = compress_block(block, plan, sums, partial(within, self._rounder, name))
         self._statistics.behind(index, compressed)
@@ -143,10 +146,12 @@ class _Compression(Step):
 
     def norm(self, gain_D: jax.Array) -> None:
         self._statistics.norm(gain_D)
-        self._finished({"norm": gain_D})
+        self._parts.add({"norm": gain_D})
 
     def mtp(self, depth: int, mtp: MtpBlock) -> None:
         name, plan = f"mtp.{depth}", self.plan.blocks[self._config.num_hidden_layers + depth]
+        if self._parts.known(name) is not None:
+            return
         sums = self._statistics.mtp(depth, mtp, plan)
         outer = compress_mtp(mtp, plan, sums, partial(within, self._rounder, name))
         compressed = compress_block(mtp.block, plan, sums, partial(within, self._rounder, f"{name}.block"))
@@ -154,110 +159,11 @@ class _Compression(Step):
 
     def head(self, head: Leaf) -> None:
         inputs = self._statistics.head(head)
-        self._finished({"head": requantize_once(self._rounder, "head", head, inputs, self.plan.head)})
+        self._parts.add({"head": requantize_once(self._rounder, "head", head, inputs, self.plan.head)})
 
     def _finish(self, name: str, block: Block, beside: Mapping[str, Weight]) -> None:
         self.experts_per_token.append(block.experts_per_token)
-        self._finished({**beside, **{f"{name}.{own}": leaf for own, leaf in named_leaves(block).items()}})
-
-
-@dataclass(frozen=True)
-class _Known:
-    """All statistics are there already."""
-
-    statistics: Statistics
-
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
-        pass
-
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        return self.statistics.blocks[index]
-
-    def behind(self, index: int, compressed: Block) -> None:
-        pass
-
-    def norm(self, gain_D: jax.Array) -> None:
-        pass
-
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
-        return self.statistics.blocks[mtp.config.num_hidden_layers + depth]
-
-    def head(self, head: Leaf) -> Inputs:
-        return self.statistics.head_inputs()
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """Statistics of the original's hidden states, which go along; damping is chosen on those of chunks held out."""
-
-    calibration: Calibration
-    held_out: Calibration | None
-
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
-        for own in self._all():
-            own.embedding(embedding)
-
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.through(index, block)
-        if self.held_out is None:
-            return sums
-        return choose_damping_of_block(block, sums, self.held_out.through(index, block))
-
-    def behind(self, index: int, compressed: Block) -> None:
-        pass
-
-    def norm(self, gain_D: jax.Array) -> None:
-        for own in self._all():
-            own.norm(gain_D)
-
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.observe_mtp(depth, mtp)
-        if self.held_out is None:
-            return sums
-        return choose_damping_of_block(mtp, sums, self.held_out.observe_mtp(depth, mtp))
-
-    def head(self, head: Leaf) -> Inputs:
-        inputs = self.calibration.head_inputs()
-        if self.held_out is None:
-            return inputs
-        damping = choose_damping_of_matrix(head, inputs, self.held_out.head_inputs())
-        return inputs if damping is None else inputs._replace(damping=damping)
-
-    def _all(self) -> list[Calibration]:
-        return [self.calibration] if self.held_out is None else [self.calibration, self.held_out]
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """Statistics of the compressed model's hidden states, which go along; damping is chosen for the original's."""
-
-    calibration: Calibration
-    original: _StatisticsOnTheWay | None
-
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
-        self.calibration.embedding(compressed)
-        if self.original is not None:
-            self.original.embedding(embedding, compressed)
-
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.observe(index, only_survivors(block, plan))
-        return sums if self.original is None else sums.damped_as(self.original.block(index, block, plan))
-
-    def behind(self, index: int, compressed: Block) -> None:
-        HiddenStates.block(self.calibration, index, compressed)
-
-    def norm(self, gain_D: jax.Array) -> None:
-        self.calibration.norm(gain_D)
-        if self.original is not None:
-            self.original.norm(gain_D)
-
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.observe_mtp(depth, around(mtp, only_survivors(mtp.block, plan)))
-        return sums if self.original is None else sums.damped_as(self.original.mtp(depth, mtp, plan))
-
-    def head(self, head: Leaf) -> Inputs:
-        inputs = self.calibration.head_inputs()
-        return inputs if self.original is None else inputs._replace(damping=self.original.head(head).damping)
+        self._parts.add({**beside, **{f"{name}.{own}": leaf for own, leaf in named_leaves(block).items()}})
 
 
 def embedding_inputs(config: Config) -> Inputs:

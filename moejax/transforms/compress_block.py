@@ -1,6 +1,6 @@
 """One block as a plan wants it, matrix by matrix."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -57,6 +57,12 @@ def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics, r
         )
     experts_per_token = mlp.experts_per_token if isinstance(mlp, MoE) else None
     return Block(block.config, leaves.__getitem__, isinstance(mlp, MoE), experts_per_token)
+
+
+def as_planned(block: Block, plan: BlockPlan, leaves: Mapping[str, Weight]) -> Block:
+    """What `compress_block` made of the block, from its weights by name."""
+    per_token = plan.experts_per_token or block.experts_per_token
+    return Block(block.config, leaves.__getitem__, isinstance(block.mlp, MoE), per_token)
 
 
 def compress_mtp(mtp: MtpBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder) -> dict[str, Weight]:

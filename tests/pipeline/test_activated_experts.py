@@ -12,10 +12,8 @@ from moejax.pipeline.activated_experts import (
 )
 from moejax.pipeline.compress import Prepared
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import divergence_of, masked_blocks
 from moejax.planning import BlockPlan, Plan
 from moejax.progress import silent
-from moejax.transforms.compress import compress
 from moejax.transforms.experts_per_token import paper_rule
 from small_checkpoint import CONFIG as RAW_CONFIG
 from small_job import Job
@@ -42,8 +40,7 @@ def test_the_best_comes_first_and_fitted_scales_make_up_for_fewer_experts(job: J
 
 def test_a_recipe_may_do_without_fitted_scales(prepared: Prepared, job: Job) -> None:
     recipe, plan = Recipe(experts_per_token=2, fit_routing_scale=False), job.planned.candidates[0].plan
-    compressed = compress(prepared.model, plan, prepared.trial.statistics)
-    (choice,) = try_activated_experts(prepared.trial.probe, compressed, plan, recipe, silent)
+    (choice,) = try_activated_experts(prepared.trial, plan, recipe, silent)
     assert choice.experts_per_token == (2, 2, 2) and not choice.is_scaled
 
 
@@ -51,9 +48,7 @@ def test_a_recipe_may_do_without_fitted_scales(prepared: Prepared, job: Job) -> 
 def test_a_choices_divergence_is_that_of_the_model_it_makes(prepared: Prepared, job: Job, n: int) -> None:
     choice = job.planned.activated[n]
     plan = with_activated_experts(job.planned.candidates[0].plan, choice)
-    compressed = compress(prepared.model, plan, prepared.trial.statistics)
-    blocks = masked_blocks(prepared.trial.probe, compressed, plan)
-    assert choice.divergence == pytest.approx(divergence_of(prepared.trial.probe, compressed, blocks), rel=1e-4)
+    assert choice.divergence == pytest.approx(prepared.trial.divergence(plan), rel=1e-4)
 
 
 def test_the_plan_takes_the_best_that_fits(prepared: Prepared, job: Job) -> None:

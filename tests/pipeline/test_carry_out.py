@@ -17,23 +17,9 @@ from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource
 from moejax.pipeline import compress as job
 from moejax.pipeline.origin import Origin, read_origin
-from moejax.planning import BlockPlan, Method, Plan
-from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.progress import silent
-from moejax.transforms.compress import calibrate_and_compress
-
-EVERY, SOME = tuple(range(12)), (0, 1, 3, 4, 6, 8, 9, 11)
-PLAN = Plan(
-    KEEP,
-    "int2g128",
-    (
-        BlockPlan({"mlp.down": "int2g128"}),
-        BlockPlan({"self_attn.o": "int2g128"}, SOME, {name: ("int2g128",) * 8 for name in PROJECTIONS}, 3, 1.125),
-        BlockPlan({}, EVERY, {name: (KEEP,) * 12 for name in PROJECTIONS}, 3),
-        BlockPlan({"eh_proj": "int2g128"}, EVERY, {name: (KEEP,) * 12 for name in PROJECTIONS}, 3),
-    ),
-    Method(error_feedback=True, sequential=True),
-)
+from moejax.transforms.compress import InMemory, calibrate_and_compress
+from sequential_plan import PLAN
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +39,9 @@ def done(
 
 
 def in_sequence(origin: Origin, statistics: Statistics) -> dict[str, Weight]:
-    leaves: dict[str, Weight] = {}
-    source = ModelSource(origin.model)
-    calibrate_and_compress(source, PLAN, *origin.calibrated, leaves.update, known=statistics)
-    return leaves
+    parts = InMemory()
+    calibrate_and_compress(ModelSource(origin.model), PLAN, *origin.calibrated, parts, known=statistics)
+    return parts.leaves
 
 
 def test_the_bytes_are_those_of_the_plan(done: tuple[Path, job.Result, Origin]) -> None:

@@ -5,10 +5,9 @@ import pytest
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.pipeline.compress import Prepared
+from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.search import try_out
-from moejax.pipeline.trial import divergence_of, masked_blocks
 from moejax.planning.fit import Fitted, check_budget
-from moejax.transforms.compress import compress
 from small_job import Job
 
 INFINITE = float("inf")
@@ -70,9 +69,8 @@ def test_candidates_are_different_plans_the_best_first(prepared: Prepared, job: 
 
 def test_a_candidates_divergence_is_that_of_its_model(prepared: Prepared, job: Job) -> None:
     candidate = job.planned.candidates[-1]
-    compressed = compress(prepared.model, candidate.plan, prepared.trial.statistics)
-    blocks = masked_blocks(prepared.trial.probe, compressed, candidate.plan)
-    assert candidate.divergence == pytest.approx(divergence_of(prepared.trial.probe, compressed, blocks), rel=1e-5)
+    afresh = replace(prepared.trial, rounder=RoundedWeights())
+    assert candidate.divergence == pytest.approx(afresh.divergence(candidate.plan), rel=1e-5)
 
 
 def test_a_candidates_best_divergence_is_that_with_the_original_number_of_experts(job: Job) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from moejax.model.source import ModelSource
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.choose_damping import choose_damping
-from moejax.transforms.compress import calibrate_and_compress, compress
+from moejax.transforms.compress import InMemory, calibrate_and_compress, compress
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 from seen_by_blocks import statistics_with_hessians
@@ -259,9 +260,9 @@ def in_sequence(plan: Plan, statistics: Statistics, method: Method = SEQUENTIAL)
 
 
 def on_the_way(plan: Plan, known: Statistics | None = None) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    calibrate_and_compress(ModelSource(small_model()), plan, CHUNKS, HELD_OUT, leaves.update, known=known, batch=2)
-    return leaves
+    parts = InMemory()
+    calibrate_and_compress(ModelSource(small_model()), plan, CHUNKS, HELD_OUT, parts, known=known, batch=2)
+    return parts.leaves
 
 
 @pytest.mark.parametrize("error_feedback", [False, True])
@@ -289,14 +290,18 @@ def test_one_block_at_a_time_is_in_memory() -> None:
             lent.extend(weakref.ref(array) for array in jax.tree.leaves(named_leaves(block)))
             return block
 
-    finished: list[str] = []
+    class Named(InMemory):
+        def add(self, leaves: Mapping[str, Any]) -> None:
+            self.leaves |= dict.fromkeys(leaves)
+
+    parts = Named()
     plan = dataclasses.replace(PLAN, method=Method(error_feedback=True, sequential=True))
     gc.disable()
     try:
-        calibrate_and_compress(Lending(small_model()), plan, CHUNKS, HELD_OUT, finished.extend)
+        calibrate_and_compress(Lending(small_model()), plan, CHUNKS, HELD_OUT, parts)
     finally:
         gc.enable()
-    assert lent and set(finished) == named_leaves(small_model()).keys()
+    assert lent and parts.leaves.keys() == named_leaves(small_model()).keys()
 
 
 def test_in_sequence_the_first_rounded_block_is_as_without() -> None:

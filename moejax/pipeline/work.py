@@ -1,0 +1,87 @@
+"""What a job has found out, kept in a folder: the same job, begun again, goes on where it was stopped."""
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moejax.checkpoint.journal import Journal
+from moejax.errors import InputError, note
+
+_FILE = "measured.jsonl"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Values that JSON can hold, by name, of one job; without a journal nothing is kept."""
+
+    journal: Journal | None = None
+    _found: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What is known under that name, else what `find` gives, which is then known."""
+        if name not in self._found:
+            value = find()
+            if self.journal is None:
+                return value
+            self.journal.add(name, value)
+            self._found[name] = value
+        return self._found[name]
+
+    @property
+    def job(self) -> str | None:
+        """A text that no other job has; None where nothing is kept."""
+        return None if self.journal is None else self.journal.job
+
+
+NOT_KEPT = Work()
+
+
+@contextmanager
+def work_in(folder: Path | None, made_of: Mapping[str, str]) -> Iterator[Work]:
+    """The work of a job that is made of these, by what they are called, in a folder; nothing is kept without one.
+
+    Raises InputError, before the block runs, if the folder cannot be made, another process is at work in it, or a job
+    was begun there that is made of others.
+    """
+    if folder is None:
+        yield NOT_KEPT
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / _FILE).open("ab")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be worked in ({error.strerror}); give a folder that can be written"
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is at work in it; wait for its end, or give another") from None
+        journal = Journal(folder / _FILE, json.dumps(made_of, sort_keys=True))
+        _check(folder, journal.whose(), made_of)
+        found = journal.finished()
+        if found:
+            note(f"{folder}: {len(found)} measurements of an earlier run are taken over")
+        yield Work(journal, found)
+
+
+def _check(folder: Path, job: str | None, made_of: Mapping[str, str]) -> None:
+    before = made_of if job is None else _named(job)
+    for name in sorted(before.keys() | made_of.keys()):
+        if before.get(name) != made_of.get(name):
+            raise InputError(
+                f"{folder}: the work there was begun with another {name}; give that again, or another folder for --work"
+            )
+
+
+def _named(job: str) -> dict[str, Any]:
+    try:
+        named = json.loads(job)
+    except ValueError:
+        named = None
+    return named if isinstance(named, dict) else {}

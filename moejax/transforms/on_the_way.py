@@ -1,0 +1,150 @@
+"""Statistics of a model's parts while they are compressed one after another: known before, or made on the way.
+
+Which hidden states go along and are handed on is all that tells parallel calibration, on what the original's blocks put
+out, from sequential calibration, on what the compressed ones do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+
+from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
+from moejax.formats import Leaf
+from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.hidden_states import HiddenStates
+from moejax.planning import BlockPlan
+from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix
+from moejax.transforms.compress_block import around, only_survivors
+
+
+class StatisticsOnTheWay(Protocol):
+    """Where statistics come from while a model is compressed from its embedding to its head."""
+
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None: ...
+
+    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics: ...
+
+    def behind(self, index: int, compressed: Block) -> None: ...
+
+    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+        """A block that was compressed by an earlier run."""
+        ...
+
+    def norm(self, gain_D: jax.Array) -> None: ...
+
+    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics: ...
+
+    def head(self, head: Leaf) -> Inputs: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """All statistics are there already."""
+
+    statistics: Statistics
+
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
+        pass
+
+    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+        return self.statistics.blocks[index]
+
+    def behind(self, index: int, compressed: Block) -> None:
+        pass
+
+    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+        pass
+
+    def norm(self, gain_D: jax.Array) -> None:
+        pass
+
+    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+        return self.statistics.blocks[mtp.config.num_hidden_layers + depth]
+
+    def head(self, head: Leaf) -> Inputs:
+        return self.statistics.head_inputs()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Statistics of the original's hidden states, which go along; damping is chosen on those of chunks held out."""
+
+    calibration: Calibration
+    held_out: Calibration | None
+
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
+        for own in self._all():
+            own.embedding(embedding)
+
+    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+        sums = self.calibration.through(index, block)
+        if self.held_out is None:
+            return sums
+        return choose_damping_of_block(block, sums, self.held_out.through(index, block))
+
+    def behind(self, index: int, compressed: Block) -> None:
+        pass
+
+    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+        for own in self._all():
+            HiddenStates.block(own, index, block)
+
+    def norm(self, gain_D: jax.Array) -> None:
+        for own in self._all():
+            own.norm(gain_D)
+
+    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+        sums = self.calibration.observe_mtp(depth, mtp)
+        if self.held_out is None:
+            return sums
+        return choose_damping_of_block(mtp, sums, self.held_out.observe_mtp(depth, mtp))
+
+    def head(self, head: Leaf) -> Inputs:
+        inputs = self.calibration.head_inputs()
+        if self.held_out is None:
+            return inputs
+        damping = choose_damping_of_matrix(head, inputs, self.held_out.head_inputs())
+        return inputs if damping is None else inputs._replace(damping=damping)
+
+    def _all(self) -> list[Calibration]:
+        return [self.calibration] if self.held_out is None else [self.calibration, self.held_out]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Statistics of the compressed model's hidden states, which go along; damping is chosen for the original's."""
+
+    calibration: Calibration
+    original: StatisticsOnTheWay | None
+
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
+        self.calibration.embedding(compressed)
+        if self.original is not None:
+            self.original.embedding(embedding, compressed)
+
+    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+        sums = self.calibration.observe(index, only_survivors(block, plan))
+        return sums if self.original is None else sums.damped_as(self.original.block(index, block, plan))
+
+    def behind(self, index: int, compressed: Block) -> None:
+        HiddenStates.block(self.calibration, index, compressed)
+
+    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+        self.behind(index, compressed())
+        if self.original is not None:
+            self.original.pass_by(index, block, compressed)
+
+    def norm(self, gain_D: jax.Array) -> None:
+        self.calibration.norm(gain_D)
+        if self.original is not None:
+            self.original.norm(gain_D)
+
+    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+        sums = self.calibration.observe_mtp(depth, around(mtp, only_survivors(mtp.block, plan)))
+        return sums if self.original is None else sums.damped_as(self.original.mtp(depth, mtp, plan))
+
+    def head(self, head: Leaf) -> Inputs:
+        inputs = self.calibration.head_inputs()
+        return inputs if self.original is None else inputs._replace(damping=self.original.head(head).damping)

@@ -1,0 +1,166 @@
+"""A job that is stopped and begun again goes on where it was, and its folder is that of one that was not."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moejax.checkpoint.atomic import partial_path
+from moejax.checkpoint.journal import Journal
+from moejax.checkpoint.load import open_checkpoint
+from moejax.errors import InputError, Note
+from moejax.pipeline import compress as main_job
+from moejax.pipeline.work import NOT_KEPT, Work, work_in
+from moejax.planning import Plan
+from moejax.progress import silent
+from native_checkpoint import files
+from sequential_plan import PLAN
+from small_job import RECIPE, Job
+
+MADE_OF = {"recipe": "a", "version of moejax": "1"}
+
+
+def test_what_is_found_is_found_once(tmp_path: Path) -> None:
+    value = {"cost": [0.1 + 0.2, 1e-300], "kept": [1, 2]}
+    with work_in(tmp_path / "w", MADE_OF) as work:
+        assert work.once("a", lambda: value) == value
+        assert work.once("a", lambda: pytest.fail("asked again")) == value
+    taken_over = pytest.warns(Note, match="w: 1 measurements of an earlier run are taken over$")
+    with taken_over, work_in(tmp_path / "w", MADE_OF) as work:
+        assert work.once("a", lambda: pytest.fail("asked again")) == value
+        assert work.once("b", lambda: 2) == 2
+
+
+def test_a_line_that_was_cut_short_is_found_again(tmp_path: Path) -> None:
+    with work_in(tmp_path, MADE_OF) as work:
+        work.once("a", lambda: 1)
+        work.once("b", lambda: 2)
+    file = tmp_path / "measured.jsonl"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.warns(Note, match=": 1 measurements"), work_in(tmp_path, MADE_OF) as work:
+        assert work.once("a", lambda: 7) == 1
+        assert work.once("b", lambda: 8) == 8
+    with pytest.warns(Note, match=": 2 measurements"), work_in(tmp_path, MADE_OF) as work:
+        assert work.once("b", lambda: 9) == 8
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    with work_in(None, MADE_OF) as work:
+        assert (work.once("a", lambda: 1), work.once("a", lambda: 2), work.job) == (1, 2, None)
+
+
+def test_another_job_is_refused_and_what_differs_is_named(tmp_path: Path) -> None:
+    with work_in(tmp_path, MADE_OF) as work:
+        work.once("a", lambda: 1)
+    with (
+        pytest.raises(InputError, match="was begun with another recipe; give that again, or another folder for --work"),
+        work_in(tmp_path, MADE_OF | {"recipe": "b"}),
+    ):
+        pytest.fail("began")
+    (tmp_path / "measured.jsonl").write_text('{"job": "[1"}\n')
+    with pytest.raises(InputError, match="was begun with another recipe"), work_in(tmp_path, MADE_OF):
+        pytest.fail("began")
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(InputError, match="another process is at work in it")
+    with work_in(tmp_path, MADE_OF), refused, work_in(tmp_path, MADE_OF):
+        pytest.fail("began")
+    with work_in(tmp_path, MADE_OF):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/w: cannot be worked in"), work_in(tmp_path / "file" / "w", MADE_OF):
+        pytest.fail("began")
+
+
+@contextmanager
+def stopped_behind(count: int) -> Iterator[list[str]]:
+    """As if the process were killed when so many lines have been added to journals; yields their names."""
+    added: list[str] = []
+    add = Journal.add
+
+    def add_and_stop(journal: Journal, name: str, value: Any) -> None:
+        add(journal, name, value)
+        added.append(name)
+        if len(added) == count:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_stop)
+        yield added
+
+
+Run = Callable[[Work], main_job.Result]
+
+
+def stopped_again_and_again(run: Run, folder: Path, after: list[int]) -> tuple[main_job.Result, list[list[str]]]:
+    """The result of a job that is stopped so many times, and what each run added."""
+    runs = []
+    for count in after:
+        with pytest.raises(KeyboardInterrupt), stopped_behind(count) as added, work_in(folder, MADE_OF) as work:
+            run(work)
+        runs.append(added)
+    with stopped_behind(0) as added, work_in(folder, MADE_OF) as work:
+        result = run(work)
+    return result, [*runs, added]
+
+
+@pytest.mark.filterwarnings("ignore::moejax.errors.Note")
+def test_a_job_goes_on_wherever_it_was_stopped(
+    small: Path,
+    calibration_text: Path,
+    heldout_text: Path,
+    tokenize: Callable[[Path], np.ndarray],
+    job: Job,
+    prepared: main_job.Prepared,
+    tmp_path: Path,
+) -> None:
+    """While it measures, while plans are tried and while items are written: nothing is done twice."""
+    calibrated, made = prepared.origin.calibrated, dict(prepared.origin.shapes.provenance)
+    checkpoint, output = main_job.require_original(open_checkpoint(small)), tmp_path / "out"
+
+    def run(work: Work) -> main_job.Result:
+        own = main_job.prepare(checkpoint, calibrated, RECIPE, made, silent, work)
+        return main_job.compress_checkpoint(own, output, job.budget, tokenize(heldout_text), silent)
+
+    result, runs = stopped_again_and_again(run, tmp_path / "work", [7, 46, 14])
+    names = [name for added in runs for name in added]
+    assert len(names) == len(set(names))
+    assert {name.split(" ")[0] for name in names} >= {"costs", "pruning", "divergence", "plan", "layer_0", "outer"}
+    assert runs[-1][0] == "layer_2", runs[-1]
+    assert result.bytes == job.written
+    assert files(output) == files(job.output)
+
+
+@pytest.mark.filterwarnings("ignore::moejax.errors.Note")
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_plan_that_is_carried_out_goes_on(
+    sequential: bool, small: Path, heldout_text: Path, tokenize: Callable[[Path], np.ndarray],
+    prepared: main_job.Prepared, tmp_path: Path,
+) -> None:  # fmt: skip
+    plan: Plan = replace(PLAN, method=replace(PLAN.method, sequential=sequential))
+    checkpoint, calibrated = main_job.require_original(open_checkpoint(small)), prepared.origin.calibrated
+    size, evaluated = main_job.check_plan_bytes(checkpoint, plan, None), tokenize(heldout_text)[:1]
+
+    def run_into(output: Path, work: Work = NOT_KEPT) -> main_job.Result:
+        return main_job.carry_out(checkpoint, plan, calibrated, {}, output, size, evaluated, silent, work)
+
+    run_into(tmp_path / "whole")
+    output = tmp_path / "out"
+    _, runs = stopped_again_and_again(lambda work: run_into(output, work), tmp_path / "work", [1, 1])
+    assert [len(added) for added in runs] == [1, 1, 3]
+    assert files(output) == files(tmp_path / "whole")
+    assert not partial_path(output).exists()
+
+
+def test_nothing_of_a_journal_is_in_the_folder(job: Job) -> None:
+    assert not list(job.output.rglob("*.jsonl"))
+    assert json.loads((job.output / "manifest.json").read_text())["format"] == "moejax"
