@@ -1,0 +1,82 @@
+"""A job that is killed again and again ends in the bytes of one that was not.
+
+usage: python tools/bench/kills.py [CHECKPOINT] --folder DIR [--budget 6x] [--kills 50] [--seed 0] [-- MORE OPTIONS]
+
+`moejax compress --work` is started, killed by SIGKILL at a random moment of what a run takes, and started again, until
+so many kills have hit; a run that comes to its end first is compared, and the next begins anew. Prints every kill, what
+the run after it took over, and whether all folders were equal.
+"""
+
+import argparse
+import filecmp
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--budget", default="6x")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("more", nargs="*")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    whole, output, work = (options.folder / name for name in ("whole", "out", "work"))
+    started = time.monotonic()
+    subprocess.run(command(options, whole), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    takes = time.monotonic() - started
+    print(f"a run takes {takes:.1f} s")
+    moments, hits, runs = random.Random(options.seed), 0, 0
+    while hits < options.kills:
+        runs += 1
+        told, killed = run_until(command(options, output, "--work", work), moments.uniform(0, takes))
+        hits += killed
+        print(f"run {runs}: {'killed' if killed else 'done'}; {'; '.join(told) or 'nothing taken over'}", flush=True)
+        if not killed:
+            compare(whole, output)
+            shutil.rmtree(work)
+            shutil.rmtree(output)
+    subprocess.run(command(options, output, "--work", work), check=True, stdout=subprocess.DEVNULL)
+    compare(whole, output)
+    print(f"{hits} kills in {runs} runs; every folder that was finished is equal to the first")
+
+
+def command(options: argparse.Namespace, output: Path, *more: object) -> list[str]:
+    given = [] if options.checkpoint is None else [options.checkpoint]
+    fixed = [*given, "--budget", options.budget, "--output", output, *more, *options.more]
+    return [sys.executable, "-m", "moejax", "compress", *map(str, fixed)]
+
+
+def run_until(command: list[str], seconds: float) -> tuple[list[str], bool]:
+    """What a run says that it takes over, and whether it was killed."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, told = process.communicate(timeout=seconds)
+        killed = False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, told = process.communicate()
+        killed = True
+    if not killed and process.returncode:
+        sys.exit(f"a run failed: {told}")
+    return [line.rpartition(": ")[2] for line in told.splitlines() if "taken over" in line], killed
+
+
+def compare(one: Path, other: Path) -> None:
+    """Ends with an error unless both folders hold the same files with the same bytes."""
+    files = sorted(file.relative_to(one) for file in one.rglob("*") if file.is_file())
+    if files != sorted(file.relative_to(other) for file in other.rglob("*") if file.is_file()):
+        sys.exit(f"{other} has other files than {one}")
+    _, differing, errors = filecmp.cmpfiles(one, other, map(str, files), shallow=False)
+    if differing or errors:
+        sys.exit(f"{other} differs from {one} in {', '.join([*differing, *errors])}")
+
+
+if __name__ == "__main__":
+    main()
