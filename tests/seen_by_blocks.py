@@ -15,7 +15,7 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 from small_models import CHUNKS, CONFIG, small_model
 
 Array = NDArray[Any]
@@ -34,7 +34,7 @@ class Seen(NamedTuple):
 
 
 @jax.jit
-def observe(block: Block, x_BTD: jax.Array, by: Rotation) -> tuple[jax.Array, Taps, Routing | None]:
+def observe(block: Block, x_BTD: jax.Array, by: Angles) -> tuple[jax.Array, Taps, Routing | None]:
     taps: Taps = {}
     y_BTD = block(x_BTD, by, taps=taps)
     taps.pop("mlp.experts", None)
@@ -46,7 +46,7 @@ def seen() -> tuple[dict[str, Seen], Array]:
     """What every block of the small model sees in CHUNKS, and the final norm's output."""
     model, tokens_BT = small_model(), jnp.asarray(CHUNKS)
     x_BTD, blocks = model.embedded(tokens_BT), {}
-    by = model.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+    by = model.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
     for i, layer in enumerate(model.layers):
         x_BTD, taps, routing = observe(layer, x_BTD, by)
         blocks[f"layers.{i}"] = Seen(layer, as_numpy(taps), routing)
@@ -55,7 +55,7 @@ def seen() -> tuple[dict[str, Seen], Array]:
     return blocks, normed_BTD
 
 
-def seen_by_mtp(model: DeepseekV3, normed_BTD: Array, by: Rotation) -> Seen:
+def seen_by_mtp(model: DeepseekV3, normed_BTD: Array, by: Angles) -> Seen:
     """The same of the MTP block, which takes each next token's embedding beside the hidden state, both normed.
 
     The last token has no next one; it is run nevertheless, for the sake of the shape, and cut off what was seen.

@@ -10,7 +10,7 @@ import pytest
 
 from command_line import moejax, refused
 from moejax.checkpoint.toml_file import read_toml, write_toml
-from moejax.pipeline.plan import read_request
+from moejax.pipeline.plan import read_outlook
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.plan import to_json
 from small_checkpoint import CONFIG, random_scores
@@ -22,7 +22,7 @@ Change = Callable[[dict[str, Any]], object]
 def small_plan(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan of the small checkpoint."""
     file = tmp_path_factory.mktemp("plan") / "plan.toml"
-    write_toml(file, to_json(read_request(small / "config.json", None, Recipe()).problem.smallest().plan))
+    write_toml(file, to_json(read_outlook(small / "config.json", None, Recipe()).problem.smallest().plan))
     return file
 
 
@@ -35,7 +35,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can(small: Path, tm
     message = refused(tmp_path, *plan_of(small, budget="100KB"))
     named = re.search(r"a budget of 100.00 KB \(100000 bytes\) cannot be met; .* \((\d+) bytes\)$", message.strip())
     assert named is not None, message
-    assert int(named[1]) == read_request(small / "config.json", None, Recipe()).smallest
+    assert int(named[1]) == read_outlook(small / "config.json", None, Recipe()).smallest
     assert f"({named[1]} bytes)" in refused(tmp_path, *plan_of(small, budget=f"{int(named[1]) - 1}B"))
     ran = moejax(*plan_of(small, "--json", tmp_path / "figures.json", budget=f"{named[1]}B"))
     assert ran.code == 0, ran.err

@@ -15,7 +15,7 @@ from moejax.model.hidden_states import HiddenStates
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
 from moejax.model.norm import rms_norm
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 from moejax.model.source import ModelSource, Source, walk
 from moejax.progress import Progress, counted, silent
 
@@ -129,7 +129,7 @@ _merged = partial(jax.jit, donate_argnums=0)(BlockStatistics.merged)
 
 @partial(jax.jit, static_argnames="max_bytes")
 def _observe_block(
-    block: Block, x_BTD: jax.Array, by: Rotation, max_bytes: int | None
+    block: Block, x_BTD: jax.Array, by: Angles, max_bytes: int | None
 ) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
     y_BTD = block(x_BTD, by, taps=taps)
@@ -138,7 +138,7 @@ def _observe_block(
 
 @partial(jax.jit, static_argnames="max_bytes")
 def _observe_mtp(
-    mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, max_bytes: int | None
+    mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, max_bytes: int | None
 ) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
     y_BTD = mtp(h_BTD, next_BTD, by, taps)

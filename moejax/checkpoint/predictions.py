@@ -33,7 +33,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Origin:
+class BaseOrigin:
     """Whose predictions of what: the checkpoint's path, the text's source and the SHA-256 of its UTF-8."""
 
     checkpoint: str
@@ -56,7 +56,7 @@ class SavedPredictions:
     """An opened and checked file of predictions; states and head are read when they are asked for."""
 
     path: Path
-    origin: Origin
+    origin: BaseOrigin
     tokens_NT: np.ndarray
     states_NSD: SavedStates
     head_spec: str
@@ -76,7 +76,7 @@ class SavedPredictions:
 
 @contextmanager
 def saved_predictions(
-    path: Path, origin: Origin, tokens_NT: np.ndarray, head: Callable[[], Leaf], dtype: jax.typing.DTypeLike
+    path: Path, origin: BaseOrigin, tokens_NT: np.ndarray, head: Callable[[], Leaf], dtype: jax.typing.DTypeLike
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write a file of predictions: the block is given a function that takes all states (N, S, D) in `dtype`, in order
     of the chunks and as many chunks at a time as it is given. The head is asked for once and not kept. The file appears
@@ -99,7 +99,7 @@ def saved_predictions(
 
 
 def _write_beginning(
-    path: Path, stream: BinaryIO, origin: Origin, tokens_NT: np.ndarray, head: Leaf, dtype: np.dtype[Any]
+    path: Path, stream: BinaryIO, origin: BaseOrigin, tokens_NT: np.ndarray, head: Leaf, dtype: np.dtype[Any]
 ) -> jax.ShapeDtypeStruct:
     """Everything before the states, if they fit the disk too; returns their shape and dtype."""
     count, length = tokens_NT.shape
@@ -123,7 +123,7 @@ def open_predictions(path: Path) -> SavedPredictions:
     if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
         raise InputError(f"{path}: holds no predictions of version {_VERSION}; a file that --save-base wrote is needed")
     try:
-        origin = Origin(metadata["checkpoint"], metadata["text"], metadata["text_sha256"])
+        origin = BaseOrigin(metadata["checkpoint"], metadata["text"], metadata["text_sha256"])
         spec, tokens, states = metadata["head"], tensors["tokens"], tensors["states"]
         found = [(info.shape, info.dtype) for info in (tensors[f"head.{n}"] for n in range(len(tensors) - 2))]
         head = abstract_leaf(spec)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
-from moejax.checkpoint.predictions import Origin, SavedPredictions, open_predictions, saved_predictions
+from moejax.checkpoint.predictions import BaseOrigin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limit, tokenize
@@ -144,5 +144,5 @@ def _saving(
     """The file of a checkpoint's predictions, if one is wanted."""
     if path is None or isinstance(saved, SavedPredictions):
         return nullcontext()
-    origin = Origin(str(saved.path), text.source, text.sha256)
+    origin = BaseOrigin(str(saved.path), text.source, text.sha256)
     return saved_predictions(path, origin, chunks, CheckpointSource(saved).head, dtype)

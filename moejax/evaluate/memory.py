@@ -11,7 +11,7 @@ from moejax.evaluate.divergence import compare, log_probabilities
 from moejax.formats import Leaf, payload_bytes
 from moejax.formats.abstract import abstract_array
 from moejax.model import DeepseekV3
-from moejax.model.rope import Rotation, rotation
+from moejax.model.rope import Angles, angles
 from moejax.model.source import ModelSource, Source
 from moejax.model.steps import run_block, run_mtp
 from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
@@ -101,9 +101,9 @@ def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typ
     return _array_bytes(log_probs) + max(making, _array_bytes(log_probs) + comparing)
 
 
-def _abstract_rotation(source: Source, length: int, dtype: jax.typing.DTypeLike) -> Rotation:
+def _abstract_rotation(source: Source, length: int, dtype: jax.typing.DTypeLike) -> Angles:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jax.eval_shape(lambda: rotation(source.config, jnp.arange(length), wide))
+    return jax.eval_shape(lambda: angles(source.config, jnp.arange(length), wide))
 
 
 def _array_bytes(array: jax.Array) -> int:

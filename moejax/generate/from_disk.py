@@ -14,7 +14,7 @@ from moejax.model import Config
 from moejax.model.deepseek_v3 import Block, head_logits
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
-from moejax.model.rope import rotation
+from moejax.model.rope import angles
 from moejax.model.source import Source, Step, walk
 from moejax.model.steps import run_block_cached
 
@@ -49,7 +49,7 @@ class _Decoding(Step):
         self.cache = cache
         self._config, self._rows, self._dtype = config, rows, dtype
         positions_BT = rows.start_B[:, None] + jnp.arange(rows.tokens_BT.shape[1])
-        self._by = rotation(config, positions_BT, jnp.promote_types(dtype, jnp.float32))
+        self._by = angles(config, positions_BT, jnp.promote_types(dtype, jnp.float32))
 
     def embedding(self, embedding: Leaf) -> None:
         self.x_BTD = take(embedding, self._rows.tokens_BT, self._dtype).block_until_ready()

@@ -37,7 +37,7 @@ def decoding_needs(model: DeepseekV3, prompt_tokens: int, max_tokens: int, decod
     caches = _cache_bytes(model, prompt_tokens, max_tokens, decoding)
     size = max(size for _, size in chunks(prompt_tokens, decoding.prefill_chunk))
     x_1TD = abstract_array((1, size, config.hidden_size), decoding.dtype)
-    by = jax.eval_shape(lambda: model.rotation(jnp.zeros((1, size), jnp.int32), jnp.dtype(decoding.dtype)))
+    by = jax.eval_shape(lambda: model.angles(jnp.zeros((1, size), jnp.int32), jnp.dtype(decoding.dtype)))
     start_1 = abstract_array((1,), jnp.int32)
     blocks = largest_of_each_kind(list(model.layers))
     workspace = max(step_bytes(run_block_cached, block, x_1TD, by, cache, start_1) for block in blocks)

@@ -10,7 +10,7 @@ from moejax.model.config import Config
 from moejax.model.latent_cache import LatentCache, Latents, append, attend
 from moejax.model.leaves import Leaves, Taps, linear
 from moejax.model.norm import LATENT_EPS, rms_norm
-from moejax.model.rope import Rotation, rotate
+from moejax.model.rope import Angles, turn
 
 # How many queries of a row attend at once, without a cache.
 QUERIES = 512
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         self.v_b = nnx.Param(leaves("v_b"))
         self.o = nnx.Param(leaves("o"))
 
-    def __call__(self, x_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, by: Angles, taps: Taps | None = None) -> jax.Array:
         """Causal attention among the T tokens of each row, keys and values expanded per head.
 
         No more than QUERIES of them attend at once: their scores take H * QUERIES * T numbers a row.
@@ -65,7 +65,7 @@ class Attention(nnx.Module):
         return self._output(jnp.moveaxis(out, 0, 1).reshape(len(x_BTD), -1, *out.shape[3:])[:, :length], taps)
 
     def attend_cached(
-        self, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+        self, x_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
     ) -> tuple[jax.Array, LatentCache]:
         """The same for T tokens at positions start, start+1, ... of each sequence, behind a cache.
 
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
     def _scaled(self, nope: jax.Array, q_rope: jax.Array, keys: Latents) -> jax.Array:
         return (nope + product("bthr,bsr->bhts", q_rope, keys.k_rope)) * self.config.softmax_scale
 
-    def _queries(self, x: jax.Array, by: Rotation, taps: Taps | None) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, x: jax.Array, by: Angles, taps: Taps | None) -> tuple[jax.Array, jax.Array]:
         c = self.config
         if c.q_lora_rank is None:
             q = linear(x, self.q, taps, "q")
@@ -128,13 +128,13 @@ class Attention(nnx.Module):
             q = linear(latent, self.q_b, taps, "q_b")
         q = q.reshape(*x.shape[:2], c.num_attention_heads, -1)
         nope, rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-        per_head = Rotation(by.cos[..., None, :], by.sin[..., None, :])
-        return nope, rotate(rope, per_head, c.rope_interleave)
+        per_head = Angles(by.cos[..., None, :], by.sin[..., None, :])
+        return nope, turn(rope, per_head, c.rope_interleave)
 
-    def _latents(self, x: jax.Array, by: Rotation, taps: Taps | None) -> Latents:
+    def _latents(self, x: jax.Array, by: Angles, taps: Taps | None) -> Latents:
         c = self.config
         c_kv, k_rope = jnp.split(linear(x, self.kv_a, taps, "kv_a"), [c.kv_lora_rank], axis=-1)
-        return Latents(rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), rotate(k_rope, by, c.rope_interleave))
+        return Latents(rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), turn(k_rope, by, c.rope_interleave))
 
     def _expand(self, c_kv: jax.Array, weight: nnx.Param[Leaf], taps: Taps | None, name: str) -> jax.Array:
         """c_kv (B, T, L) through a weight (H, X, L) to (B, T, H, X)."""

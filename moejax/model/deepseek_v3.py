@@ -14,7 +14,7 @@ from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
 from moejax.model.moe import Mlp, MoE
 from moejax.model.norm import rms_norm
-from moejax.model.rope import Rotation, rotation
+from moejax.model.rope import Angles, angles
 
 
 class Block(nnx.Module):
@@ -34,7 +34,7 @@ class Block(nnx.Module):
         return self.mlp.experts_per_token if isinstance(self.mlp, MoE) else self.config.num_experts_per_tok
 
     def __call__(
-        self, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None = None, taps: Taps | None = None
+        self, x_BTD: jax.Array, by: Angles, choice_TK: jax.Array | None = None, taps: Taps | None = None
     ) -> jax.Array:
         """x (B, T, D) to (B, T, D). `choice_TK` replays expert choices; `taps` receives every weight's input."""
         normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
@@ -49,7 +49,7 @@ class Block(nnx.Module):
     def attend_cached(
         self,
         x_BTD: jax.Array,
-        by: Rotation,
+        by: Angles,
         cache: LatentCache,
         start_B: jax.Array,
         choice_TK: jax.Array | None = None,
@@ -91,7 +91,7 @@ class MtpBlock(nnx.Module):
             self.signs = nnx.Param(leaves("signs"))
             self.input_gain = nnx.Param(leaves("input_gain"))
 
-    def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, taps: Taps | None = None) -> jax.Array:
+    def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, taps: Taps | None = None) -> jax.Array:
         """h_t after the model's final norm and the next token's embedding, both (B, T, D), to the normed h'."""
         joined = self._joined(h_BTD, next_BTD, taps)
         block_taps: Taps | None = None if taps is None else {}
@@ -101,7 +101,7 @@ class MtpBlock(nnx.Module):
         return self._normed(drafted)
 
     def attend_cached(
-        self, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+        self, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
     ) -> tuple[jax.Array, LatentCache]:
         """The same for T tokens of each sequence behind a cache of the block's own."""
         drafted, cache = self.block.attend_cached(self._joined(h_BTD, next_BTD, None), by, cache, start_B)
@@ -161,7 +161,7 @@ class DeepseekV3(nnx.Module):
     ) -> jax.Array:
         """The output of the last layer before the final norm, (B, T, D)."""
         x_BTD = self.embedded(tokens_BT, dtype)
-        by = self.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        by = self.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
         for layer, choice_TK in zip(self.layers, choices or [None] * len(self.layers), strict=True):
             x_BTD = layer(x_BTD, by, choice_TK)
         return x_BTD
@@ -171,9 +171,9 @@ class DeepseekV3(nnx.Module):
         require_tokens(tokens_BT, self.config)
         return take(self.embed.get_value(), tokens_BT, dtype)
 
-    def rotation(self, positions: jax.Array, dtype: jnp.dtype) -> Rotation:
-        """RoPE's rotation for positions (T,) or (B, T)."""
-        return rotation(self.config, positions, jnp.promote_types(dtype, jnp.float32))
+    def angles(self, positions: jax.Array, dtype: jnp.dtype) -> Angles:
+        """RoPE's angles of positions (T,) or (B, T)."""
+        return angles(self.config, positions, jnp.promote_types(dtype, jnp.float32))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Final norm and head: hidden states (B, T, D) to logits (B, T, C), in at least float32."""
@@ -186,7 +186,7 @@ class DeepseekV3(nnx.Module):
     def draft_logits(self, tokens_BT: jax.Array, hidden_BTD: jax.Array, depth: int = 0) -> jax.Array:
         """MTP block `depth`'s logits for the token after the next, (B, T-1, C), from `hidden`'s output."""
         following = self.embedded(tokens_BT[:, 1:], hidden_BTD.dtype)
-        by = self.rotation(jnp.arange(following.shape[1]), hidden_BTD.dtype)
+        by = self.angles(jnp.arange(following.shape[1]), hidden_BTD.dtype)
         drafted = self.mtp[depth](self.normed(hidden_BTD)[:, :-1], following, by)
         return head_logits(drafted, self.head.get_value())
 
@@ -205,7 +205,7 @@ class DeepseekV3(nnx.Module):
         """Hidden states (B, T, D) of T tokens at positions start, start+1, ... of each sequence, and the cache that now
         holds them. The cache must have room for them; `choices` as in `hidden`."""
         x_BTD = self.embedded(tokens_BT, dtype)
-        by = self.rotation(start_B[:, None] + jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+        by = self.angles(start_B[:, None] + jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
         new_cache = []
         for layer, own, choice_TK in zip(self.layers, cache, choices or [None] * len(self.layers), strict=True):
             x_BTD, own = layer.attend_cached(x_BTD, by, own, start_B, choice_TK)
@@ -219,7 +219,7 @@ class DeepseekV3(nnx.Module):
 
         `hidden_BTD` is `extend`'s output at positions start, start+1, ..., `following_BT` the token behind each.
         """
-        by = self.rotation(start_B[:, None] + jnp.arange(following_BT.shape[1]), hidden_BTD.dtype)
+        by = self.angles(start_B[:, None] + jnp.arange(following_BT.shape[1]), hidden_BTD.dtype)
         following = self.embedded(following_BT, hidden_BTD.dtype)
         return self.mtp[depth].attend_cached(self.normed(hidden_BTD), following, by, cache, start_B)
 

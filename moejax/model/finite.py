@@ -13,7 +13,7 @@ from moejax.kernels import matmul
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.leaves import Taps, named_leaves
 from moejax.model.moe import ExpertRun
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 
 _ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "experts", "gate", "up", "down")
 _NEEDED = "a checkpoint whose weights are sound is needed"
@@ -36,7 +36,7 @@ def require_finite(name: str, x: jax.Array) -> None:
         raise InputError(_sentence(f"the output of {name}", x))
 
 
-def require_finite_block(name: str, block: Block, x_BTD: jax.Array, by: Rotation, y_BTD: jax.Array) -> None:
+def require_finite_block(name: str, block: Block, x_BTD: jax.Array, by: Angles, y_BTD: jax.Array) -> None:
     """Raise InputError unless y, which block `name` made of x, is all finite: a sentence with the matrix, and of
     which expert, that made of finite numbers what is not. Traced ones pass."""
     if _is_known_not_to_be(y_BTD):
@@ -44,7 +44,7 @@ def require_finite_block(name: str, block: Block, x_BTD: jax.Array, by: Rotation
 
 
 def require_finite_mtp(
-    name: str, mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation, y_BTD: jax.Array
+    name: str, mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, y_BTD: jax.Array
 ) -> None:
     """`require_finite_block` for an MTP block, which made y of h and the next tokens' embeddings."""
     if _is_known_not_to_be(y_BTD):
@@ -61,14 +61,14 @@ def _is_known_not_to_be(x: jax.Array) -> bool:
 
 
 @jax.jit
-def _block_taps(block: Block, x_BTD: jax.Array, by: Rotation) -> Taps:
+def _block_taps(block: Block, x_BTD: jax.Array, by: Angles) -> Taps:
     taps: Taps = {}
     block(x_BTD, by, taps=taps)
     return taps
 
 
 @jax.jit
-def _mtp_taps(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation) -> Taps:
+def _mtp_taps(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles) -> Taps:
     taps: Taps = {}
     mtp(h_BTD, next_BTD, by, taps)
     return taps

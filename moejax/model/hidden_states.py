@@ -12,7 +12,7 @@ from moejax.kernels import take
 from moejax.model.config import Config
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
-from moejax.model.rope import rotation
+from moejax.model.rope import angles
 from moejax.model.source import Source, Step, walk
 from moejax.model.steps import run_block
 
@@ -24,7 +24,7 @@ class HiddenStates(Step):
     """Hidden states (B, T, D) of batches of tokens (B, T), which are of one length, behind the last part walked over.
 
     states: one per batch. embedded: what the embedding gave, if MTP blocks will take it (`drafts`), else empty. by: the
-    rotation of all positions. What `kept` makes of states lies between two blocks: `np.asarray` puts them into the
+    angles of all positions. What `kept` makes of states lies between two blocks: `np.asarray` puts them into the
     host's memory. `tick` is called before every batch of every block.
     """
 
@@ -41,7 +41,7 @@ class HiddenStates(Step):
         self.config, self.batches, self.dtype = config, batches, dtype
         self.states: list[State] = []
         self.embedded: list[State] = []
-        self.by = rotation(config, jnp.arange(batches[0].shape[1]), jnp.promote_types(dtype, jnp.float32))
+        self.by = angles(config, jnp.arange(batches[0].shape[1]), jnp.promote_types(dtype, jnp.float32))
         self._drafts, self._kept, self.tick = drafts, kept, tick
 
     def embedding(self, embedding: Leaf) -> None:

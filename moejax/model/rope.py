@@ -10,22 +10,22 @@ import numpy as np
 from moejax.model.config import Config, Yarn
 
 
-class Rotation(NamedTuple):
+class Angles(NamedTuple):
     """cos and sin of every position's angles, (..., R/2), YaRN's scale included."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotation(config: Config, positions: jax.Array, dtype: jnp.dtype) -> Rotation:
-    """The rotation of positions (...): angle_j = position * frequency_j, in `dtype` (at least float32)."""
-    angles = positions[..., None].astype(dtype) * jnp.asarray(frequencies(config), dtype)
+def angles(config: Config, positions: jax.Array, dtype: jnp.dtype) -> Angles:
+    """The angles of positions (...): angle_j = position * frequency_j, in `dtype` (at least float32)."""
+    angle = positions[..., None].astype(dtype) * jnp.asarray(frequencies(config), dtype)
     scale = config.yarn.rotary_scale if config.yarn else 1.0
-    return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+    return Angles(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
-def rotate(x: jax.Array, by: Rotation, interleave: bool) -> jax.Array:
-    """Rotate the pairs of x (..., R) by angles broadcast from (..., R/2).
+def turn(x: jax.Array, by: Angles, interleave: bool) -> jax.Array:
+    """Turn the pairs of x (..., R) by angles broadcast from (..., R/2).
 
     Pairs are neighbours (2j, 2j+1) if `interleave`, else (j, j + R/2); the result holds first parts before second
     parts either way, which no inner product of two rotated vectors notices.

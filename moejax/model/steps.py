@@ -13,25 +13,25 @@ import jax.numpy as jnp
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 
 
 @jax.jit
-def run_block(block: Block, x_BTD: jax.Array, by: Rotation) -> jax.Array:
+def run_block(block: Block, x_BTD: jax.Array, by: Angles) -> jax.Array:
     """One decoder block, compiled."""
     return block(x_BTD, by)
 
 
 @partial(jax.jit, donate_argnames="cache")
 def run_block_cached(
-    block: Block, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+    block: Block, x_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
 ) -> tuple[jax.Array, LatentCache]:
     """One decoder block behind its cache, compiled."""
     return block.attend_cached(x_BTD, by, cache, start_B)
 
 
 @jax.jit
-def run_mtp(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation) -> jax.Array:
+def run_mtp(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles) -> jax.Array:
     """One MTP block, compiled: the model's normed output and the next tokens' embeddings to what its head takes."""
     return mtp(h_BTD, next_BTD, by)
 
@@ -40,14 +40,14 @@ def run_mtp(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Rotation) 
 run_norm = partial(jax.jit, static_argnames="eps")(rms_norm)
 
 
-def run_blocks(blocks: Sequence[Block], x_BTD: jax.Array, by: Rotation) -> jax.Array:
+def run_blocks(blocks: Sequence[Block], x_BTD: jax.Array, by: Angles) -> jax.Array:
     """Blocks one behind the other."""
     for block in blocks:
         x_BTD = run_block(block, x_BTD, by)
     return x_BTD
 
 
-def embed(model: DeepseekV3, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Rotation]:
-    """What the first block takes: embeddings (B, T, D) and the rotation of positions 0 to T-1."""
+def embed(model: DeepseekV3, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Angles]:
+    """What the first block takes: embeddings (B, T, D) and the angles of positions 0 to T-1."""
     x_BTD = model.embedded(tokens_BT, dtype)
-    return x_BTD, model.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+    return x_BTD, model.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)

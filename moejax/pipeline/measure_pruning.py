@@ -16,7 +16,7 @@ from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import with_leaves
 from moejax.planning.costs import Costs
 from moejax.progress import Progress
-from moejax.transforms.prune import expert_scores, masked_bias, super_experts
+from moejax.transforms.prune import masked_bias, pruning_scores, super_experts
 from moejax.transforms.pruning_error import PruningError, pruning_error
 
 # Pruning is probed at so many counts per layer, spread evenly, and interpolated between them.
@@ -52,7 +52,7 @@ def measure_pruning(trial: Trial, recipe: Recipe, progress: Progress) -> dict[in
     """By block index. MTP blocks, which the model's predictions do not depend on, take the last layer's costs."""
     model, probe = trial.model, trial.probe
     experts = {i: trial.statistics.blocks[i].experts for i in moe_blocks(model)}
-    scores = {i: expert_scores(own, recipe.criterion) for i, own in experts.items() if own is not None}
+    scores = {i: pruning_scores(own, recipe.criterion) for i, own in experts.items() if own is not None}
     peaks = {i: np.asarray(own.peak_E) for i, own in experts.items() if own is not None}
     protected = super_experts(peaks, model.config.num_hidden_layers) if recipe.protect_super_experts else {}
     measured: dict[int, LayerPruning] = {}

@@ -68,17 +68,17 @@ def plan(
 
     Raises InputError for what cannot be read or met.
     """
-    asked = read_request(config, expert_scores, recipe or Recipe(), drop_mtp)
+    outlook = read_outlook(config, expert_scores, recipe or Recipe(), drop_mtp)
     limit = parse_size(memory) if isinstance(memory, str) else memory
-    size = parse_budget(budget, asked.elements) if isinstance(budget, str) else budget
-    longest = asked.config.max_position_embeddings
+    size = parse_budget(budget, outlook.elements) if isinstance(budget, str) else budget
+    longest = outlook.config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     check_context(context, batch, longest)
-    return forecast(asked, size, limit, context, batch)
+    return forecast(outlook, size, limit, context, batch)
 
 
 @dataclass(frozen=True)
-class Request:
+class Outlook:
     """A model in shapes alone, with what is known of it, and the solver's problem; budgets can share it.
 
     original: with the MTP blocks that `shapes` may lack. unlimited: costs whatever number of experts is pruned.
@@ -109,9 +109,9 @@ class Request:
         return self.original.config.num_blocks - self.config.num_blocks
 
 
-def read_request(
+def read_outlook(
     config: str | Path, expert_scores: Path | str | None, recipe: Recipe, drop_mtp: bool = False
-) -> Request:
+) -> Outlook:
     """Read what `plan` is given by name."""
     name = str(config)
     is_file = name.endswith(".json")
@@ -125,12 +125,12 @@ def read_request(
     known = config_path("sensitivity", "deepseek_v3")
     sensitivity = sensitivity_from_json(read_json_object(known), str(known))
     scores = _read_scores(name, expert_scores, shapes.config)
-    return request(original, shapes, recipe, scores, sensitivity)
+    return outlook_for(original, shapes, recipe, scores, sensitivity)
 
 
-def request(
+def outlook_for(
     original: DeepseekV3, shapes: Shapes, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
-) -> Request:
+) -> Outlook:
     """The problem of a model in shapes alone. Raises InputError if the recipe does not suit it."""
     config = shapes.config
     candidates(recipe, config, [config.n_routed_experts])
@@ -141,7 +141,7 @@ def request(
     )
     smallest = problem.smallest()
     problem = replace(problem, overhead=smallest.bytes - choice_bytes(costs, smallest_choice(costs)))
-    return Request(shapes, original, recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
+    return Outlook(shapes, original, recipe, scores, sensitivity, unlimited, problem, smallest.bytes)
 
 
 def _per_token(recipe: Recipe, config: Config, kept: int) -> int:
@@ -159,55 +159,55 @@ def _read_scores(name: str, given: Path | str | None, config: Config) -> ExpertS
     return expert_scores_from_json(read_json_object(known), config, str(known))
 
 
-def forecast(asked: Request, budget: int, memory: int | None, context: int, batch: int) -> Forecast:
+def forecast(outlook: Outlook, budget: int, memory: int | None, context: int, batch: int) -> Forecast:
     """Solve for a budget and put the figures together."""
-    problem = asked.problem
+    problem = outlook.problem
     without_format = problem.costs.without_format
-    check_budget(asked.smallest, budget, payload_bytes(asked.original), without_format)
+    check_budget(outlook.smallest, budget, payload_bytes(outlook.original), without_format)
     if without_format:
         note(sentence_of(without_format))
-    if asked.recipe.allocation == "raise":
+    if outlook.recipe.allocation == "raise":
         fitted = problem.fit_raised(budget) or problem.smallest()
     else:
         fitted = problem.fit(budget, _best_pruning_weight(problem, budget)) or problem.smallest()
-    compressed = asked.shapes.compressed(fitted.plan)
+    compressed = outlook.shapes.compressed(fitted.plan)
     leaves = named_leaves(compressed)
     return Forecast(
         plan=fitted.plan,
-        config=asked.config,
+        config=outlook.config,
         budget=budget,
-        elements=asked.elements,
-        dropped_mtp=asked.dropped_mtp,
-        before=count_parameters(asked.shapes.model),
+        elements=outlook.elements,
+        dropped_mtp=outlook.dropped_mtp,
+        before=count_parameters(outlook.shapes.model),
         after=count_parameters(compressed),
         kinds=tuple(summarize(leaves.items())),
-        bytes=asked.shapes.bytes_of(fitted.plan),
+        bytes=outlook.shapes.bytes_of(fitted.plan),
         parts=byte_parts(list(leaves.values())),
-        layers=layer_forecasts(fitted.plan, asked.config, asked.scores),
+        layers=layer_forecasts(fitted.plan, outlook.config, outlook.scores),
         memory=device_memory(compressed, context, batch),
         memory_limit=memory,
         losses=fitted.losses,
         predicted=problem.predicted(fitted.losses),
-        splits=tuple(split(asked, budget, share) for share in SHARES),
-        pruned_by=criterion_of(asked.recipe),
-        scores_source=asked.scores.source,
-        sensitivity_source=asked.sensitivity.source,
+        splits=tuple(split(outlook, budget, share) for share in SHARES),
+        pruned_by=criterion_of(outlook.recipe),
+        scores_source=outlook.scores.source,
+        sensitivity_source=outlook.sensitivity.source,
         without_format=without_format,
     )
 
 
-def split(asked: Request, budget: int, share: float) -> Split:
+def split(outlook: Outlook, budget: int, share: float) -> Split:
     """The solver's plan that keeps this share of every layer's experts."""
     try:
-        costs = limited_counts(asked.unlimited, asked.config, replace(asked.recipe, share_kept=share))
+        costs = limited_counts(outlook.unlimited, outlook.config, replace(outlook.recipe, share_kept=share))
     except InputError:  # routing needs more experts than the share leaves
         return Split(share, None, None, None)
-    problem = replace(asked.problem, costs=costs)
+    problem = replace(outlook.problem, costs=costs)
     solved = problem.solve(budget - problem.overhead, 1.0)
     if solved is None:
         return Split(share, None, None, None)
     losses = choice_losses(costs, solved[0])
-    return Split(share, _expert_bits(costs, solved[0], asked.config), losses, problem.predicted(losses))
+    return Split(share, _expert_bits(costs, solved[0], outlook.config), losses, problem.predicted(losses))
 
 
 def _best_pruning_weight(problem: Problem, budget: int) -> float:

@@ -15,7 +15,7 @@ from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import Block
 from moejax.model.hidden_states import HiddenStates
 from moejax.model.leaves import Taps
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 from moejax.model.source import ModelSource, walk
 from moejax.model.steps import run_block, run_blocks
 from moejax.pipeline.working_copy import dense_block
@@ -28,7 +28,7 @@ class Probe:
 
     model: DeepseekV3
     tokens_BT: jax.Array
-    rotation: Rotation
+    angles: Angles
     blocks: tuple[Block, ...]
     inputs: tuple[jax.Array, ...]
     output: jax.Array
@@ -37,20 +37,20 @@ class Probe:
 
     def divergence_of_block(self, index: int, changed: Block) -> float:
         """Mean KL(original | model with block `index` replaced), nats."""
-        x_BTD = run_block(changed, self.inputs[index], self.rotation)
-        return self.divergence_of_output(run_blocks(self.blocks[index + 1 :], x_BTD, self.rotation))
+        x_BTD = run_block(changed, self.inputs[index], self.angles)
+        return self.divergence_of_output(run_blocks(self.blocks[index + 1 :], x_BTD, self.angles))
 
     def experts_input(self, index: int) -> jax.Array:
         """What the experts and the router of block `index` take in, (B*T, D)."""
-        return _experts_input(self.blocks[index], self.inputs[index], self.rotation)
+        return _experts_input(self.blocks[index], self.inputs[index], self.angles)
 
     def divergence_of_model(self, blocks: Sequence[Block], embedding: jax.Array, head: jax.Array) -> float:
         """Mean KL with everything replaced."""
-        return self.divergence_of_output(run_blocks(blocks, embedding[self.tokens_BT], self.rotation), head)
+        return self.divergence_of_output(run_blocks(blocks, embedding[self.tokens_BT], self.angles), head)
 
     def divergence_of_embedding(self, embedding: jax.Array) -> float:
         """Mean KL with another embedding (C, D)."""
-        return self.divergence_of_output(run_blocks(self.blocks, embedding[self.tokens_BT], self.rotation))
+        return self.divergence_of_output(run_blocks(self.blocks, embedding[self.tokens_BT], self.angles))
 
     def divergence_of_head(self, head: jax.Array) -> float:
         """Mean KL with another head (C, D)."""
@@ -95,7 +95,7 @@ class _Preparing(HiddenStates):
 
 
 @jax.jit
-def _experts_input(block: Block, x_BTD: jax.Array, by: Rotation) -> jax.Array:
+def _experts_input(block: Block, x_BTD: jax.Array, by: Angles) -> jax.Array:
     taps: Taps = {}
     block(x_BTD, by, taps=taps)
     return taps["mlp.router"]

@@ -70,7 +70,7 @@ def device_memory(model: DeepseekV3, context: int, batch: int) -> DeviceMemory:
 def _block_workspace(model: DeepseekV3, block: Block, context: int, batch: int) -> int:
     c = model.config
     x_B1D = abstract_array((batch, 1, c.hidden_size), DTYPE)
-    by = jax.eval_shape(lambda: model.rotation(jnp.zeros((batch, 1), jnp.int32), jnp.dtype(DTYPE)))
+    by = jax.eval_shape(lambda: model.angles(jnp.zeros((batch, 1), jnp.int32), jnp.dtype(DTYPE)))
     cache = jax.eval_shape(lambda: empty_cache(c, batch, context, DTYPE))
     return step_bytes(run_block_cached, block, x_B1D, by, cache, abstract_array((batch,), jnp.int32))
 

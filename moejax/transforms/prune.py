@@ -17,7 +17,7 @@ from moejax.model.weights import IN_BLOCK
 CRITERIA = ("frequency", "paper", "gate_mass", "reap", "msan")
 
 
-def expert_scores(statistics: ExpertStatistics, criterion: str, alpha: float = 0.5) -> np.ndarray:
+def pruning_scores(statistics: ExpertStatistics, criterion: str, alpha: float = 0.5) -> np.ndarray:
     """How much a layer needs each expert, (E,), by one of CRITERIA.
 
     With count n_e, gate weights g and outputs f over the tokens that chose expert e:
@@ -38,7 +38,7 @@ def expert_scores(statistics: ExpertStatistics, criterion: str, alpha: float = 0
 
 
 def gate_scores(count_E: np.ndarray, weight_E: np.ndarray, alpha: float = 0.5) -> dict[str, np.ndarray]:
-    """The criteria of `expert_scores` that gate weights alone decide, by name."""
+    """The criteria of `pruning_scores` that gate weights alone decide, by name."""
     frequency_E = count_E / max(count_E.sum(), 1.0)
     mean_weight_E = weight_E / np.maximum(count_E, 1.0)
     return {

@@ -62,7 +62,7 @@ def test_weights_share_a_sum_exactly_where_they_take_the_same_array(layer: int, 
 
     def check(block: Block, x_BTD: jax.Array) -> None:
         taps: Taps = {}
-        block(x_BTD, model.rotation(jnp.arange(6), jnp.dtype(jnp.float32)), taps=taps)
+        block(x_BTD, model.angles(jnp.arange(6), jnp.dtype(jnp.float32)), taps=taps)
         taps.pop("mlp.experts", None)
         assert len(taps) >= 8
         for a, b in combinations(taps, 2):

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from leaf_oracle import random_leaf
-from moejax.checkpoint.predictions import Origin, open_predictions, saved_predictions
+from moejax.checkpoint.predictions import BaseOrigin, open_predictions, saved_predictions
 from moejax.errors import InputError
 from moejax.formats import describe
 
-ORIGIN = Origin("some/där", "text.txt", "ab" * 32)
+ORIGIN = BaseOrigin("some/där", "text.txt", "ab" * 32)
 N, T, D, C = 5, 16, 64, 40
 TOKENS = np.random.RandomState(0).randint(C, size=(N, T)).astype(np.int32)
 STATES: NDArray[Any] = np.random.RandomState(1).randn(N, T - 1 - T // 2, D).astype(np.float32)

@@ -73,7 +73,7 @@ def test_final_states_are_those_of_the_whole_model_and_one_part_is_there_at_a_ti
     tokens = jnp.asarray(CHUNKS)
     normed = np.asarray(model.normed(quick_hidden(model, tokens)))
     np.testing.assert_allclose(np.concatenate(states.scored), normed[:, T // 2 : T - 1], rtol=1e-4, atol=1e-5)
-    following, by = model.embedded(tokens[:, 1:]), model.rotation(jnp.arange(T - 1), jnp.dtype(jnp.float32))
+    following, by = model.embedded(tokens[:, 1:]), model.angles(jnp.arange(T - 1), jnp.dtype(jnp.float32))
     drafted = np.asarray(jax.jit(lambda *given: given[0](*given[1:]))(model.mtp[0], normed[:, :-1], following, by))
     np.testing.assert_allclose(np.concatenate(states.drafted), drafted[:, T // 2 : T - 2], rtol=1e-4, atol=1e-5)
 

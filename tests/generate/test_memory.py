@@ -39,7 +39,7 @@ def test_a_longer_context_takes_its_cache(shapes: DeepseekV3) -> None:
 def test_the_workspace_is_that_of_a_chunk(shapes: DeepseekV3) -> None:
     small, large = (decoding_needs(shapes, 256, 8, Decoding(prefill_chunk=chunk)) for chunk in (16, 256))
     x_1TD = jax.ShapeDtypeStruct((1, 256, shapes.config.hidden_size), jnp.float32)
-    by = jax.eval_shape(lambda: shapes.rotation(jnp.zeros((1, 256), jnp.int32), jnp.dtype("float32")))
+    by = jax.eval_shape(lambda: shapes.angles(jnp.zeros((1, 256), jnp.int32), jnp.dtype("float32")))
     cache = jax.eval_shape(lambda: shapes.empty_cache(1, 512, "float32")[0])
     start = jax.ShapeDtypeStruct((1,), jnp.int32)
     compiled = run_block_cached.lower(shapes.layers[1], x_1TD, by, cache, start).compile()

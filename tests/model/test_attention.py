@@ -126,7 +126,7 @@ def test_queries_that_attend_block_by_block_attend_alike(
     sparse_model: DeepseekV3, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention, tokens_BT = sparse_model.layers[0].self_attn, prompt(sparse_model)
-    x_BTD, by = sparse_model.embedded(tokens_BT), sparse_model.rotation(jnp.arange(tokens_BT.shape[1]), jnp.float32)
+    x_BTD, by = sparse_model.embedded(tokens_BT), sparse_model.angles(jnp.arange(tokens_BT.shape[1]), jnp.float32)
     expected, blocks = attention(x_BTD, by), -(-tokens_BT.shape[1] // queries)
     assert blocks > 1
     monkeypatch.setattr(own, "QUERIES", queries)
@@ -136,7 +136,7 @@ def test_queries_that_attend_block_by_block_attend_alike(
 def test_what_attention_takes_grows_with_its_tokens_not_their_square(sparse_model: DeepseekV3) -> None:
     def taken(length: int) -> int:
         x_1TD = abstract_array((1, length, sparse_model.config.hidden_size), jnp.float32)
-        by = jax.eval_shape(lambda: sparse_model.rotation(jnp.arange(length), jnp.dtype(jnp.float32)))
+        by = jax.eval_shape(lambda: sparse_model.angles(jnp.arange(length), jnp.dtype(jnp.float32)))
         return step_bytes(jax.jit(lambda block, x, by: block.self_attn(x, by)), sparse_model.layers[0], x_1TD, by)
 
     assert taken(16 * own.QUERIES) < 2.5 * taken(8 * own.QUERIES)

@@ -20,7 +20,7 @@ from moejax.model import DeepseekV3, latent_cache
 from moejax.model.deepseek_v3 import Block, head_logits
 from moejax.model.latent_cache import LatentCache
 from moejax.model.moe import MoE, Routing
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 from small_models import model_of
 
 # Behind the end of a row, where nobody may look.
@@ -141,7 +141,7 @@ def test_float32_is_hugging_face_to_1e_4(name: str) -> None:
 
 @jax.jit
 def run_block(
-    block: Block, x_BTD: jax.Array, by: Rotation, cache: LatentCache, start_B: jax.Array
+    block: Block, x_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
 ) -> tuple[jax.Array, LatentCache, list[jax.Array]]:
     """A block behind its cache, and the experts that its router chose."""
     chosen: list[jax.Array] = []
@@ -164,7 +164,7 @@ def test_tiny_in_pieces_routes_at_most_one_decision_in_a_thousand_differently(ti
     cache, pieces = tiny_model.empty_cache(1, tokens_BT.shape[1], "float32"), []
     for start in range(0, tokens_BT.shape[1], piece):
         x_BTD = tiny_model.embedded(jnp.asarray(tokens_BT[:, start : start + piece]))
-        by = tiny_model.rotation(start + jnp.arange(piece), x_BTD.dtype)
+        by = tiny_model.angles(start + jnp.arange(piece), x_BTD.dtype)
         experts: list[jax.Array] = []
         for n, layer in enumerate(tiny_model.layers):
             x_BTD, cache[n], chosen = run_block(layer, x_BTD, by, cache[n], np.array([start]))

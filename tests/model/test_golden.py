@@ -18,7 +18,7 @@ from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE, Routing
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 
 draft_logits = jax.jit(DeepseekV3.draft_logits)
 head_logits = jax.jit(DeepseekV3.logits)
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 @jax.jit
 def run_block(
-    block: Block, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None
+    block: Block, x_BTD: jax.Array, by: Angles, choice_TK: jax.Array | None
 ) -> tuple[jax.Array, Routing | None]:
     taps: Taps = {}
     y_BTD = block(x_BTD, by, choice_TK, taps)
@@ -46,7 +46,7 @@ def run(model: DeepseekV3, golden: Golden, dtype: jax.typing.DTypeLike, replay: 
     """The golden file's tokens through the model, with `replay` along its expert choices."""
     tokens_BT = jnp.asarray(golden["tokens"])
     x_BTD = model.embedded(tokens_BT, dtype)
-    by = model.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
+    by = model.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)
     hidden: list[jax.Array] = []
     routings: list[tuple[NDArray[Any], NDArray[Any]]] = []
     for layer in model.layers:

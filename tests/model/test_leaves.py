@@ -33,7 +33,7 @@ def test_taps_hold_the_input_of_every_matrix(build_case: Callable[[str], Deepsee
     model = build_case("mtp")
     kind, index = part.split(".")
     module = getattr(model, kind)[int(index)]
-    x_BTD, by = jnp.ones((1, 5, model.config.hidden_size)), model.rotation(jnp.arange(5), jnp.dtype(jnp.float32))
+    x_BTD, by = jnp.ones((1, 5, model.config.hidden_size)), model.angles(jnp.arange(5), jnp.dtype(jnp.float32))
 
     def listen() -> Taps:
         taps = Taps()

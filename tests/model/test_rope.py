@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model_cases import BASE, YARN
 from moejax.model.config import Config, config_from_hf
-from moejax.model.rope import Rotation, frequencies, rotate, rotation
+from moejax.model.rope import Angles, angles, frequencies, turn
 
 R = 16
 PLAIN = config_from_hf(BASE | {"rope_scaling": None, "qk_rope_head_dim": R, "rope_theta": 500.0})
@@ -21,7 +21,7 @@ def vectors(seed: int, count: int) -> jax.Array:
 
 
 def rotated(x: jax.Array, position: int, config: Config) -> jax.Array:
-    return rotate(x, rotation(config, jnp.asarray([position]), x.dtype), config.rope_interleave)
+    return turn(x, angles(config, jnp.asarray([position]), x.dtype), config.rope_interleave)
 
 
 def test_plain_frequencies_are_a_geometric_series_from_1() -> None:
@@ -50,7 +50,7 @@ def test_yarn_keeps_fast_turns_and_stretches_slow_ones_by_its_factor() -> None:
 )
 def test_yarn_scales_cos_and_sin(mscale: float, mscale_all_dim: float | None, scale: float) -> None:
     yarn = YARN | {"factor": 4, "mscale": mscale, "mscale_all_dim": mscale_all_dim}
-    by = rotation(config_from_hf(BASE | {"rope_scaling": yarn}), jnp.arange(50), jnp.dtype(jnp.float64))
+    by = angles(config_from_hf(BASE | {"rope_scaling": yarn}), jnp.arange(50), jnp.dtype(jnp.float64))
     np.testing.assert_allclose(by.cos**2 + by.sin**2, scale**2, rtol=1e-14)
 
 
@@ -59,9 +59,9 @@ def test_yarn_scales_cos_and_sin(mscale: float, mscale_all_dim: float | None, sc
 def test_each_pair_turns_as_a_complex_number(interleave: bool) -> None:
     x = vectors(0, 5)
     pairs = x.reshape(5, R // 2, 2) if interleave else jnp.stack(jnp.split(x, 2, axis=-1), axis=-1)
-    angles = 3 * 500.0 ** (-np.arange(0, R, 2) / R)
-    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
-    y = rotate(x, rotation(PLAIN, jnp.asarray([3]), x.dtype), interleave)
+    angle_J = 3 * 500.0 ** (-np.arange(0, R, 2) / R)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle_J)
+    y = turn(x, angles(PLAIN, jnp.asarray([3]), x.dtype), interleave)
     np.testing.assert_allclose(y, jnp.concatenate([turned.real, turned.imag], axis=-1), atol=1e-14)
 
 
@@ -88,13 +88,13 @@ def test_inner_products_depend_on_the_distance_alone(seed: int, i: int, j: int, 
 @given(st.integers(0, 2**16))
 def test_neighbours_and_halves_agree_up_to_the_order_of_dims(seed: int) -> None:
     x = vectors(seed, 4)
-    by = rotation(PLAIN, jnp.arange(4), x.dtype)
+    by = angles(PLAIN, jnp.arange(4), x.dtype)
     first_parts_first = jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=-1)
-    np.testing.assert_array_equal(rotate(x, by, interleave=True), rotate(first_parts_first, by, interleave=False))
+    np.testing.assert_array_equal(turn(x, by, interleave=True), turn(first_parts_first, by, interleave=False))
 
 
 def test_a_rotation_broadcasts_over_heads_and_keeps_the_inputs_dtype() -> None:
     x = jnp.ones((2, 3, 4, R), jnp.bfloat16)
-    by = rotation(PLAIN, jnp.arange(3), jnp.dtype(jnp.float32))
-    y = rotate(x, Rotation(by.cos[:, None], by.sin[:, None]), interleave=True)
+    by = angles(PLAIN, jnp.arange(3), jnp.dtype(jnp.float32))
+    y = turn(x, Angles(by.cos[:, None], by.sin[:, None]), interleave=True)
     assert y.shape == x.shape and y.dtype == x.dtype and by.cos.dtype == jnp.float32

@@ -18,7 +18,7 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Trial
 from moejax.pipeline.working_copy import with_leaves
 from moejax.progress import silent
-from moejax.transforms.prune import CRITERIA, expert_scores, masked_bias
+from moejax.transforms.prune import CRITERIA, masked_bias, pruning_scores
 from moejax.transforms.pruning_error import PruningError
 
 # One probe a layer, which is as few as there can be.
@@ -49,7 +49,7 @@ def test_experts_go_in_the_order_in_which_reap_needs_them_least(prepared: Prepar
     peaks = {index: np.asarray(experts_of(prepared.trial.statistics, index).peak_E) for index in (1, 2)}
     spared = max((float(peak), index, e) for index, peak_E in peaks.items() for e, peak in enumerate(peak_E))[1:]
     for index, menu in prepared.costs.experts.items():
-        score_E = expert_scores(experts_of(prepared.trial.statistics, index), "reap")
+        score_E = pruning_scores(experts_of(prepared.trial.statistics, index), "reap")
         assert (index, spared[1]) != spared or spared[1] not in menu.order
         assert np.all(np.diff(score_E[menu.order]) >= 0)
         for group in range(3):
@@ -147,7 +147,7 @@ def test_experts_go_in_the_order_of_the_recipes_criterion(prepared: Prepared, cr
     recipe = replace(HALF, criterion=criterion, protect_super_experts=False)
     orders = set()
     for index, own in measure_pruning(prepared.trial, recipe, silent).items():
-        score_E = expert_scores(experts_of(prepared.trial.statistics, index), criterion)
+        score_E = pruning_scores(experts_of(prepared.trial.statistics, index), criterion)
         assert np.all(np.diff(score_E[own.order]) >= 0) and len(own.order) == 6
         orders.add(tuple(own.order.tolist()))
     assert len(orders) == 3

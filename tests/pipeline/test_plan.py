@@ -10,7 +10,7 @@ import pytest
 import moejax
 from moejax.errors import InputError
 from moejax.pipeline.forecast import Forecast
-from moejax.pipeline.plan import SHARES, plan, read_request
+from moejax.pipeline.plan import SHARES, plan, read_outlook
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.parameters import count_parameters
 from moejax.planning.plan import from_json, to_json
@@ -99,7 +99,7 @@ def test_its_figures_are_complete_and_finite(large: Forecast) -> None:
 
 
 def test_three_quarters_of_the_experts_are_the_papers_sizes() -> None:
-    asked = read_request("deepseek_v3", None, Recipe(share_kept=0.75))
+    asked = read_outlook("deepseek_v3", None, Recipe(share_kept=0.75))
     smallest = asked.problem.smallest()
     after = count_parameters(asked.shapes.compressed(smallest.plan))
     assert (round(after.total / 1e9, 1), round(after.with_mtp / 1e9, 1)) == (507.5, 516.3)
@@ -122,7 +122,7 @@ def test_without_statistics_all_experts_are_taken_to_be_alike(moonlight: Forecas
 
 
 def test_kimi_k2_can_be_read() -> None:
-    asked = read_request("kimi_k2", None, Recipe())
+    asked = read_outlook("kimi_k2", None, Recipe())
     assert asked.config.n_routed_experts == 384 and asked.scores.source is None
     before = count_parameters(asked.shapes.model)
     assert (round(before.total / 1e9, 1), round(before.active / 1e9, 1)) == (1026.4, 31.7)
@@ -155,7 +155,7 @@ def test_as_many_experts_per_token_as_the_recipe_lets_be_tried(
     config_file: Path, asked: int | str, per_token: set[int]
 ) -> None:
     recipe = Recipe(experts_per_token=asked)  # type: ignore[arg-type]
-    plans = read_request(config_file, None, recipe).problem.smallest().plan
+    plans = read_outlook(config_file, None, recipe).problem.smallest().plan
     found = {block.experts_per_token for block in plans.blocks if block.keep is not None}
     assert found <= per_token and found
     # Half of the experts are left: the paper's rule takes round(1.5) = 2.
@@ -164,14 +164,14 @@ def test_as_many_experts_per_token_as_the_recipe_lets_be_tried(
 
 def test_a_recipe_that_does_not_suit_the_model_is_refused(config_file: Path) -> None:
     with pytest.raises(InputError, match="the recipe asks for 4 experts per token; the model has 3"):
-        read_request(config_file, None, Recipe(experts_per_token=4))
+        read_outlook(config_file, None, Recipe(experts_per_token=4))
     with pytest.raises(InputError, match=r"share_kept 0\.25 keeps 3 of 12 experts; routing needs at least 6"):
-        read_request(config_file, None, Recipe(share_kept=0.25))
+        read_outlook(config_file, None, Recipe(share_kept=0.25))
 
 
 def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:
     """The model has one block less; what it is measured against keeps it."""
-    whole, without = (read_request(config_file, None, Recipe(), drop_mtp=drop) for drop in (False, True))
+    whole, without = (read_outlook(config_file, None, Recipe(), drop_mtp=drop) for drop in (False, True))
     assert (whole.dropped_mtp, without.dropped_mtp) == (0, 1)
     assert whole.elements == without.elements and whole.smallest > without.smallest
     smallest = without.problem.smallest().plan
@@ -180,8 +180,8 @@ def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:
 
 
 def test_tokenizer_files_beside_a_config_are_counted(config_file: Path, small: Path) -> None:
-    alone = read_request(config_file, None, Recipe()).smallest
-    beside = read_request(small / "config.json", None, Recipe()).smallest
+    alone = read_outlook(config_file, None, Recipe()).smallest
+    beside = read_outlook(small / "config.json", None, Recipe()).smallest
     copied = sum((small / name).stat().st_size for name in ("tokenizer.json", "tokenizer_config.json"))
     assert json.loads((small / "config.json").read_text()) == json.loads(config_file.read_text())
     assert beside - alone == copied

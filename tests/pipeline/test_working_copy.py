@@ -40,7 +40,7 @@ def assert_same_outputs(found: jax.Array, expected: jax.Array) -> None:
 @pytest.fixture(scope="module")
 def run(prepared: Prepared) -> Callable[[Block], jax.Array]:
     """A block's output for what layer 2 takes in."""
-    return lambda block: run_block(block, prepared.trial.probe.inputs[2], prepared.trial.probe.rotation)
+    return lambda block: run_block(block, prepared.trial.probe.inputs[2], prepared.trial.probe.angles)
 
 
 def test_a_dense_copy_computes_the_same_and_is_dense(prepared: Prepared, run: Callable[[Block], jax.Array]) -> None:

@@ -17,12 +17,12 @@ from moejax.model.config import Config
 from moejax.model.moe import MoE, Routing
 from moejax.transforms.prune import (
     CRITERIA,
-    expert_scores,
     gate_scores,
     masked_bias,
     min_per_group,
     prune,
     pruning_order,
+    pruning_scores,
     super_experts,
 )
 from small_models import CONFIG, small_model
@@ -105,7 +105,7 @@ def assert_same_bits(found: Any, expected: Any) -> None:
 def test_scores_are_their_formulas(criterion: str, count_E: list[int], seed: int) -> None:
     statistics = statistics_of(np.asarray(count_E, np.float64), np.random.RandomState(seed))
     for alpha in (0.5, 0.2):
-        score_E = expert_scores(statistics, criterion, alpha)
+        score_E = pruning_scores(statistics, criterion, alpha)
         assert score_E.dtype == np.float64
         np.testing.assert_allclose(score_E, scores_by_hand(statistics, criterion, alpha), rtol=1e-5, atol=1e-6)
 
@@ -119,7 +119,7 @@ def test_scores_of_gate_weights_alone_are_the_same(count_E: list[int], seed: int
         assert set(scores) == {"frequency", "paper", "gate_mass"} < set(CRITERIA)
         for criterion, score_E in scores.items():
             np.testing.assert_allclose(score_E, scores_by_hand(statistics, criterion, alpha), rtol=1e-5, atol=1e-6)
-            np.testing.assert_array_equal(score_E, expert_scores(statistics, criterion, alpha))
+            np.testing.assert_array_equal(score_E, pruning_scores(statistics, criterion, alpha))
 
 
 def test_scores_of_experts_that_no_token_chose() -> None:
@@ -131,14 +131,14 @@ def test_scores_of_experts_that_no_token_chose() -> None:
 @pytest.mark.parametrize("count", [0.0, 7.0])
 def test_experts_that_are_all_alike_score_alike(criterion: str, count: float) -> None:
     alike = jax.tree.map(lambda own: jnp.full(4, count), statistics_of(np.ones(4), np.random.RandomState(0)))
-    score_E = expert_scores(alike, criterion)
+    score_E = pruning_scores(alike, criterion)
     assert np.all(np.isfinite(score_E)) and len(set(score_E.tolist())) == 1
 
 
 def test_an_unknown_criterion_is_named() -> None:
     message = "unknown pruning criterion 'l2'; accepted are frequency, paper, gate_mass, reap, msan"
     with pytest.raises(InputError, match=message):
-        expert_scores(statistics_of(np.ones(4), np.random.RandomState(0)), "l2")
+        pruning_scores(statistics_of(np.ones(4), np.random.RandomState(0)), "l2")
 
 
 @pytest.mark.parametrize(

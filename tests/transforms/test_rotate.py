@@ -24,7 +24,7 @@ from moejax.model.deepseek_v3 import Block, head_logits
 from moejax.model.latent_cache import empty_cache
 from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
-from moejax.model.rope import Rotation
+from moejax.model.rope import Angles
 from moejax.transforms.rotate import draw_signs, rotate
 from native_checkpoint import assert_equal_bits
 from small_models import CONFIG, RAW_CONFIG, model_of, small_model
@@ -195,7 +195,7 @@ def test_a_seed_draws_the_same_signs_again_and_another_draws_others() -> None:
 
 @jax.jit
 def run_block(
-    block: Block, x_BTD: jax.Array, by: Rotation, choice_TK: jax.Array | None
+    block: Block, x_BTD: jax.Array, by: Angles, choice_TK: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The block's output and the experts that its router would choose."""
     taps: Taps = {}
@@ -208,7 +208,7 @@ def run(
 ) -> tuple[np.ndarray, list[jax.Array | None]]:
     """Logits, and the experts that every layer's router would choose."""
     x_BTD = model.embedded(jnp.asarray(tokens_BT))
-    by, chosen = model.rotation(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype), []
+    by, chosen = model.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype), []
     for layer, choice_TK in zip(model.layers, choices or [None] * len(model.layers), strict=True):
         x_BTD, experts_TK = run_block(layer, x_BTD, by, choice_TK)
         chosen.append(experts_TK)

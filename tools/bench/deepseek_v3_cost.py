@@ -17,7 +17,7 @@ from statistics import mean
 
 from moejax.machine import peak_memory
 from moejax.pipeline.forecast import Forecast
-from moejax.pipeline.plan import Request, forecast, read_request, split
+from moejax.pipeline.plan import Outlook, forecast, read_outlook, split
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.predict import LossCurves
 from moejax.planning.size import format_size, parse_size
@@ -38,19 +38,19 @@ def main() -> None:
     parser.add_argument("--public", action="store_true")
     options = parser.parse_args()
     started = time.monotonic()
-    request = read_request("deepseek_v3", None, Recipe())
+    outlook = read_outlook("deepseek_v3", None, Recipe())
     print(
         "| budget | bytes | against BF16 | parameters | experts kept | bits per expert weight | gate mass kept "
         "| original choices kept | in 128 GB | KL predicted | all experts | equal shares, best |"
     )
     print("|" + "---|" * 12)
     for label in options.budgets:
-        print(row(label, forecast(request, parse_size(label), MEMORY, 4096, 1)), flush=True)
+        print(row(label, forecast(outlook, parse_size(label), MEMORY, 4096, 1)), flush=True)
         print(f"{label}: {time.monotonic() - started:.0f} s, {format_size(peak_memory())}", file=sys.stderr)
     if options.public:
-        print_public(request)
+        print_public(outlook)
     if options.plot:
-        draw(request, options.budgets, options.plot)
+        draw(outlook, options.budgets, options.plot)
 
 
 def row(label: str, own: Forecast) -> str:
@@ -77,9 +77,9 @@ def row(label: str, own: Forecast) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def print_public(request: Request) -> None:
+def print_public(outlook: Outlook) -> None:
     """Summed costs, as they are before scaling, beside ln(PPL ratio)."""
-    unscaled = replace(request, problem=replace(request.problem, curves=LossCurves()))
+    unscaled = replace(outlook, problem=replace(outlook.problem, curves=LossCurves()))
     for size, ppl in PUBLIC.items():
         own = split(unscaled, parse_size(size), 1.0)
         assert own.losses is not None
@@ -88,7 +88,7 @@ def print_public(request: Request) -> None:
         print(f"{size}: summed costs {total:.3f}, of experts {own.losses.experts:.3f}; ln(PPL ratio) {ratio:.3f}")
 
 
-def draw(request: Request, budgets: list[str], file: Path) -> None:
+def draw(outlook: Outlook, budgets: list[str], file: Path) -> None:
     """Predicted KL against the share of experts kept in every layer, one line a budget."""
     import matplotlib
 
@@ -98,7 +98,7 @@ def draw(request: Request, budgets: list[str], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for label in budgets:
-        splits = [split(request, parse_size(label), share) for share in POINTS]
+        splits = [split(outlook, parse_size(label), share) for share in POINTS]
         known = [(100 * own.share_kept, own.predicted) for own in splits if own.predicted is not None]
         axes.plot(*zip(*known, strict=True), marker=".", label=label)
         axes.plot(*min(known, key=lambda point: point[1]), marker="o", color=axes.lines[-1].get_color())
