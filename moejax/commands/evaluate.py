@@ -1,15 +1,13 @@
 """`moejax evaluate`."""
 
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
+from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
 from moejax.checkpoint.predictions import BaseOrigin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
@@ -17,22 +15,18 @@ from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limi
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.memory import Needs, needs
+from moejax.evaluate.reading import Read, read_within
 from moejax.evaluate.text import Text
 from moejax.formats import Leaf, abstract_leaf
-from moejax.machine import resident_memory
 from moejax.model import DeepseekV3
 from moejax.model.source import Source
-from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 from moejax.tokenizer import load_tokenizer
 
 _BATCH = 8
-# The least that a refusal asks for is a multiple of this: what a process holds at its start varies by less.
-_MEMORY_STEP = 50_000_000
 
 Original = Checkpoint | SavedPredictions | None
-Read = Callable[[Checkpoint], DeepseekV3 | Source]
 
 
 def run_evaluate(
@@ -54,7 +48,8 @@ def run_evaluate(
     original = _original(against, checkpoint, source, chunks, dtype)
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
-    read, wave = _within(limit, checkpoint, original, chunks, dtype)
+    asked = _needs(checkpoint, original, chunks, dtype)
+    read, wave = read_within(limit, asked, checkpoint, len(chunks), progress_bar)
     with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep:
         evaluation = evaluate(
             read(checkpoint),
@@ -99,28 +94,6 @@ def _require_one_vocabulary(against: str, found: int, checkpoint: Checkpoint) ->
         raise InputError(
             f"{against} has {found} tokens and {checkpoint.path} {own}; two models of one vocabulary are needed"
         )
-
-
-def _within(limit: int, checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> tuple[Read, int]:
-    """How checkpoints are read so that this process holds no more than `limit` bytes, and the chunks of a wave."""
-    asked = _needs(checkpoint, original, chunks, dtype)
-    held = resident_memory()
-    if held + asked.in_memory <= limit:
-        return partial(load_model, progress=progress_bar), _BATCH
-    wave = min(asked.chunks_per_wave(limit - held), -(-len(chunks) // asked.batch) * asked.batch)
-    if not wave:
-        least = -(-(held + asked.part_by_part(asked.batch)) // _MEMORY_STEP) * _MEMORY_STEP
-        raise InputError(
-            f"{checkpoint.path} cannot be evaluated in {format_size(limit)}, not even block by block; "
-            f"--memory {least / 1e9:.2f}GB would do"
-        )
-    passes = -(-len(chunks) // wave)
-    print(
-        f"{format_size(held + asked.in_memory)} for everything does not fit {format_size(limit)}: "
-        f"read block by block from disk, {passes} time{'s' * (passes > 1)} over",
-        file=sys.stderr,
-    )
-    return CheckpointSource, wave
 
 
 def _needs(checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> Needs:

@@ -5,15 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
-from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import Evaluation, evaluate
+from moejax.evaluate.memory import needs
+from moejax.evaluate.reading import read_within
 from moejax.evaluate.text import Text
+from moejax.machine import available_memory
 from moejax.model import DeepseekV3
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
@@ -43,6 +47,8 @@ from moejax.version import __version__
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
 _SCALE_DIGITS = 16
+# Chunks that are evaluated together.
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -244,4 +250,14 @@ def carry_out(
     shapes = _shapes_of(checkpoint, plan.method, provenance)
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)
-    return Result(plan, written, evaluate_written(output, load_model(checkpoint, progress), evaluation, progress))
+    return Result(plan, written, evaluate_from_disk(output, checkpoint, evaluation, progress))
+
+
+def evaluate_from_disk(
+    output: Path, original: HuggingFaceCheckpoint, chunks: np.ndarray, progress: Progress
+) -> Evaluation:
+    """`evaluate_written` with neither model in memory already: part by part where both do not fit."""
+    written, batch = open_checkpoint(output), min(_BATCH, len(chunks))
+    asked = needs(abstract_model(written), abstract_model(original), chunks.shape[1], batch, jnp.float32)
+    read, wave = read_within(available_memory(), asked, written, len(chunks), progress)
+    return evaluate(read(written), chunks, read(original), batch=batch, wave=wave, progress=progress)

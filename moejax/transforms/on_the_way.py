@@ -89,7 +89,7 @@ class Observed:
 
     def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
         for own in self._all():
-            HiddenStates.block(own, index, block)
+            own.through(index, block)  # as in `block`: what another compilation puts out may differ in its last bits
 
     def norm(self, gain_D: jax.Array) -> None:
         for own in self._all():

@@ -10,6 +10,7 @@ import pytest
 
 from moejax.calibrate import Statistics
 from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.formats import ExpertWeights, format_name
 from moejax.model import named_leaves
@@ -68,6 +69,20 @@ def test_weights_are_rounded_in_sequence_with_the_damping_that_was_chosen(
             np.testing.assert_array_equal(in_one_bucket(leaf).words, own, err_msg=name)
             differing += not np.array_equal(own, other)
     assert differing > 2
+
+
+def test_block_by_block_its_figures_are_the_same(
+    done: tuple[Path, job.Result, Origin],
+    small: Path,
+    heldout_text: Path,
+    tokenize: Callable[[Path], np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where both models do not fit the memory."""
+    output, result, _ = done
+    monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
+    checkpoint = job.require_original(open_checkpoint(small))
+    assert job.evaluate_from_disk(output, checkpoint, tokenize(heldout_text), silent) == result.evaluation
 
 
 def in_one_bucket(leaf: Any) -> Any:
