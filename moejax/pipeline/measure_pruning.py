@@ -62,7 +62,7 @@ def measure_pruning(trial: Trial, recipe: Recipe, progress: Progress) -> dict[in
         allowed = allowed_counts(order, model.config, recipe)
         probes: tuple[PruningProbe, ...] = ()
         if i < len(probe.blocks):
-            counts = _probed_counts(allowed).tolist()
+            counts = _probed_counts(allowed)
             found = trial.work.once(f"pruning of block {i}", partial(_probe_pruning, probe, i, order, counts))
             probes = tuple(PruningProbe(i, count, kld, PruningError(*error)) for count, kld, error in found)
             last = _interpolated(probes, len(order))
@@ -80,11 +80,11 @@ def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
     return replace(costs, experts=experts)
 
 
-def _probed_counts(allowed: np.ndarray) -> np.ndarray:
+def _probed_counts(allowed: np.ndarray) -> list[int]:
     counts = np.flatnonzero(np.isfinite(allowed))
     counts = counts[counts > 0]
     spread = np.linspace(0, len(counts) - 1, min(_PROBES, len(counts))).round().astype(int)
-    return counts[np.unique(spread)]
+    return counts[np.unique(spread)].tolist()
 
 
 def _probe_pruning(

@@ -109,6 +109,7 @@ def large(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_4_gb_is_evaluated_in_1_5(large: Path, heldout_text: Path) -> None:
     assert sum(file.stat().st_size for file in (large / "original").iterdir()) > 4e9
     base, text = large / "base", ["--text", heldout_text, "--memory", "1.5GB"]

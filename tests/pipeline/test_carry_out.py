@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import Statistics
+from moejax.checkpoint.atomic import partial_path
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
@@ -18,9 +19,12 @@ from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource
 from moejax.pipeline import compress as job
 from moejax.pipeline.origin import Origin, read_origin
+from moejax.pipeline.work import Work
 from moejax.progress import silent
 from moejax.transforms.compress import InMemory, calibrate_and_compress
+from native_checkpoint import files
 from sequential_plan import PLAN
+from stopped import stopped_again_and_again
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,31 @@ def test_block_by_block_its_figures_are_the_same(
     monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
     checkpoint = job.require_original(open_checkpoint(small))
     assert job.evaluate_from_disk(output, checkpoint, tokenize(heldout_text), silent) == result.evaluation
+
+
+@pytest.mark.filterwarnings("ignore::moejax.errors.Note")
+def test_stopped_and_begun_again_it_goes_on_to_the_same_bytes(
+    done: tuple[Path, job.Result, Origin],
+    small: Path,
+    heldout_text: Path,
+    tokenize: Callable[[Path], np.ndarray],
+    tmp_path: Path,
+) -> None:
+    """Behind the first block, and behind the second: those are read back, and the later ones calibrated on them."""
+    whole, result, origin = done
+    checkpoint, output, evaluated = (
+        job.require_original(open_checkpoint(small)),
+        tmp_path / "out",
+        tokenize(heldout_text),
+    )
+
+    def run(work: Work) -> job.Result:
+        return job.carry_out(checkpoint, PLAN, origin.calibrated, {}, output, result.bytes, evaluated[:1], silent, work)
+
+    _, runs = stopped_again_and_again(run, tmp_path / "work", [1, 1])
+    assert runs == [["layer_0"], ["layer_1"], ["layer_2", "mtp_0", "outer"]]
+    assert files(output) == files(whole)
+    assert not partial_path(output).exists()
 
 
 def in_one_bucket(leaf: Any) -> Any:

@@ -40,6 +40,9 @@ def ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def rows(tiny: Path, optimized: None) -> list[Row]:
     """Every plan with its predicted and its measured mean KL divergence."""

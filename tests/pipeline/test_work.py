@@ -1,28 +1,20 @@
 """A job that is stopped and begun again goes on where it was, and its folder is that of one that was not."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from moejax.checkpoint.atomic import partial_path
-from moejax.checkpoint.journal import Journal
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError, Note
 from moejax.pipeline import compress as main_job
-from moejax.pipeline.work import NOT_KEPT, Work, work_in
-from moejax.planning import Plan
+from moejax.pipeline.work import Work, work_in
 from moejax.progress import silent
 from native_checkpoint import files
-from sequential_plan import PLAN
 from small_job import RECIPE, Job
-
-MADE_OF = {"recipe": "a", "version of moejax": "1"}
+from stopped import MADE_OF, stopped_again_and_again
 
 
 def test_what_is_found_is_found_once(tmp_path: Path) -> None:
@@ -81,38 +73,6 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         pytest.fail("began")
 
 
-@contextmanager
-def stopped_behind(count: int) -> Iterator[list[str]]:
-    """As if the process were killed when so many lines have been added to journals; yields their names."""
-    added: list[str] = []
-    add = Journal.add
-
-    def add_and_stop(journal: Journal, name: str, value: Any) -> None:
-        add(journal, name, value)
-        added.append(name)
-        if len(added) == count:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "add", add_and_stop)
-        yield added
-
-
-Run = Callable[[Work], main_job.Result]
-
-
-def stopped_again_and_again(run: Run, folder: Path, after: list[int]) -> tuple[main_job.Result, list[list[str]]]:
-    """The result of a job that is stopped so many times, and what each run added."""
-    runs = []
-    for count in after:
-        with pytest.raises(KeyboardInterrupt), stopped_behind(count) as added, work_in(folder, MADE_OF) as work:
-            run(work)
-        runs.append(added)
-    with stopped_behind(0) as added, work_in(folder, MADE_OF) as work:
-        result = run(work)
-    return result, [*runs, added]
-
-
 @pytest.mark.filterwarnings("ignore::moejax.errors.Note")
 def test_a_job_goes_on_wherever_it_was_stopped(
     small: Path,
@@ -138,27 +98,6 @@ def test_a_job_goes_on_wherever_it_was_stopped(
     assert runs[-1][0] == "layer_2", runs[-1]
     assert result.bytes == job.written
     assert files(output) == files(job.output)
-
-
-@pytest.mark.filterwarnings("ignore::moejax.errors.Note")
-@pytest.mark.parametrize("sequential", [True, False])
-def test_a_plan_that_is_carried_out_goes_on(
-    sequential: bool, small: Path, heldout_text: Path, tokenize: Callable[[Path], np.ndarray],
-    prepared: main_job.Prepared, tmp_path: Path,
-) -> None:  # fmt: skip
-    plan: Plan = replace(PLAN, method=replace(PLAN.method, sequential=sequential))
-    checkpoint, calibrated = main_job.require_original(open_checkpoint(small)), prepared.origin.calibrated
-    size, evaluated = main_job.check_plan_bytes(checkpoint, plan, None), tokenize(heldout_text)[:1]
-
-    def run_into(output: Path, work: Work = NOT_KEPT) -> main_job.Result:
-        return main_job.carry_out(checkpoint, plan, calibrated, {}, output, size, evaluated, silent, work)
-
-    run_into(tmp_path / "whole")
-    output = tmp_path / "out"
-    _, runs = stopped_again_and_again(lambda work: run_into(output, work), tmp_path / "work", [1, 1])
-    assert [len(added) for added in runs] == [1, 1, 3]
-    assert files(output) == files(tmp_path / "whole")
-    assert not partial_path(output).exists()
 
 
 def test_nothing_of_a_journal_is_in_the_folder(job: Job) -> None:

@@ -265,7 +265,7 @@ def on_the_way(plan: Plan, known: Statistics | None = None) -> dict[str, Any]:
     return parts.leaves
 
 
-@pytest.mark.parametrize("error_feedback", [False, True])
+@pytest.mark.parametrize("error_feedback", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_statistics_made_on_the_way_give_the_same_bytes(error_feedback: bool) -> None:
     """As those of the whole model at once, damping chosen where there are Hessians."""
     statistics = small_statistics()
