@@ -48,7 +48,7 @@ class Calibration(HiddenStates):
     """How far calibration has come; `calibrate` has the arguments, and says what is raised.
 
     A walk takes it through every block and it keeps what it saw. Where others take the blocks' places for those behind
-    them (`observe`, then `HiddenStates.block`), calibration follows compression.
+    them (`observe`, then `run`), calibration follows compression.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ goes on with it if it can.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -74,13 +73,6 @@ def write_text(output: Path, text: str) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(output)) from error
-
-
-def fingerprint(folder: Path) -> str:
-    """A short text that changes with the name, the size or the time of a file in the folder."""
-    files = ((file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file())
-    told = [(str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for file, stat in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def clear_folder(folder: Path, but: Collection[str] = ()) -> None:

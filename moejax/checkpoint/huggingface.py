@@ -4,6 +4,7 @@ An unknown, missing or misshapen tensor is an error that names it. Only MTP laye
 (see `hf_mtp`), which a note tells.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from moejax.checkpoint.hf_mtp import copies, lacks_mtp, left_out_mtp, mtp_layers
 from moejax.checkpoint.hf_names import SCALE, expected_tensors, hf_name
 from moejax.checkpoint.safetensors_folder import (
     CONFIG_FILE,
+    INDEX_FILE,
     SafetensorsFolder,
     TensorInfo,
     open_folder,
@@ -68,6 +70,14 @@ class HuggingFaceCheckpoint:
     def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
         return self._leaves(self._finite)(name)
+
+    def fingerprint(self) -> str:
+        """A short text that changes with the size or the time of a file that the model is read from."""
+        weights = (file.name for file in self.path.glob("*.safetensors"))
+        files = sorted(self.path / name for name in {CONFIG_FILE, INDEX_FILE, *weights})
+        stats = [(file.name, file.stat()) for file in files if file.is_file()]
+        told = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def abstract_model(self) -> DeepseekV3:
         """The model in shapes alone; no tensor is read."""

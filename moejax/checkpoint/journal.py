@@ -37,12 +37,19 @@ class Journal:
                         values[name] = value
         return values
 
+    def begin(self) -> None:
+        """Make it this job's journal, with nothing finished."""
+        self._write("wb", json.dumps({"job": self.job}))
+
     def add(self, name: str, value: Any) -> None:
-        """Note that something is finished, with a value that JSON can hold. When this returns, the line is on the
-        disk."""
-        line = "\n" + json.dumps({"name": name, "value": value}, allow_nan=False)
-        with self.file.open("ab") as stream:  # a line break comes first: after a line that was cut short, it ends that
-            stream.write(((json.dumps({"job": self.job}) if stream.tell() == 0 else "") + line).encode())
+        """Note that something is finished, with a value that JSON can hold; the journal has been begun. When this
+        returns, the line is on the disk. Raises ValueError for numbers that are not finite."""
+        line = json.dumps({"name": name, "value": value}, allow_nan=False)
+        self._write("ab", "\n" + line)  # the line break comes first: it ends a line that was cut short
+
+    def _write(self, mode: str, text: str) -> None:
+        with self.file.open(mode) as stream:
+            stream.write(text.encode())
         sync(self.file)
         sync(self.file.parent)
 
@@ -54,5 +61,5 @@ class Journal:
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

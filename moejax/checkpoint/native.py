@@ -189,11 +189,3 @@ def _check_spec(checkpoint: NativeCheckpoint, name: str) -> None:
         raise InputError(f"{source}: the weight {name} is {spec}; i32 is what group_id alone is made of")
     if len(checksums) != 8 * len(jax.tree.leaves(leaf)):
         raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays")
-
-
-def _abstract(within: str, spec: str) -> Weight:
-    return abstract_experts(spec) if within.rpartition(".")[0].endswith("experts") else abstract_leaf(spec)
-
-
-def _item_arrays(leaves: Mapping[str, tuple[str, str]]) -> list[str]:
-    return [array for name, (spec, _) in leaves.items() for array in arrays_of(name, _abstract(name, spec))]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint import store
-from moejax.checkpoint.atomic import atomic_folder, clear_folder, require_space
+from moejax.checkpoint.atomic import atomic_folder, clear_folder, partial_path, require_space
 from moejax.checkpoint.journal import Journal
 from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, arrays_of, item_of
 from moejax.errors import InputError, InternalError, note
@@ -149,6 +149,8 @@ def native_writer(
         writer = NativeWriter(folder, _items(model), predicted, {}, journal)
         if journal:
             _take_up(writer, journal, progress)
+            if not writer.checksums:
+                journal.begin()
         require_space(output.absolute(), predicted - store.folder_bytes(folder))
         yield writer
         if writer.missing:
@@ -158,6 +160,17 @@ def native_writer(
             (folder / file.name).write_bytes(file.read_bytes())
         (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
         store.check_written(f"{output}", store.folder_bytes(folder), predicted)
+
+
+def require_no_other_job(output: Path) -> None:
+    """Raise InputError if beside `output` lies what a job has finished that keeps account of it: whoever does not go on
+    with that job would remove it."""
+    journal = partial_path(output) / _JOURNAL
+    if finished := Journal(journal, Journal(journal, "").whose() or "").finished():
+        raise InputError(
+            f"{partial_path(output)} holds {len(finished)} finished items of a job with --work; give that, or another "
+            "output, or remove it"
+        )
 
 
 def write_native(

@@ -37,7 +37,7 @@ class CheckpointSource:
     def head(self) -> Leaf:
         return self.checkpoint.leaf("head")
 
-    def mtp(self, index: int) -> MtpBlock:
-        layer = self.config.num_hidden_layers + index
-        leaves = under(self.checkpoint.leaf, f"mtp.{index}")
+    def mtp(self, depth: int) -> MtpBlock:
+        layer = self.config.num_hidden_layers + depth
+        leaves = under(self.checkpoint.leaf, f"mtp.{depth}")
         return MtpBlock(self.config, leaves, self.config.is_moe(layer), self.checkpoint.experts_per_token[layer])

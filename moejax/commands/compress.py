@@ -1,5 +1,6 @@
 """`moejax compress`."""
 
+import os
 import shlex
 import sys
 import time
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.atomic import fingerprint, require_free, require_space
+from moejax.checkpoint.atomic import partial_path, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.native_writer import require_no_other_job
+from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
@@ -64,6 +67,10 @@ def run_compress(
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
     started = time.monotonic()
+    if work is None:
+        require_no_other_job(output)
+    elif _is_within(work, output) or _is_within(work, partial_path(output)):
+        raise InputError(f"--work {work} lies in the output {output}; another folder is needed")
     require_free(output, is_resumable=lambda _: work is not None)
     figures.require_writable(json, output)
     if calibration_chunks < 1:
@@ -75,7 +82,7 @@ def run_compress(
     given = None if plan is None else from_json(read_toml(plan))
     limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
     budget_bytes = _check(checkpoint, own_recipe, given, limit)
-    require_space(output.absolute(), budget_bytes)
+    require_space(output.absolute(), budget_bytes - folder_bytes(partial_path(output)))
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
@@ -85,7 +92,7 @@ def run_compress(
     made = job.provenance(
         texts.calibration, len(texts.calibrated.chunks), own_recipe if given is None else None, dropped
     )
-    with _kept(work, checkpoint, texts, own_recipe if given is None else given, drop_mtp) as kept:
+    with _kept(work, output, checkpoint, texts, own_recipe if given is None else given, drop_mtp) as kept:
         if given is not None:
             result = job.carry_out(
                 checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar, kept
@@ -96,15 +103,24 @@ def run_compress(
     _report(checkpoint, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
 
 
+def _is_within(path: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
 @contextmanager
 def _kept(
-    folder: Path | None, checkpoint: HuggingFaceCheckpoint, texts: _Texts, by: Recipe | Plan, drop_mtp: bool
+    folder: Path | None,
+    output: Path,
+    checkpoint: HuggingFaceCheckpoint,
+    texts: _Texts,
+    by: Recipe | Plan,
+    drop_mtp: bool,
 ) -> Iterator[Work]:
     """What the job has found out, kept in a folder if one is given; if it is stopped, how it goes on is said."""
     calibrated = sha256(b"".join(own.tobytes() for own in texts.calibrated)).hexdigest()
     made_of = {
         "version of moejax": __version__,
-        "checkpoint": fingerprint(checkpoint.path),
+        "checkpoint": checkpoint.fingerprint(),
         "calibration": calibrated,
         "plan" if isinstance(by, Plan) else "recipe": digest(by) if isinstance(by, Plan) else repr(by),
         "--drop-mtp": str(drop_mtp),
@@ -112,9 +128,13 @@ def _kept(
     with work_in(folder, made_of) as work:
         try:
             yield work
-        except (KeyboardInterrupt, OSError, MemoryError):
-            if folder is not None:
-                note(f"what is finished is kept; this goes on: {shlex.join(['moejax', *sys.argv[1:]])}")
+        except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):  # the last is XLA's out of memory, too
+            if output.exists():
+                figures_of = ["moejax", "evaluate", str(output), "--against", str(checkpoint.path)]
+                note(f"{output} is complete; its figures are told by: {shlex.join(figures_of)}")
+            elif folder is not None:
+                places = " and ".join(str(own) for own in (folder, partial_path(output)) if own.exists())
+                note(f"what is finished is kept in {places}; this goes on: {shlex.join(['moejax', *sys.argv[1:]])}")
             raise
 
 

@@ -49,7 +49,7 @@ def run_evaluate(
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
     asked = _needs(checkpoint, original, chunks, dtype)
-    read, wave = read_within(limit, asked, checkpoint, len(chunks), progress_bar)
+    read, wave = read_within(limit, asked, checkpoint.path, len(chunks), progress_bar)
     with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep:
         evaluation = evaluate(
             read(checkpoint),

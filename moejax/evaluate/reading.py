@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from moejax.checkpoint.load import Checkpoint, load_model
 from moejax.checkpoint.source import CheckpointSource
@@ -19,11 +20,11 @@ Read = Callable[[Checkpoint], DeepseekV3 | Source]
 _STEP = 50_000_000
 
 
-def read_within(limit: int, asked: Needs, checkpoint: Checkpoint, chunks: int, progress: Progress) -> tuple[Read, int]:
+def read_within(limit: int, asked: Needs, path: Path, chunks: int, progress: Progress) -> tuple[Read, int]:
     """How the checkpoints of an evaluation on so many chunks are read so that this process holds no more than `limit`
     bytes, and the chunks of a wave (see `evaluate`). A note says so where they are read part by part.
 
-    Raises InputError, naming `checkpoint`, if not even that fits.
+    Raises InputError, naming the checkpoint's path, if not even that fits.
     """
     held = resident_memory()
     if held + asked.in_memory <= limit:
@@ -32,8 +33,7 @@ def read_within(limit: int, asked: Needs, checkpoint: Checkpoint, chunks: int, p
     if not wave:
         least = -(-(held + asked.part_by_part(asked.batch)) // _STEP) * _STEP
         raise InputError(
-            f"{checkpoint.path} cannot be evaluated in {format_size(limit)}, not even block by block; "
-            f"--memory {least / 1e9:.2f}GB would do"
+            f"{path} cannot be evaluated in {format_size(limit)}, not even block by block; {least / 1e9:.2f}GB would do"
         )
     passes = -(-chunks // wave)
     note(

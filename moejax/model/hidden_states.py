@@ -54,7 +54,12 @@ class HiddenStates(Step):
             self.embedded = list(self.states)
 
     def block(self, index: int, block: Block) -> None:
-        """Raises InputError, naming the matrix, where an output is not finite."""
+        """Raises InputError as `run` does."""
+        self.run(index, block)
+
+    def run(self, index: int, block: Block) -> None:
+        """The states through decoder block `index`. Raises InputError, naming the matrix, where an output is not
+        finite."""
         for n, state_BTD in enumerate(self.states):
             self.tick()
             x_BTD = jnp.asarray(state_BTD)

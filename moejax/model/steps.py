@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
-from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
+from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
@@ -45,9 +44,3 @@ def run_blocks(blocks: Sequence[Block], x_BTD: jax.Array, by: Angles) -> jax.Arr
     for block in blocks:
         x_BTD = run_block(block, x_BTD, by)
     return x_BTD
-
-
-def embed(model: DeepseekV3, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Angles]:
-    """What the first block takes: embeddings (B, T, D) and the angles of positions 0 to T-1."""
-    x_BTD = model.embedded(tokens_BT, dtype)
-    return x_BTD, model.angles(jnp.arange(tokens_BT.shape[1]), x_BTD.dtype)

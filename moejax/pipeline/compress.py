@@ -246,18 +246,12 @@ def carry_out(
     progress: Progress,
     work: Work = NOT_KEPT,
 ) -> Result:
-    """A given plan: calibrate and write block by block, read back, evaluate."""
-    shapes = _shapes_of(checkpoint, plan.method, provenance)
+    """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
+    shapes, batch = _shapes_of(checkpoint, plan.method, provenance), min(_BATCH, len(evaluation))
+    asked = needs(shapes.compressed(plan), abstract_model(checkpoint), evaluation.shape[1], batch, jnp.float32)
+    read, wave = read_within(available_memory(), asked, output, len(evaluation), progress)
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)
-    return Result(plan, written, evaluate_from_disk(output, checkpoint, evaluation, progress))
-
-
-def evaluate_from_disk(
-    output: Path, original: HuggingFaceCheckpoint, chunks: np.ndarray, progress: Progress
-) -> Evaluation:
-    """`evaluate_written` with neither model in memory already: part by part where both do not fit."""
-    written, batch = open_checkpoint(output), min(_BATCH, len(chunks))
-    asked = needs(abstract_model(written), abstract_model(original), chunks.shape[1], batch, jnp.float32)
-    read, wave = read_within(available_memory(), asked, written, len(chunks), progress)
-    return evaluate(read(written), chunks, read(original), batch=batch, wave=wave, progress=progress)
+    compressed, original = read(open_checkpoint(output)), read(checkpoint)
+    figures = evaluate(compressed, evaluation, original, batch=batch, wave=wave, progress=progress)
+    return Result(plan, written, figures)

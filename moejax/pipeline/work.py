@@ -22,12 +22,18 @@ class Work:
     _found: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What is known under that name, else what `find` gives, which is then known."""
+        """What is known under that name, else what `find` gives, which is then known. Raises InputError for a value to
+        be kept that is not finite."""
         if name not in self._found:
             value = find()
             if self.journal is None:
                 return value
-            self.journal.add(name, value)
+            try:
+                self.journal.add(name, value)
+            except ValueError:
+                raise InputError(
+                    f"{name}: a measurement is not finite; a checkpoint whose weights are sound is needed"
+                ) from None
             self._found[name] = value
         return self._found[name]
 
@@ -62,8 +68,12 @@ def work_in(folder: Path | None, made_of: Mapping[str, str]) -> Iterator[Work]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is at work in it; wait for its end, or give another") from None
+        except OSError:
+            pass  # a file system without locks
         journal = Journal(folder / _FILE, json.dumps(made_of, sort_keys=True))
         _check(folder, journal.whose(), made_of)
+        if journal.whose() is None:
+            journal.begin()
         found = journal.finished()
         if found:
             note(f"{folder}: {len(found)} measurements of an earlier run are taken over")

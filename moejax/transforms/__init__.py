@@ -1,1 +1,1 @@
-"""The compression steps as pure functions: prune, experts_per_token, quantize."""
+"""The compression steps: pure functions of a matrix, a block or a model, and the walk that takes a plan over one."""

@@ -29,6 +29,8 @@ def check_plan(plan: Plan, config: Config) -> None:
             _check_experts(block, block.keep, config, f"block {i} of the plan")
         elif block.experts:
             raise InputError(f"block {i} of the plan gives formats to experts; it must say which it keeps")
+        elif block.experts_per_token is not None or block.routing_scale != 1.0:
+            raise InputError(f"block {i} of the plan changes the routing; it must say which experts it keeps")
 
 
 def _matrices(config: Config, index: int) -> set[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
+from moejax.calibrate.statistics import PRIOR_TOKENS_PER_INPUT
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock
@@ -34,7 +35,10 @@ def has_few_tokens(config: Config, tokens: int) -> bool:
     shapes = Layout(config).shapes().items()
     of_experts = tokens * config.num_experts_per_tok / config.n_routed_experts
     matrices = ((row_of(name).role, shape[-1]) for name, shape in shapes if row_of(name).is_matrix)
-    return any(_are_few(of_experts + width if role == "routed experts" else tokens, width) for role, width in matrices)
+    return any(
+        _are_few(of_experts + PRIOR_TOKENS_PER_INPUT * width if role == "routed experts" else tokens, width)
+        for role, width in matrices
+    )
 
 
 def choose_damping(

@@ -13,7 +13,6 @@ import jax
 from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.hidden_states import HiddenStates
 from moejax.planning import BlockPlan
 from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix
 from moejax.transforms.compress_block import around, only_survivors
@@ -125,11 +124,12 @@ class Followed:
             self.original.embedding(embedding, compressed)
 
     def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+        damped = None if self.original is None else self.original.block(index, block, plan).without_hessians()
         sums = self.calibration.observe(index, only_survivors(block, plan))
-        return sums if self.original is None else sums.damped_as(self.original.block(index, block, plan))
+        return sums if damped is None else sums.damped_as(damped)
 
     def behind(self, index: int, compressed: Block) -> None:
-        HiddenStates.block(self.calibration, index, compressed)
+        self.calibration.run(index, compressed)
 
     def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
         self.behind(index, compressed())
@@ -142,8 +142,9 @@ class Followed:
             self.original.norm(gain_D)
 
     def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+        damped = None if self.original is None else self.original.mtp(depth, mtp, plan).without_hessians()
         sums = self.calibration.observe_mtp(depth, around(mtp, only_survivors(mtp.block, plan)))
-        return sums if self.original is None else sums.damped_as(self.original.mtp(depth, mtp, plan))
+        return sums if damped is None else sums.damped_as(damped)
 
     def head(self, head: Leaf) -> Inputs:
         inputs = self.calibration.head_inputs()

@@ -10,7 +10,6 @@ import pytest
 from moejax.calibrate import BlockStatistics, Calibration, Statistics, calibrate
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
-from moejax.model.hidden_states import HiddenStates
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, small_model
 
@@ -26,7 +25,7 @@ def started(model: DeepseekV3, hessians: bool = True) -> Calibration:
 
 def behind_all_layers(model: DeepseekV3, calibration: Calibration) -> Calibration:
     for i, layer in enumerate(model.layers):
-        HiddenStates.block(calibration, i, layer)
+        calibration.run(i, layer)
     calibration.norm(model.norm.get_value())
     return calibration
 
@@ -44,7 +43,7 @@ def test_behind_a_model_that_nothing_changed_everything_is_as_calibrated() -> No
     following = started(model)
     for i, layer in enumerate(model.layers):
         assert_alike(following.observe(i, layer), expected.blocks[i])
-        HiddenStates.block(following, i, layer)
+        following.run(i, layer)
     following.norm(model.norm.get_value())
     assert_alike(following.observe_mtp(0, model.mtp[0]), expected.blocks[LAYERS])
     assert_alike(following.head_inputs(), expected.head_inputs())
@@ -74,7 +73,7 @@ def rougher() -> tuple[DeepseekV3, Statistics]:
 def test_a_block_sees_what_the_changed_parts_before_it_put_out(rougher: tuple[DeepseekV3, Statistics]) -> None:
     changed, expected = rougher
     following = started(changed)
-    HiddenStates.block(following, 0, changed.layers[0])
+    following.run(0, changed.layers[0])
     sums = following.observe(1, small_model().layers[1])
     assert_alike(sums, expected.blocks[1])
     assert not_alike(sums, statistics_with_hessians().blocks[1])

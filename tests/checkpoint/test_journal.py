@@ -11,6 +11,7 @@ CHECKSUMS = {"layer_0": {"norm": "00000001", "q.words": "89abcdef"}, "outer": {"
 def journal(tmp_path: Path) -> Journal:
     """Of two items."""
     own = Journal(tmp_path / "journal", "this job")
+    own.begin()
     for item, checksums in CHECKSUMS.items():
         own.add(item, checksums)
     return own
@@ -46,6 +47,6 @@ def test_a_line_that_was_cut_short_spoils_no_other(journal: Journal) -> None:
 
 def test_damaged_lines_do_not_count(journal: Journal) -> None:
     content = journal.file.read_bytes()
-    for line in (b"\xff\x00", b"[]", b'{"item": 1, "checksums": {}}', b'{"item": "layer_2", "checksums": []}'):
+    for line in (b"\xff\x00", b"[]", b'{"name": 1, "value": {}}', b'{"name": "layer_2"}', b"[" * 100_000):
         journal.file.write_bytes(content + b"\n" + line)
         assert journal.finished() == CHECKSUMS

@@ -18,7 +18,7 @@ from moejax.kernels.hadamard_matrix import hadamard_matrix
 from moejax.model import Config, DeepseekV3, config_from_hf
 from moejax.model.leaves import Taps, named_leaves
 from moejax.model.moe import ExpertRun, MoE, Routing
-from moejax.model.steps import embed, run_block, run_blocks
+from moejax.model.steps import run_block, run_blocks
 
 Array = NDArray[Any]
 
@@ -250,7 +250,8 @@ def test_the_experts_show_what_happened_inside_them() -> None:
 
 
 def test_equal_blocks_share_one_compilation(tiny_model: DeepseekV3) -> None:
-    x_BTD, by = embed(tiny_model, jnp.arange(7)[None], jnp.float32)
+    x_BTD = tiny_model.embedded(jnp.arange(7)[None])
+    by = tiny_model.angles(jnp.arange(7), x_BTD.dtype)
     compiled_before = run_block._cache_size()  # type: ignore[attr-defined]
     y_BTD = run_blocks(list(tiny_model.layers), x_BTD, by)
     assert y_BTD.shape == x_BTD.shape

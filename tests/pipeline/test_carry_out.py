@@ -75,20 +75,6 @@ def test_weights_are_rounded_in_sequence_with_the_damping_that_was_chosen(
     assert differing > 2
 
 
-def test_block_by_block_its_figures_are_the_same(
-    done: tuple[Path, job.Result, Origin],
-    small: Path,
-    heldout_text: Path,
-    tokenize: Callable[[Path], np.ndarray],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As where both models do not fit the memory."""
-    output, result, _ = done
-    monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
-    checkpoint = job.require_original(open_checkpoint(small))
-    assert job.evaluate_from_disk(output, checkpoint, tokenize(heldout_text), silent) == result.evaluation
-
-
 @pytest.mark.filterwarnings("ignore::moejax.errors.Note")
 def test_stopped_and_begun_again_it_goes_on_to_the_same_bytes(
     done: tuple[Path, job.Result, Origin],
@@ -96,21 +82,21 @@ def test_stopped_and_begun_again_it_goes_on_to_the_same_bytes(
     heldout_text: Path,
     tokenize: Callable[[Path], np.ndarray],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Behind the first block, and behind the second: those are read back, and the later ones calibrated on them."""
-    whole, result, origin = done
-    checkpoint, output, evaluated = (
-        job.require_original(open_checkpoint(small)),
-        tmp_path / "out",
-        tokenize(heldout_text),
-    )
+    """Behind the first block, and behind the second: those are read back, and the later ones calibrated on them. Its
+    figures are the same too, evaluated as where both models do not fit the memory."""
+    (whole, result, origin), output = done, tmp_path / "out"
+    checkpoint, evaluated = job.require_original(open_checkpoint(small)), tokenize(heldout_text)
+    monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
 
     def run(work: Work) -> job.Result:
-        return job.carry_out(checkpoint, PLAN, origin.calibrated, {}, output, result.bytes, evaluated[:1], silent, work)
+        return job.carry_out(checkpoint, PLAN, origin.calibrated, {}, output, result.bytes, evaluated, silent, work)
 
-    _, runs = stopped_again_and_again(run, tmp_path / "work", [1, 1])
+    again, runs = stopped_again_and_again(run, tmp_path / "work", [1, 1])
     assert runs == [["layer_0"], ["layer_1"], ["layer_2", "mtp_0", "outer"]]
     assert files(output) == files(whole)
+    assert again.evaluation == result.evaluation
     assert not partial_path(output).exists()
 
 

@@ -103,3 +103,22 @@ def test_a_job_goes_on_wherever_it_was_stopped(
 def test_nothing_of_a_journal_is_in_the_folder(job: Job) -> None:
     assert not list(job.output.rglob("*.jsonl"))
     assert json.loads((job.output / "manifest.json").read_text())["format"] == "moejax"
+
+
+def test_a_folder_is_one_job_s_from_its_beginning(tmp_path: Path) -> None:
+    """Before anything is found, and again where what says whose it is was cut short."""
+    with work_in(tmp_path, MADE_OF):
+        pass
+    with pytest.raises(InputError, match="another recipe"), work_in(tmp_path, MADE_OF | {"recipe": "b"}):
+        pytest.fail("began")
+    file = tmp_path / "measured.jsonl"
+    file.write_bytes(file.read_bytes()[:-4])
+    with work_in(tmp_path, MADE_OF) as work:
+        work.once("a", lambda: 1)
+    with pytest.warns(Note, match=": 1 measurements"), work_in(tmp_path, MADE_OF) as work:
+        assert work.once("a", lambda: 2) == 1
+
+
+def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    with work_in(tmp_path, MADE_OF) as work, pytest.raises(InputError, match=r"^costs: a measurement is not finite"):
+        work.once("costs", lambda: [1.0, float("nan")])

@@ -37,6 +37,7 @@ def main() -> None:
         runs += 1
         told, killed = run_until(command(options, output, "--work", work), moments.uniform(0, takes))
         hits += killed
+        killed = killed and not output.exists()  # what is killed behind that has its figures alone to tell
         print(f"run {runs}: {'killed' if killed else 'done'}; {'; '.join(told) or 'nothing taken over'}", flush=True)
         if not killed:
             compare(whole, output)
