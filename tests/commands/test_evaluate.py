@@ -58,7 +58,7 @@ def test_a_limit_that_not_even_one_block_fits_is_refused_with_one_that_does(
     small: Path, heldout_text: Path, tmp_path: Path
 ) -> None:
     message = refused(tmp_path, "evaluate", small, "--text", heldout_text, "--memory", "100MB")
-    assert f"{small} cannot be evaluated in 100.00 MB, not even block by block; --memory " in message
+    assert f"{small} cannot be evaluated in 100.00 MB, not even block by block; " in message
     least = message.split("; ")[1].split(" would do")[0]
     assert evaluated(tmp_path, small, "--text", heldout_text, "--memory", least)["tokens"] == 255
 
