@@ -101,7 +101,7 @@ def test_any_legal_config(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10, phases=[Phase.generate])
+@settings(max_examples=5, phases=[Phase.generate])
 @given(configs())
 def test_more_legal_configs(config: dict[str, Any]) -> None:
     with TemporaryDirectory() as folder:
