@@ -91,8 +91,10 @@ def test_k_decides_how_many_a_group_needs() -> None:
         (keeping(*EVERY_EXPERT), "keeps experts; the model's block 0 is dense"),
         (keeping(), "keeps experts; the model's block 0 is dense"),
         (BlockPlan(experts={"gate": (KEEP,)}), "gives formats to experts; it must say which it keeps"),
+        (BlockPlan(experts_per_token=2), "changes the routing; it must say which experts it keeps"),
+        (BlockPlan(routing_scale=0.5), "changes the routing; it must say which experts it keeps"),
     ],
-    ids=["all", "none", "formats"],
+    ids=["all", "none", "formats", "per token", "scale"],
 )
 def test_a_dense_block_has_no_experts(block: BlockPlan, message: str) -> None:
     with pytest.raises(InputError, match=f"^block 0 of the plan {message}"):
