@@ -16,7 +16,7 @@ from moejax.model.leaves import Taps
 from moejax.model.moe import MoE
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
-from moejax.model.source import ModelSource, Source, walk
+from moejax.model.source import Source, source_of, walk
 from moejax.progress import Progress, counted, silent
 
 
@@ -37,7 +37,7 @@ def calibrate(
 
     Raises InputError for tokens that are not the model's, and at the first block whose output is not finite.
     """
-    source = ModelSource(model) if isinstance(model, DeepseekV3) else model
+    source = source_of(model)
     calibration = Calibration(source.config, chunks, batch, hessians=hessians, expert_bytes=expert_bytes)
     with counted(progress, source.config.num_blocks, "calibrating") as tick:
         walk(source, calibration, mtp=source.config.num_nextn_predict_layers, tick=tick)
@@ -86,11 +86,10 @@ class Calibration(HiddenStates):
 
     def observe_mtp(self, depth: int, mtp: MtpBlock) -> BlockStatistics:
         """Of MTP block `depth`, behind the final norm."""
-        by, total = jax.tree.map(lambda angle: angle[:-1], self.by), None
-        for h_BTD, embedded_BTD in zip(self.states, self.embedded, strict=True):
-            taken = h_BTD[:, :-1], embedded_BTD[:, 1:]
-            y_BTD, statistics = _observe_mtp(mtp, *taken, by, self._max_bytes)
-            require_finite_mtp(f"mtp.{depth}", mtp, *taken, by, y_BTD)
+        total = None
+        for taken in self.mtp_inputs():
+            y_BTD, statistics = _observe_mtp(mtp, *taken, self._max_bytes)
+            require_finite_mtp(f"mtp.{depth}", mtp, *taken, y_BTD)
             total = statistics if total is None else _merged(total, statistics)
         assert total is not None
         return total

@@ -19,7 +19,7 @@ from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, require_tokens
 from moejax.model.deepseek_v3 import head_logits
 from moejax.model.finite import refuse_head
-from moejax.model.source import ModelSource, Source
+from moejax.model.source import Source, source_of
 from moejax.progress import Progress, counted, silent
 
 # exp of more is infinite in float64.
@@ -91,9 +91,9 @@ def evaluate(
 
     Raises InputError for tokens that are not the model's, and, naming the matrix, where an output is not finite.
     """
-    note_length(_source_of(model).config, chunks)
+    note_length(source_of(model).config, chunks)
     run = _Run(
-        _source_of(model), base if base is None or isinstance(base, Predictions) else _source_of(base), dtype, keep
+        source_of(model), base if base is None or isinstance(base, Predictions) else source_of(base), dtype, keep
     )
     require_tokens(chunks, run.source.config)
     per_wave = max(1, wave // batch) * batch
@@ -225,10 +225,6 @@ def _perplexity(nll: np.ndarray) -> float:
             f"infinity; up to {_LARGEST_NLL:.0f} are accepted, and a checkpoint whose weights are sound has a few"
         )
     return math.exp(mean)
-
-
-def _source_of(model: DeepseekV3 | Source) -> Source:
-    return ModelSource(model) if isinstance(model, DeepseekV3) else model
 
 
 @jax.jit

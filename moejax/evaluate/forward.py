@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.model.config import Config
@@ -43,6 +42,8 @@ def final_states(
 
 
 class _Final(HiddenStates):
+    """Keeps of the final norm's output, and of the MTP block's, what the head takes."""
+
     def __init__(
         self, config: Config, batches: Sequence[np.ndarray], dtype: jax.typing.DTypeLike, draft: bool, tick: Tick
     ):
@@ -58,11 +59,8 @@ class _Final(HiddenStates):
             self.scored.append(normed_BTD[:, self._length // 2 : self._length - 1].copy())
 
     def mtp(self, depth: int, mtp: MtpBlock) -> None:
-        """Position t takes the model's state of t and the embedding of token t+1."""
-        by = jax.tree.map(lambda angle_TR: angle_TR[:-1], self.by)
-        for h_BTD, e_BTD in zip(self.states, self.embedded, strict=True):
+        for taken in self.mtp_inputs():
             self.tick()
-            taken = jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:])
-            y_BTD = run_mtp(mtp, *taken, by)
-            require_finite_mtp(f"mtp.{depth}", mtp, *taken, by, y_BTD)
+            y_BTD = run_mtp(mtp, *taken)
+            require_finite_mtp(f"mtp.{depth}", mtp, *taken, y_BTD)
             self.drafted.append(np.asarray(y_BTD)[:, self._length // 2 : self._length - 2].copy())

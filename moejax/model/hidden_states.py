@@ -1,6 +1,6 @@
 """Tokens on their way through a model: the step that every walk over hidden states is made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from moejax.kernels import take
 from moejax.model.config import Config
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
-from moejax.model.rope import angles
+from moejax.model.rope import Angles, angles
 from moejax.model.source import Source, Step, walk
 from moejax.model.steps import run_block
 
@@ -66,6 +66,13 @@ class HiddenStates(Step):
             y_BTD = run_block(block, x_BTD, self.by)
             require_finite_block(f"layers.{index}", block, x_BTD, self.by, y_BTD)
             self.states[n] = self._kept(y_BTD)
+
+    def mtp_inputs(self) -> Iterator[tuple[jax.Array, jax.Array, Angles]]:
+        """What an MTP block takes behind the final norm, batch by batch: the states of tokens t and the embeddings of
+        tokens t+1, (B, T-1, D), and the angles of positions t."""
+        by = jax.tree.map(lambda angle_TR: angle_TR[:-1], self.by)
+        for h_BTD, e_BTD in zip(self.states, self.embedded, strict=True):
+            yield jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:]), by
 
 
 def require_finite_blocks(source: Source, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:

@@ -65,6 +65,11 @@ class ModelSource:
         return self.model.mtp[depth]
 
 
+def source_of(model: DeepseekV3 | Source) -> Source:
+    """Where the parts of a model come from, which may be such a source already."""
+    return ModelSource(model) if isinstance(model, DeepseekV3) else model
+
+
 class Step:
     """What a job does with every part of a model, in the order of the methods. What it keeps of them is its own affair,
     but it waits for what it computes: JAX goes on while Python asks for the next part."""
