@@ -42,7 +42,7 @@ class Parts(Protocol):
         ...
 
 
-class InMemory:
+class Collected:
     """All the weights of a compressed model, by name."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def compress(
 
     Raises InputError if the plan's blocks, experts or weights are not the model's.
     """
-    parts = InMemory()
+    parts = Collected()
     step = _Compression(model.config, plan, Known(statistics), parts, rounder)
     _walk(ModelSource(model), step, progress)
     return DeepseekV3(model.config, parts.leaves.__getitem__, step.experts_per_token)

@@ -6,7 +6,6 @@ out, from sequential calibration, on what the compressed ones do.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 
@@ -18,46 +17,43 @@ from moejax.transforms.choose_damping import choose_damping_of_block, choose_dam
 from moejax.transforms.compress_block import around, only_survivors
 
 
-class StatisticsOnTheWay(Protocol):
-    """Where statistics come from while a model is compressed from its embedding to its head."""
+class StatisticsOnTheWay:
+    """Where statistics come from while a model is compressed from its embedding to its head. What goes along is told of
+    every part in the order of the methods; nothing does unless a class says so."""
 
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None: ...
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
+        """The embedding, and what it has become."""
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics: ...
+    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+        """Of decoder block `index`, which comes next."""
+        raise NotImplementedError
 
-    def behind(self, index: int, compressed: Block) -> None: ...
+    def behind(self, index: int, compressed: Block) -> None:
+        """What the block has become."""
 
     def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
-        """A block that was compressed by an earlier run."""
-        ...
+        """In place of both: a block that an earlier run has compressed, and how that is read."""
 
-    def norm(self, gain_D: jax.Array) -> None: ...
+    def norm(self, gain_D: jax.Array) -> None:
+        """The final norm's gain."""
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics: ...
+    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+        """Of MTP block `depth`."""
+        raise NotImplementedError
 
-    def head(self, head: Leaf) -> Inputs: ...
+    def head(self, head: Leaf) -> Inputs:
+        """Of the head."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(StatisticsOnTheWay):
     """All statistics are there already."""
 
     statistics: Statistics
 
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
-        pass
-
     def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
         return self.statistics.blocks[index]
-
-    def behind(self, index: int, compressed: Block) -> None:
-        pass
-
-    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
-        pass
-
-    def norm(self, gain_D: jax.Array) -> None:
-        pass
 
     def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
         return self.statistics.blocks[mtp.config.num_hidden_layers + depth]
@@ -67,7 +63,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observed(StatisticsOnTheWay):
     """Statistics of the original's hidden states, which go along; damping is chosen on those of chunks held out."""
 
     calibration: Calibration
@@ -78,13 +74,7 @@ class Observed:
             own.embedding(embedding)
 
     def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.through(index, block)
-        if self.held_out is None:
-            return sums
-        return choose_damping_of_block(block, sums, self.held_out.through(index, block))
-
-    def behind(self, index: int, compressed: Block) -> None:
-        pass
+        return self._damped(block, lambda own: own.through(index, block))
 
     def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
         for own in self._all():
@@ -95,10 +85,7 @@ class Observed:
             own.norm(gain_D)
 
     def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
-        sums = self.calibration.observe_mtp(depth, mtp)
-        if self.held_out is None:
-            return sums
-        return choose_damping_of_block(mtp, sums, self.held_out.observe_mtp(depth, mtp))
+        return self._damped(mtp, lambda own: own.observe_mtp(depth, mtp))
 
     def head(self, head: Leaf) -> Inputs:
         inputs = self.calibration.head_inputs()
@@ -107,12 +94,16 @@ class Observed:
         damping = choose_damping_of_matrix(head, inputs, self.held_out.head_inputs())
         return inputs if damping is None else inputs._replace(damping=damping)
 
+    def _damped(self, part: Block | MtpBlock, observe: Callable[[Calibration], BlockStatistics]) -> BlockStatistics:
+        sums = observe(self.calibration)
+        return sums if self.held_out is None else choose_damping_of_block(part, sums, observe(self.held_out))
+
     def _all(self) -> list[Calibration]:
         return [self.calibration] if self.held_out is None else [self.calibration, self.held_out]
 
 
 @dataclass(frozen=True)
-class Followed:
+class Followed(StatisticsOnTheWay):
     """Statistics of the compressed model's hidden states, which go along; damping is chosen for the original's."""
 
     calibration: Calibration

@@ -21,7 +21,7 @@ from moejax.pipeline import compress as job
 from moejax.pipeline.origin import Origin, read_origin
 from moejax.pipeline.work import Work
 from moejax.progress import silent
-from moejax.transforms.compress import InMemory, calibrate_and_compress
+from moejax.transforms.compress import Collected, calibrate_and_compress
 from native_checkpoint import files
 from sequential_plan import PLAN
 from stopped import stopped_again_and_again
@@ -44,7 +44,7 @@ def done(
 
 
 def in_sequence(origin: Origin, statistics: Statistics) -> dict[str, Weight]:
-    parts = InMemory()
+    parts = Collected()
     calibrate_and_compress(ModelSource(origin.model), PLAN, *origin.calibrated, parts, known=statistics)
     return parts.leaves
 

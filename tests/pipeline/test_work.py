@@ -1,6 +1,5 @@
 """A job that is stopped and begun again goes on where it was, and its folder is that of one that was not."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,11 +97,6 @@ def test_a_job_goes_on_wherever_it_was_stopped(
     assert runs[-1][0] == "layer_2", runs[-1]
     assert result.bytes == job.written
     assert files(output) == files(job.output)
-
-
-def test_nothing_of_a_journal_is_in_the_folder(job: Job) -> None:
-    assert not list(job.output.rglob("*.jsonl"))
-    assert json.loads((job.output / "manifest.json").read_text())["format"] == "moejax"
 
 
 def test_a_folder_is_one_job_s_from_its_beginning(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from moejax.model.source import ModelSource
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.choose_damping import choose_damping
-from moejax.transforms.compress import InMemory, calibrate_and_compress, compress
+from moejax.transforms.compress import Collected, calibrate_and_compress, compress
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 from seen_by_blocks import statistics_with_hessians
@@ -260,7 +260,7 @@ def in_sequence(plan: Plan, statistics: Statistics, method: Method = SEQUENTIAL)
 
 
 def on_the_way(plan: Plan, known: Statistics | None = None) -> dict[str, Any]:
-    parts = InMemory()
+    parts = Collected()
     calibrate_and_compress(ModelSource(small_model()), plan, CHUNKS, HELD_OUT, parts, known=known, batch=2)
     return parts.leaves
 
@@ -290,7 +290,7 @@ def test_one_block_at_a_time_is_in_memory() -> None:
             lent.extend(weakref.ref(array) for array in jax.tree.leaves(named_leaves(block)))
             return block
 
-    class Named(InMemory):
+    class Named(Collected):
         def add(self, leaves: Mapping[str, Any]) -> None:
             self.leaves |= dict.fromkeys(leaves)
 
