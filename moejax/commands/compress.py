@@ -25,9 +25,9 @@ from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
 from moejax.pipeline import compress as job
+from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import Work, work_in
-from moejax.pipeline.write import Calibrated
 from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget
 from moejax.report import figures

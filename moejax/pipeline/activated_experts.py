@@ -3,20 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import jax
-
 from moejax.errors import InputError
 from moejax.model import Config
-from moejax.model.deepseek_v3 import Block
-from moejax.model.moe import MoE
-from moejax.pipeline.probe import Probe
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import PlannedModel, Trial
-from moejax.pipeline.working_copy import with_leaves
+from moejax.pipeline.trial import Trials, Try
 from moejax.planning import Plan
-from moejax.planning.plan import digest
 from moejax.progress import Progress
-from moejax.transforms.experts_per_token import fit_routing_scale, paper_rule
+from moejax.transforms.experts_per_token import paper_rule
 
 
 @dataclass(frozen=True)
@@ -48,38 +41,25 @@ def candidates(recipe: Recipe, config: Config, kept: Sequence[int]) -> list[tupl
     return [(asked,) * len(kept)]
 
 
-def try_activated_experts(trial: Trial, plan: Plan, recipe: Recipe, progress: Progress) -> list[ActivatedExperts]:
+def try_activated_experts(trials: Trials, plan: Plan, recipe: Recipe, progress: Progress) -> list[ActivatedExperts]:
     """The recipe's K', each without and, if it lets it, with the least-squares routing scale; the best first."""
-    config, planned = trial.model.config, PlannedModel(trial, plan)
+    config = trials.source.config
     layers = plan.blocks[: config.num_hidden_layers]
     kept = [config.n_routed_experts if own.keep is None else len(own.keep) for own in layers]
-    tried = []
-    for per_layer in progress(candidates(recipe, config, kept), "trying experts per token"):
-        tried += try_routing_scales(planned, per_layer, recipe)
+    (tried,) = try_plans(trials, [plan], candidates(recipe, config, kept), recipe, progress)
     return sorted(tried, key=lambda choice: choice.divergence)
 
 
-def try_routing_scales(planned: PlannedModel, per_layer: tuple[int, ...], recipe: Recipe) -> list[ActivatedExperts]:
-    """K' `per_layer` with a routing scale of 1 and, if the recipe lets it, with the least-squares one."""
-    name = f"plan {digest(planned.plan)} with {per_layer} experts per token"
-    found = planned.trial.work.once(name, lambda: _tried_scales(planned, per_layer, recipe))
-    return [ActivatedExperts(per_layer, tuple(scales), divergence) for scales, divergence in found]
-
-
-def _tried_scales(
-    planned: PlannedModel, per_layer: tuple[int, ...], recipe: Recipe
-) -> list[tuple[tuple[float, ...], float]]:
-    """Routing scales and the divergence with them."""
-    blocks = planned.blocks
-    scalings = [(1.0,) * len(blocks)]
-    if recipe.fit_routing_scale:
-        own_blocks = enumerate(zip(blocks, per_layer, strict=True))
-        scalings.append(tuple(_fitted_scale(planned.trial.probe, i, *own) for i, own in own_blocks))
-    found = []
-    for scales in dict.fromkeys(scalings):
-        adjusted = [_adjusted(*own) for own in zip(blocks, per_layer, scales, strict=True)]
-        found.append((scales, planned.divergence_with(adjusted)))
-    return found
+def try_plans(
+    trials: Trials, plans: Sequence[Plan], per_layers: Sequence[tuple[int, ...]], recipe: Recipe, progress: Progress
+) -> list[list[ActivatedExperts]]:
+    """Every plan with each of these K', one a layer, with a routing scale of 1 and, if the recipe lets it, with the
+    least-squares one."""
+    scalings = (False, True) if recipe.fit_routing_scale else (False,)
+    tries = [Try(plan, own, is_scaled) for plan in plans for own in per_layers for is_scaled in scalings]
+    found = iter(zip(tries, trials.of(tries, progress), strict=True))
+    by_plan = [[next(found) for _ in per_layers for _ in scalings] for _ in plans]
+    return [[ActivatedExperts(own.experts_per_token, *found) for own, found in each] for each in by_plan]
 
 
 def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:
@@ -96,18 +76,3 @@ def with_activated_experts(plan: Plan, choice: ActivatedExperts) -> Plan:
         for i, block in enumerate(plan.blocks)
     )
     return replace(plan, blocks=blocks)
-
-
-def _adjusted(block: Block, experts_per_token: int, scale: float) -> Block:
-    if not isinstance(block.mlp, MoE):
-        return block
-    return with_leaves(block, {"mlp.routing_scale": jax.numpy.float32(scale)}, experts_per_token)
-
-
-def _fitted_scale(probe: Probe, index: int, block: Block, experts_per_token: int) -> float:
-    original = probe.blocks[index]
-    if not isinstance(original.mlp, MoE):
-        return 1.0
-    fewer = _adjusted(block, experts_per_token, 1.0).mlp
-    scale = fit_routing_scale(original.mlp, fewer, probe.experts_input(index))
-    return round(float(scale), 4)

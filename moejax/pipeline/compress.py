@@ -1,6 +1,6 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
-from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
+from moejax.checkpoint.load import abstract_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, note
@@ -17,65 +17,69 @@ from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.memory import needs
 from moejax.evaluate.reading import read_within
 from moejax.evaluate.text import Text
-from moejax.machine import available_memory
-from moejax.model import DeepseekV3
+from moejax.machine import available_memory, resident_memory
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     candidates,
     try_activated_experts,
     with_activated_experts,
 )
-from moejax.pipeline.joint_probes import measure_curves
-from moejax.pipeline.measure import measure_costs
-from moejax.pipeline.measure_pruning import LayerPruning, measure_pruning, with_pruning
+from moejax.pipeline.calibrated import Calibrated, KeptStatistics
+from moejax.pipeline.measure import measure
 from moejax.pipeline.options import options
-from moejax.pipeline.origin import Origin, read_origin
-from moejax.pipeline.probe import probe
+from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
-from moejax.pipeline.trial import Trial
+from moejax.pipeline.trial import Trials
 from moejax.pipeline.work import NOT_KEPT, Work
-from moejax.pipeline.write import Calibrated, write_plan
+from moejax.pipeline.write import write_plan
 from moejax.planning import Method, Plan
 from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
 from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
-from moejax.progress import Progress
+from moejax.progress import Progress, silent
 from moejax.version import __version__
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
 _SCALE_DIGITS = 16
 # Chunks that are evaluated together.
 _BATCH = 8
+# Of the memory that is left, the shares that statistics and rounded weights may be kept in between walks.
+_STATISTICS_SHARE, _ROUNDED_SHARE = 0.25, 0.25
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything measured that no budget changes; `plan_within` takes it from here.
 
-    costs: of every format. problem: of those that the recipe allows. pruning: by block, with its probes.
+    shapes: of what is compressed, which is the model, rotated if the recipe says so. costs: of every format. problem:
+    of those that the recipe allows. pruning: by block.
     """
 
     checkpoint: HuggingFaceCheckpoint
-    origin: Origin
+    shapes: Shapes
     recipe: Recipe
-    trial: Trial
+    trials: Trials
     costs: Costs
     pruning: Mapping[int, LayerPruning]
     problem: Problem
-
-    @property
-    def model(self) -> DeepseekV3:
-        """What is compressed, rotated if the recipe says so."""
-        return self.origin.model
 
     def predicted(self, plan: Plan) -> float | None:
         """The KL predicted of any plan, allowed or not, its K' and routing scales left out; None where the costs do
         not cover it."""
         losses = losses_of_plan(self.costs, plan)
         return None if losses is None else self.problem.predicted(losses)
+
+    def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
+        """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
+        own = self.trials
+        known, rounder = own.statistics.known, own.rounder
+        return write_plan(
+            own.source, self.shapes, plan, own.calibrated, output, budget, progress, known, rounder, own.work
+        )
 
 
 @dataclass(frozen=True)
@@ -192,36 +196,35 @@ def prepare(
     progress: Progress,
     work: Work = NOT_KEPT,
 ) -> Prepared:
-    """Load, calibrate and measure; what the work knows is not measured again."""
-    origin = read_origin(checkpoint, recipe.method, calibrated, provenance, progress)
-    model = origin.model
-    trial = Trial(model, probe(model, calibrated.held_out, progress), origin.statistics, work=work)
-    allowed = options(model, recipe)
-    pruning = measure_pruning(trial, recipe, progress)
-    costs = measure_costs(with_pruning(allowed, pruning), trial, recipe, progress)
-    curves = measure_curves(costs, trial, [own.bits for own in recipe.formats], progress)
-    problem = Problem(costs.within(allowed), curves, model.config, origin.shapes.size_of, method=recipe.method)
-    return Prepared(checkpoint, origin, recipe, trial, costs, pruning, problem)
+    """Calibrate and measure, block by block; what the work knows is not measured again."""
+    shapes, source = (
+        _shapes_of(checkpoint, recipe.method, provenance),
+        ready(CheckpointSource(checkpoint), recipe.method),
+    )
+    config, room = shapes.config, available_memory() - resident_memory()
+    statistics = KeptStatistics(config, recipe.method, calibrated, int(_STATISTICS_SHARE * room))
+    trials = Trials(source, calibrated, statistics, RoundedWeights(int(_ROUNDED_SHARE * room)), work)
+    measured = measure(source, recipe, calibrated, statistics.on_the_way, trials.rounder, work, progress)
+    prices, allowed = Prices(measured, config, recipe), options(shapes.model, recipe)
+    pruning = prices.pruning()
+    costs = prices.costs(allowed, pruning)
+    problem = Problem(costs.within(allowed), prices.curves(), config, shapes.size_of, method=recipe.method)
+    return Prepared(checkpoint, shapes, recipe, trials, costs, pruning, problem)
 
 
 def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     """The best plan within the budget: formats and survivors first, then how many experts a token goes to."""
-    problem, trial = prepared.problem, prepared.trial
-    reserved = budget - _SCALE_DIGITS * prepared.model.config.num_blocks
-    tried = search(problem, trial, prepared.recipe, reserved, progress)
+    problem, trials, recipe = prepared.problem, prepared.trials, prepared.recipe
+    reserved = budget - _SCALE_DIGITS * prepared.shapes.config.num_blocks
+    tried = search(problem, trials, recipe, reserved, progress)
     if not tried:
         # Between the smallest plan's bytes and those of any the solver aims at lie the reserve and a few digits.
-        tried = [try_out(0.0, problem.smallest(), problem, trial, prepared.recipe)]
+        tried = try_out({0.0: problem.smallest()}, problem, trials, recipe, progress)
     plan = tried[0].plan
-    activated = try_activated_experts(trial, plan, prepared.recipe, progress)
+    activated = try_activated_experts(trials, plan, recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
-    plan = next((own for own in adjusted if prepared.origin.shapes.size_of(own) <= budget), plan)
+    plan = next((own for own in adjusted if prepared.shapes.size_of(own) <= budget), plan)
     return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated), problem.costs.without_format)
-
-
-def evaluate_written(output: Path, original: DeepseekV3, chunks: np.ndarray, progress: Progress) -> Evaluation:
-    """The figures of a written checkpoint, read back from disk, against the original."""
-    return evaluate(load_model(open_checkpoint(output), progress), chunks, original, progress=progress)
 
 
 def compress_checkpoint(
@@ -229,10 +232,9 @@ def compress_checkpoint(
 ) -> Result:
     """Plan, write, read back, evaluate."""
     planned = plan_within(prepared, budget, progress)
-    trial = prepared.trial
-    written = prepared.origin.write(planned.plan, output, budget, progress, trial.rounder, trial.work)
-    figures = evaluate_written(output, prepared.origin.original, evaluation, progress)
-    return Result(planned.plan, written, figures, planned, prepared.pruning)
+    evaluated = _evaluation_of(prepared.checkpoint, prepared.shapes, planned.plan, output, evaluation, progress)
+    written = prepared.write(planned.plan, output, budget, progress)
+    return Result(planned.plan, written, evaluated(), planned, prepared.pruning)
 
 
 def carry_out(
@@ -247,11 +249,29 @@ def carry_out(
     work: Work = NOT_KEPT,
 ) -> Result:
     """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
-    shapes, batch = _shapes_of(checkpoint, plan.method, provenance), min(_BATCH, len(evaluation))
-    asked = needs(shapes.compressed(plan), abstract_model(checkpoint), evaluation.shape[1], batch, jnp.float32)
-    read, wave = read_within(available_memory(), asked, output, len(evaluation), progress)
+    shapes = _shapes_of(checkpoint, plan.method, provenance)
+    evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, progress)
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)
-    compressed, original = read(open_checkpoint(output)), read(checkpoint)
-    figures = evaluate(compressed, evaluation, original, batch=batch, wave=wave, progress=progress)
-    return Result(plan, written, figures)
+    return Result(plan, written, evaluated())
+
+
+def _evaluation_of(
+    checkpoint: HuggingFaceCheckpoint,
+    shapes: Shapes,
+    plan: Plan,
+    output: Path,
+    chunks: np.ndarray,
+    progress: Progress,
+) -> Callable[[], Evaluation]:
+    """What gives the figures of a plan's checkpoint, once it is written, against the original. Raises InputError, now,
+    if the memory is not enough."""
+    batch = min(_BATCH, len(chunks))
+    asked = needs(shapes.compressed(plan), abstract_model(checkpoint), chunks.shape[1], batch, jnp.float32)
+    read, wave = read_within(available_memory(), asked, output, len(chunks), progress)
+
+    def evaluated() -> Evaluation:
+        compressed, original = read(open_checkpoint(output)), read(checkpoint)
+        return evaluate(compressed, chunks, original, batch=batch, wave=wave, progress=progress)
+
+    return evaluated

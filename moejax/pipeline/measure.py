@@ -1,196 +1,319 @@
-"""Measured costs: what every format costs every weight, as KL divergence.
+"""What is measured of a model: one walk over its blocks, of each of which a few kilobytes are kept.
 
-Every weight is rounded to every format, as it will be if the plan says so, and the error of its outputs follows from
-what calibration collected. One probe per weight (per projection for a layer's experts together) then measures the true
-KL divergence at one format, and sets the scale:
-
-    cost(format) = KL(probed format) * error(format) / error(probed format)
-
-MTP blocks, which the model's predictions do not depend on, take the scales of the last layer.
+Of every block: the error that every format makes of every weight's outputs, rounded as it will be if the plan says so;
+how much of the block's own output one format of each weight spoils, and so many experts pruned. Variants of the model
+(`probes`) go along; their true KL divergence says in the end what spoiled outputs cost. `prices` puts it together.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import Inputs
-from moejax.errors import InputError
-from moejax.formats import ExpertWeights, GroupFormat, Leaf
-from moejax.kernels import hadamard
-from moejax.model import named_leaves
-from moejax.model.weights import block_and_name, block_name, in_mtp_block, row_of
-from moejax.pipeline.options import moe_blocks, quantizable
+from moejax.calibrate import BlockStatistics
+from moejax.formats import Leaf
+from moejax.model import Config, Layout, named_leaves
+from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.leaves import Weight
+from moejax.model.moe import MoE
+from moejax.model.source import Source, Step, walk
+from moejax.model.steps import run_block
+from moejax.model.weights import IN_BLOCK, row_of
+from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.options import allowed_counts, order_of_pruning
+from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, changes_of, family_of, probed_format
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import Trial
-from moejax.pipeline.working_copy import one_bucket, with_leaves
-from moejax.planning.costs import Costs, ExpertMenu
-from moejax.progress import Progress
+from moejax.pipeline.rounded import ExpertsInFormats, InFormats, block_in_formats
+from moejax.pipeline.variants import Variants
+from moejax.pipeline.work import Work
+from moejax.pipeline.working_copy import dense_block, with_leaves
+from moejax.planning import BlockPlan
+from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
-from moejax.transforms.compress_block import experts_together, requantize_experts, requantize_once
-from moejax.transforms.rounding import rounding_error, to_float32
+from moejax.transforms.compress_block import Rounder, experts_together
+from moejax.transforms.on_the_way import StatisticsOnTheWay
+from moejax.transforms.prune import masked_bias, pruning_scores
+from moejax.transforms.pruning_error import PruningError, pruning_error
 
-# The widths at which probes measure, near those that budgets lead to.
-_PROBE_BITS, _EXPERT_PROBE_BITS = 3, 2
-
-
-def measure_costs(menus: Costs, trial: Trial, recipe: Recipe, progress: Progress) -> Costs:
-    """Costs of every format, allowed or not; `menus` has their bytes, and the costs of pruning."""
-    model = trial.model
-    measured = _Measurement(trial, recipe, named_leaves(model), {})
-    cost_NF = np.stack([measured.tensor(name) for name in progress(list(quantizable(model)), "measuring weights")])
-    experts: dict[int, ExpertMenu] = {}
-    for i in progress(moe_blocks(model), "measuring experts"):
-        own = {name: replace(menu, cost_NF=measured.experts(i, name)) for name, menu in menus.experts[i].menus.items()}
-        experts[i] = replace(menus.experts[i], menus=own)
-    return replace(menus, tensors=replace(menus.tensors, cost_NF=cost_NF), experts=experts)
+_STAGE = "measuring"
+# Of the probes' sequences one in so many, at least one, shows how much of an output is spoiled.
+_ONE_IN = 4
+# So many numbers of pruned experts are tried in a layer, spread evenly.
+_PRUNED = 6
 
 
 @dataclass(frozen=True)
-class _Measurement:
-    """What all measurements share. `scales` collects KL per unit of error by weight's name, for MTP blocks to reuse.
+class Pruned:
+    """So many of a layer's experts masked: the layer's own errors, and how much of the block's output is spoiled."""
 
-    Errors and costs are by format, (F,), or by expert and format, (E, F); costs have KEEP behind them.
+    count: int
+    error: PruningError
+    spoiled: float
+
+
+@dataclass(frozen=True)
+class BlockMeasures:
+    """What is kept of a block.
+
+    errors: by weight, of every format, (F,), or of every expert and format, (E, F). spoiled: by weight, the mean over
+    tokens of |y' - y|^2 / |y|^2, y the block's output and y' that with the weight, or a projection of all experts, in
+    its family's probed format; none in MTP blocks. scores_E: by which experts are pruned, peak_E: their largest
+    outputs, pruned: what pruning by the scores does, rising; None and empty in blocks without experts.
     """
 
-    trial: Trial
+    errors: Mapping[str, np.ndarray]
+    spoiled: Mapping[str, float]
+    scores_E: np.ndarray | None
+    peak_E: np.ndarray | None
+    pruned: tuple[Pruned, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of blocks by index, of embedding and head by name, and the KL divergence of every probe by its name."""
+
+    blocks: Mapping[int, BlockMeasures]
+    outer: Mapping[str, np.ndarray]
+    divergence: Mapping[str, float]
+
+
+def measure(
+    source: Source,
+    recipe: Recipe,
+    calibrated: Calibrated,
+    statistics: Callable[[], StatisticsOnTheWay],
+    rounder: Rounder,
+    work: Work,
+    progress: Progress,
+) -> Measured:
+    """Walk over what is compressed; probes are made on the chunks held out. What the work knows is not measured again.
+
+    A recipe without formats measures pruning alone. Raises InputError where a weight, an output or a divergence is not
+    finite.
+    """
+    config = source.config
+    step = _Measuring(config, recipe, calibrated, rounder, work)
+    if not work.knows(_name("divergences")):
+        with counted(progress, _steps(config), "measuring") as tick:
+            step.begin(statistics(), tick)
+            walk(source, step, mtp=config.num_nextn_predict_layers, head=True)
+    work.drop_states(_STAGE)
+    return step.measured()
+
+
+def pruned_count(allowed: np.ndarray, share: float) -> int:
+    """Of the numbers of experts that may be pruned (0 in `allowed`), the one at that share of their range."""
+    counts = np.flatnonzero(np.isfinite(allowed))
+    return int(counts[round(share * (len(counts) - 1))])
+
+
+def _name(part: str | int) -> str:
+    return f"measures of block {part}" if isinstance(part, int) else f"measures of {part}"
+
+
+class _Measuring(Step):
+    def __init__(self, config: Config, recipe: Recipe, calibrated: Calibrated, rounder: Rounder, work: Work):
+        self.config, self.recipe, self.rounder, self.work = config, recipe, rounder, work
+        self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
+        self.changes = changes_of(config, recipe.formats)
+        self.variants = Variants(config, calibrated.held_out)
+        self.found: dict[str, Any] = {}
+
+    def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:
+        self.statistics, self.tick = statistics, tick
+        kept = self.work.states(_STAGE)
+        self.passed, states = (-1, {}) if kept is None else kept
+        if kept is not None:
+            self.variants.restore(states)
+
+    def measured(self) -> Measured:
+        def of(part: str | int) -> Any:
+            name = _name(part)
+            return self.found[name] if name in self.found else self.work.known(name)
+
+        outer = {name: np.asarray(of(name)) for name in ("embed", "head")}
+        return Measured({i: _from_json(of(i)) for i in range(self.config.num_blocks)}, outer, of("divergences"))
+
+    def embedding(self, embedding: Leaf) -> None:
+        self.statistics.embedding(embedding, embedding)
+        inputs, weight_C = embedding_inputs(self.config), jnp.asarray(self.tokens_C, jnp.float32)
+        own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, inputs, weight_C)
+        self._find("embed", lambda: own.errors().tolist())
+        if self.passed < 0:
+            self.variants.embedding(embedding, self._changed("embed", own))
+
+    def block(self, index: int, block: Block) -> None:
+        if index <= self.passed:
+            self.statistics.pass_by(index, block, lambda: block)
+            return
+        sums = self.statistics.block(index, block, BlockPlan())
+        weights = self._in_formats(f"layers.{index}", named_leaves(block), sums)
+        layer = _Layer(self.recipe, weights, dense_block(block), self.variants, sums)
+        self._find(index, lambda: layer.measures(self.tick))
+        self.variants.block(index, layer.dense, layer.changed(index, self.changes))
+        self.work.keep_states(_STAGE, index, self.variants.arrays())
+
+    def norm(self, gain_D: jax.Array) -> None:
+        self.statistics.norm(gain_D)
+        self.gain_D = gain_D
+
+    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+        sums = self.statistics.mtp(depth, mtp, BlockPlan())
+        leaves = {name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()}
+        weights = self._in_formats(f"mtp.{depth}", leaves, sums)
+
+        def found() -> dict[str, Any]:
+            return {"errors": _errors(weights, self.tick), "spoiled": {}, **_scores(sums, self.recipe), "pruned": []}
+
+        self._find(self.config.num_hidden_layers + depth, found)
+
+    def head(self, head: Leaf) -> None:
+        inputs = self.statistics.head(head)
+        own = InFormats(self.recipe.formats, self.rounder, "head", head, inputs, jnp.ones(len(self.tokens_C)))
+        self._find("head", lambda: own.errors().tolist())
+        changed = self._changed("head", own)
+        self._find("divergences", lambda: self.variants.divergences(self.gain_D, head, changed))
+
+    def _changed(self, name: str, own: InFormats) -> Iterator[tuple[str, jax.Array]]:
+        """What variants have in place of the embedding or the head, in float32."""
+        for change in self.changes:
+            if family_of(name) in change.families:
+                yield change.name, own.rounded(int(change.level))
+
+    def _in_formats(
+        self, part: str, leaves: Mapping[str, Weight], sums: BlockStatistics
+    ) -> dict[str, InFormats | ExpertsInFormats]:
+        inside = f"{part}.block" if part.startswith("mtp") else part
+        return block_in_formats(
+            lambda own: f"{part if IN_BLOCK[own].role == 'mtp' else inside}.{own}",
+            leaves,
+            sums,
+            self.recipe.formats,
+            self.rounder,
+            self.config.down_input_transform,
+        )
+
+    def _find(self, part: str | int, find: Callable[[], Any]) -> None:
+        self.found[_name(part)] = self.work.once(_name(part), find)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder block that is measured: what its weights are in every format, and, dense, what it puts out."""
+
     recipe: Recipe
-    leaves: dict[str, Leaf | ExpertWeights]
-    scales: dict[str, float]
+    weights: Mapping[str, InFormats | ExpertsInFormats]
+    dense: Block
+    variants: Variants
+    statistics: BlockStatistics
 
-    @property
-    def num_layers(self) -> int:
-        return self.trial.model.config.num_hidden_layers
+    def measures(self, tick: Callable[[], object]) -> dict[str, Any]:
+        """`BlockMeasures`, as JSON holds it."""
+        errors = _errors(self.weights, tick)
+        compared = max(1, len(self.variants.tokens_BT) // _ONE_IN)
+        x_BTD = self.variants.original[:compared]
+        y_BTD = run_block(self.dense, x_BTD, self.variants.by)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """Costs of one weight outside the routed experts."""
-        return self._once(name, partial(self._of_tensor, name))
+        def spoiled(changed: Block) -> float:
+            return float(_spoiled(y_BTD, run_block(changed, x_BTD, self.variants.by)))
 
-    def experts(self, index: int, projection: str) -> np.ndarray:
-        """Costs of one projection of every expert of a block."""
-        return self._once(self._experts_name(index, projection), partial(self._of_experts, index, projection))
+        formats = self.recipe.formats
+        rounded = {
+            own: spoiled(with_leaves(self.dense, {own: weight.rounded(probed_format(family_of(own), formats))}))
+            for own, weight in self.weights.items()
+            if formats
+        }
+        scores = _scores(self.statistics, self.recipe)
+        return {"errors": errors, "spoiled": rounded, **scores, "pruned": self._pruned(scores["scores_E"], spoiled)}
 
-    def _once(self, name: str, find: Callable[[], tuple[np.ndarray, float]]) -> np.ndarray:
-        """Costs that, with their scale, may be known of an earlier run."""
+    def changed(self, index: int, changes: Sequence[Change]) -> Iterator[tuple[str, Block]]:
+        """The block of every variant that has another in its place."""
+        for change in changes:
+            if index not in change.layers:
+                continue
+            new: dict[str, Weight] = {
+                own: weight.rounded(int(change.level))
+                for own, weight in self.weights.items()
+                if family_of(own) in change.families
+            }
+            if PRUNING in change.families and isinstance(self.dense.mlp, MoE):
+                order = self._order(_scores(self.statistics, self.recipe)["scores_E"])
+                new["mlp.bias"] = self._masked(order[: pruned_count(self._allowed(order), change.level)])
+            if new:
+                yield change.name, with_leaves(self.dense, new)
 
-        def found() -> tuple[list[Any], float]:
-            costs, scale = find()
-            return costs.tolist(), scale
+    def _pruned(self, scores_E: Sequence[float] | None, spoiled: Callable[[Block], float]) -> list[Any]:
+        """Of the numbers that may be pruned a few: how many, the layer's errors, and how much is spoiled."""
+        mlp = self.dense.mlp
+        if scores_E is None or not isinstance(mlp, MoE):
+            return []
+        order, found = self._order(scores_E), []
+        x_TD = self.variants.experts_input(self.dense)
+        for count in tried_counts(self._allowed(order)):
+            error = pruning_error(mlp, x_TD, jnp.isin(jnp.arange(mlp.num_experts), order[:count]))
+            masked = with_leaves(self.dense, {"mlp.bias": self._masked(order[:count])})
+            found.append((count, list(map(float, error)), spoiled(masked)))
+        return found
 
-        costs, self.scales[name] = self.trial.work.once(f"costs of {name}", found)
-        return np.asarray(costs)
+    def _order(self, scores_E: Sequence[float]) -> np.ndarray:
+        return order_of_pruning(np.asarray(scores_E), self.dense.config, self.recipe)
 
-    def _of_tensor(self, name: str) -> tuple[np.ndarray, float]:
-        leaf = self.leaves[name]
-        assert not isinstance(leaf, ExpertWeights)
-        inputs, output_weight = self._inputs(name, leaf)
+    def _allowed(self, order: np.ndarray) -> np.ndarray:
+        return allowed_counts(order, self.dense.config, self.recipe)
 
-        def rounded(to: GroupFormat) -> Leaf:
-            return requantize_once(self.trial.rounder, name, leaf, inputs, to.name)
+    def _masked(self, pruned: np.ndarray) -> jax.Array:
+        bias_E = named_leaves(self.dense)["mlp.bias"]
+        return masked_bias(bias_E, np.isin(np.arange(len(bias_E)), pruned))
 
-        def divergence(to: GroupFormat) -> float:
-            return self._divergence(name, to_float32(rounded(to)))
 
-        (error_F,) = self._errors([name], [leaf], lambda to: [rounded(to)], [inputs], [output_weight])
-        scale = self._scale(name, error_F, _PROBE_BITS, divergence)
-        return np.append(error_F * scale, 0.0), scale
+def tried_counts(allowed: np.ndarray) -> list[int]:
+    """The numbers of experts that pruning is tried at, those of the probes among them; rising, without 0."""
+    counts = np.flatnonzero(np.isfinite(allowed))
+    counts = counts[counts > 0]
+    spread = counts[np.linspace(0, len(counts) - 1, min(_PRUNED, len(counts))).round().astype(int)]
+    return sorted({*spread.tolist(), *(pruned_count(allowed, share) for share in PRUNED_SHARES)} - {0})
 
-    def _of_experts(self, index: int, projection: str) -> tuple[np.ndarray, float]:
-        name = self._experts_name(index, projection)
-        weights, sums = self.leaves[name], self.trial.statistics.blocks[index].experts
-        assert isinstance(weights, ExpertWeights) and sums is not None
-        output_EO = jnp.broadcast_to(sums.output_weight(projection, self._down_norm2(index)), weights.shape[:2])
 
-        def rounded(members: Sequence[int], to: GroupFormat) -> list[Leaf]:
-            def afresh(some: Sequence[int]) -> list[Leaf]:
-                own = [members[k] for k in some]
-                return requantize_experts(weights, sums, projection, to.name, own, own)
+def _errors(weights: Mapping[str, InFormats | ExpertsInFormats], tick: Callable[[], object]) -> dict[str, Any]:
+    found = {}
+    for own, weight in weights.items():
+        if isinstance(weight, ExpertsInFormats):
+            found[own] = weight.errors(tick).tolist()
+        else:
+            tick()
+            found[own] = weight.errors().tolist()
+    return found
 
-            return self.trial.rounder([f"{name}.{e}" for e in members], to.name, afresh)
 
-        def divergence(to: GroupFormat) -> float:
-            each = [to_float32(leaf) for leaf in rounded(range(weights.num_experts), to)]
-            return self._divergence(name, one_bucket(jnp.stack(each)))
+def _scores(statistics: BlockStatistics, recipe: Recipe) -> dict[str, Any]:
+    experts = statistics.experts
+    if experts is None:
+        return {"scores_E": None, "peak_E": None}
+    scores_E = pruning_scores(experts, recipe.criterion)
+    return {"scores_E": scores_E.tolist(), "peak_E": np.asarray(experts.peak_E, np.float64).tolist()}
 
-        def errors(members: Sequence[int]) -> np.ndarray:
-            leaves, inputs = [weights.expert(e) for e in members], [sums.inputs(projection, e) for e in members]
-            names = [f"{name} of expert {e}" for e in members]
-            return self._errors(names, leaves, partial(rounded, members), inputs, [output_EO[e] for e in members])
 
-        every, together = range(weights.num_experts), experts_together(weights)
-        error_EF = np.concatenate([errors(every[e : e + together]) for e in every[::together]])
-        total_F = error_EF.sum(axis=0)
-        scale = self._scale(name, total_F, _EXPERT_PROBE_BITS, divergence)
-        share_EF = error_EF / np.maximum(total_F, 1e-300)
-        return np.concatenate([share_EF * (total_F * scale), np.zeros((weights.num_experts, 1))], axis=1), scale
+@jax.jit
+def _spoiled(y_BTD: jax.Array, other_BTD: jax.Array) -> jax.Array:
+    error_BT, whole_BT = (jnp.sum(own**2, axis=-1) for own in (other_BTD - y_BTD, y_BTD))
+    return jnp.mean(error_BT / jnp.maximum(whole_BT, 1e-30))
 
-    def _experts_name(self, index: int, projection: str) -> str:
-        return f"{block_name(index, self.num_layers)}.mlp.experts.{projection}"
 
-    def _inputs(self, name: str, leaf: Leaf) -> tuple[Inputs, jax.Array]:
-        """A weight's input, and what a unit error at each output counts (..., O)."""
-        statistics, ones = self.trial.statistics, jnp.ones(leaf.shape[:-1])
-        block, own = block_and_name(name, self.num_layers)
-        if block is not None:
-            return statistics.blocks[block].inputs(own), ones
-        if row_of(name).role == "embedding":
-            return embedding_inputs(self.trial.model.config), statistics.count_C.astype(jnp.float32)
-        return statistics.head_inputs(), ones
+def _from_json(raw: Mapping[str, Any]) -> BlockMeasures:
+    scores_E, peak_E = (None if raw[name] is None else np.asarray(raw[name]) for name in ("scores_E", "peak_E"))
+    pruned = tuple(Pruned(count, PruningError(*error), spoiled) for count, error, spoiled in raw["pruned"])
+    errors = {own: np.asarray(error) for own, error in raw["errors"].items()}
+    return BlockMeasures(errors, raw["spoiled"], scores_E, peak_E, pruned)
 
-    def _errors(
-        self,
-        names: Sequence[str],
-        leaves: Sequence[Leaf],
-        rounded: Callable[[GroupFormat], list[Leaf]],
-        inputs: Sequence[Inputs],
-        output_weights: Sequence[jax.Array],
-    ) -> np.ndarray:
-        """Errors of weights of one shape at every candidate format, (B, F)."""
-        dense_B = [to_float32(leaf) for leaf in leaves]
-        error_BF = np.empty((len(leaves), len(self.recipe.formats)))
-        for f, to in enumerate(self.recipe.formats):
-            cases = zip(dense_B, map(to_float32, rounded(to)), inputs, output_weights, strict=True)
-            error_BF[:, f] = [rounding_error(*case) for case in cases]
-        for name, matrix, error_F in zip(names, dense_B, error_BF, strict=True):
-            if not np.all(np.isfinite(error_F)):
-                raise InputError(
-                    f"{name}: its largest weight is {float(jnp.max(jnp.abs(matrix))):.3g}, and the error of rounding "
-                    "it is not finite; a checkpoint whose weights are sound is needed"
-                )
-        return error_BF
 
-    def _down_norm2(self, index: int) -> jax.Array:
-        """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
-        down = self.leaves[self._experts_name(index, "down")]
-        assert isinstance(down, ExpertWeights)
-        each = (to_float32(down.expert(e)) for e in range(down.num_experts))
-        if self.trial.model.config.down_input_transform:
-            each = (hadamard(w_DF, inverse=True) for w_DF in each)
-        return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
-
-    def _scale(self, name: str, error_F: np.ndarray, bits: int, divergence: Callable[[GroupFormat], float]) -> float:
-        """KL divergence per unit of error, measured at the format nearest to so many bits."""
-        if in_mtp_block(name):
-            return self._last_layers_scale(name)
-        probed = min(range(len(error_F)), key=lambda f: abs(self.recipe.formats[f].bits - bits))
-        # Rounding makes a tiny divergence negative.
-        measured = max(divergence(self.recipe.formats[probed]), 0.0)
-        return measured / max(float(error_F[probed]), 1e-300)
-
-    def _last_layers_scale(self, name: str) -> float:
-        _, own = block_and_name(name, self.num_layers)
-        last = block_name(self.num_layers - 1, self.num_layers)
-        return self.scales.get(f"{last}.{'self_attn.o' if own == 'eh_proj' else own}", 1.0)
-
-    def _divergence(self, name: str, changed: jax.Array | ExpertWeights) -> float:
-        probe = self.trial.probe
-        block, own = block_and_name(name, self.num_layers)
-        if block is not None:
-            return probe.divergence_of_block(block, with_leaves(probe.blocks[block], {own: changed}))
-        assert isinstance(changed, jax.Array)
-        is_embedding = row_of(name).role == "embedding"
-        return (probe.divergence_of_embedding if is_embedding else probe.divergence_of_head)(changed)
+def _steps(config: Config) -> int:
+    """How often `tick` is called."""
+    shapes = Layout(config).shapes()
+    experts = [shape for name, shape in shapes.items() if row_of(name).role == "routed experts"]
+    in_blocks = [
+        name for name in shapes if row_of(name).may_be_rounded and row_of(name).role not in ("embedding", "head")
+    ]
+    return len(in_blocks) + sum(-(-shape[0] // experts_together(shape)) for shape in experts if len(shape) == 3)

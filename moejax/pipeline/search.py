@@ -5,11 +5,12 @@ divergence on the probe's text is lowest wins. Fitted routing scales help plans 
 plans are compared with them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moejax.pipeline.activated_experts import try_routing_scales
+from moejax.pipeline.activated_experts import try_plans
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.trial import PlannedModel, Trial
+from moejax.pipeline.trial import Trials
 from moejax.planning import Plan
 from moejax.planning.fit import PRUNING_WEIGHTS, Fitted, Problem
 from moejax.progress import Progress
@@ -27,23 +28,35 @@ class Candidate:
     best_divergence: float
 
 
-def search(problem: Problem, trial: Trial, recipe: Recipe, budget: int, progress: Progress) -> list[Candidate]:
+def search(problem: Problem, trials: Trials, recipe: Recipe, budget: int, progress: Progress) -> list[Candidate]:
     """Candidate plans within the budget, the best first."""
     if recipe.allocation == "raise":
         raised = problem.fit_raised(budget)
-        return [] if raised is None else [try_out(1.0, raised, problem, trial, recipe)]
-    tried: list[Candidate] = []
-    for weight in progress(PRUNING_WEIGHTS, "trying plans"):
+        return [] if raised is None else try_out({1.0: raised}, problem, trials, recipe, progress)
+    found: dict[float, Fitted] = {}
+    for weight in PRUNING_WEIGHTS:
         fitted = problem.fit(budget, weight)
-        if fitted is not None and all(fitted.plan != other.plan for other in tried):
-            tried.append(try_out(weight, fitted, problem, trial, recipe))
-    return sorted(tried, key=lambda candidate: candidate.best_divergence)
+        if fitted is not None and all(fitted.plan != other.plan for other in found.values()):
+            found[weight] = fitted
+    return try_out(found, problem, trials, recipe, progress)
 
 
-def try_out(pruning_weight: float, fitted: Fitted, problem: Problem, trial: Trial, recipe: Recipe) -> Candidate:
-    """The plan with its true divergences beside the predicted one; every layer activates as many experts as before."""
-    config = trial.model.config
+def try_out(
+    found: Mapping[float, Fitted], problem: Problem, trials: Trials, recipe: Recipe, progress: Progress
+) -> list[Candidate]:
+    """Plans by the pruning weight they were solved with, with their true divergences beside the predicted ones, the
+    best first; every layer activates as many experts as before."""
+    config = trials.source.config
     per_layer = (config.num_experts_per_tok,) * config.num_hidden_layers
-    tried = try_routing_scales(PlannedModel(trial, fitted.plan), per_layer, recipe)
-    best = min(choice.divergence for choice in tried)
-    return Candidate(pruning_weight, fitted.plan, problem.predicted(fitted.losses), tried[0].divergence, best)
+    tried = try_plans(trials, [own.plan for own in found.values()], [per_layer], recipe, progress)
+    candidates = [
+        Candidate(
+            weight,
+            own.plan,
+            problem.predicted(own.losses),
+            choices[0].divergence,
+            min(choice.divergence for choice in choices),
+        )
+        for (weight, own), choices in zip(found.items(), tried, strict=True)
+    ]
+    return sorted(candidates, key=lambda candidate: candidate.best_divergence)

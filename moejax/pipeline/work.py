@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from moejax.checkpoint.atomic import sync
 from moejax.checkpoint.journal import Journal
 from moejax.errors import InputError, note
 
 _FILE = "measured.jsonl"
+# Names of arrays in a file of states.
+_PASSED, _STATES = "passed", "states of "
 
 
 @dataclass(frozen=True)
 class Work:
-    """Values that JSON can hold, by name, of one job; without a journal nothing is kept."""
+    """Values that JSON can hold, by name, and arrays, of one job; without a folder and its journal nothing is kept."""
 
     journal: Journal | None = None
+    folder: Path | None = None
     _found: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
@@ -36,6 +44,45 @@ class Work:
                 ) from None
             self._found[name] = value
         return self._found[name]
+
+    def knows(self, name: str) -> bool:
+        """Whether `once` would find nothing anew."""
+        return name in self._found
+
+    def known(self, name: str) -> Any:
+        """What is known under that name; KeyError if nothing is."""
+        return self._found[name]
+
+    def keep_states(self, stage: str, passed: int, states: Mapping[str, np.ndarray]) -> None:
+        """Keep how far a walk of the job, `stage`, has come: part number `passed` is behind it, and these arrays are
+        what it goes on from. They take the place of those of an earlier part."""
+        if self.folder is None:
+            return
+        beside = self.folder / f".{stage}.partial"
+        arrays = {f"{_STATES}{name}": np.ascontiguousarray(own) for name, own in states.items()}
+        save_file({_PASSED: np.asarray([passed]), **arrays}, beside)
+        sync(beside)
+        beside.replace(self._states_file(stage))
+
+    def states(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
+        """What `keep_states` kept last; None if that is nothing, or cannot be read."""
+        if self.folder is None:
+            return None
+        try:
+            arrays = load_file(self._states_file(stage))
+            passed = int(arrays.pop(_PASSED)[0])
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return passed, {name.removeprefix(_STATES): own for name, own in arrays.items()}
+
+    def drop_states(self, stage: str) -> None:
+        """The walk is over."""
+        if self.folder is not None:
+            self._states_file(stage).unlink(missing_ok=True)
+
+    def _states_file(self, stage: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{stage}.safetensors"
 
     @property
     def job(self) -> str | None:
@@ -77,7 +124,7 @@ def work_in(folder: Path | None, made_of: Mapping[str, str]) -> Iterator[Work]:
         found = journal.finished()
         if found:
             note(f"{folder}: {len(found)} measurements of an earlier run are taken over")
-        yield Work(journal, found)
+        yield Work(journal, folder, found)
 
 
 def _check(folder: Path, job: str | None, made_of: Mapping[str, str]) -> None:

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from moejax.calibrate import Statistics
 from moejax.checkpoint.native import item_of
 from moejax.checkpoint.native_writer import NativeWriter, native_writer
 from moejax.model.leaves import Weight
 from moejax.model.source import Source
+from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.shapes import Shapes
 from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.planning import Plan
@@ -19,14 +17,6 @@ from moejax.planning.plan import digest
 from moejax.progress import Progress
 from moejax.transforms.compress import calibrate_and_compress
 from moejax.transforms.compress_block import Rounder, afresh
-
-
-class Calibrated(NamedTuple):
-    """Token chunks (N, T) that a model is calibrated on, and those held out, on which damping is chosen and plans are
-    tried."""
-
-    chunks: np.ndarray
-    held_out: np.ndarray
 
 
 def write_plan(

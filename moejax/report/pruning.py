@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moejax.model import Config
-from moejax.pipeline.measure_pruning import LayerPruning, PruningProbe
+from moejax.pipeline.prices import LayerPruning, PruningProbe
 
 # Of every layer the probe nearest to this share of experts pruned is shown.
 _SHARE = 0.25

@@ -103,7 +103,7 @@ def _of_experts(
 ) -> jax.Array | None:
     if not _experts_have_few(sums, projection):
         return None
-    members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights)]
+    members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights.shape)]
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})

@@ -17,7 +17,6 @@ from moejax.model.source import ModelSource, Source, Step, walk
 from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.check_plan import check_plan
-from moejax.transforms.choose_damping import has_few_tokens
 from moejax.transforms.compress_block import (
     Rounder,
     afresh,
@@ -27,7 +26,7 @@ from moejax.transforms.compress_block import (
     requantize_once,
     within,
 )
-from moejax.transforms.on_the_way import Followed, Known, Observed, StatisticsOnTheWay
+from moejax.transforms.on_the_way import Followed, Known, StatisticsOnTheWay, observed
 
 
 class Parts(Protocol):
@@ -100,15 +99,15 @@ def calibrate_and_compress(
     Raises InputError as `compress` and `calibrate` do.
     """
     config, method = source.config, plan.method
-    begun = partial(Calibration, config, batch=batch, hessians=method.error_feedback)
-    is_damped = method.error_feedback and has_few_tokens(config, chunks.size)
     statistics: StatisticsOnTheWay | None = None
     if known is not None:
         statistics = Known(known)
-    elif is_damped or not method.sequential:
-        statistics = Observed(begun(chunks), begun(held_out) if is_damped else None)
+    else:
+        made = observed(config, chunks, held_out, hessians=method.error_feedback, batch=batch)
+        statistics = made if made.held_out is not None or not method.sequential else None
     if method.sequential:
-        statistics = Followed(begun(chunks), statistics)
+        followed = Calibration(config, chunks, batch, hessians=method.error_feedback)
+        statistics = Followed(followed, statistics)
     assert statistics is not None
     _walk(source, _Compression(config, plan, statistics, parts, rounder), progress)
 

@@ -118,7 +118,7 @@ def requantize_experts(
     if target == KEEP:
         return [weights.expert(e) for e in members]
     rounded_together = jax.vmap(partial(round_weight, to=parse_group_format(target)))
-    together, leaves = experts_together(weights), []
+    together, leaves = experts_together(weights.shape), []
     for start in range(0, len(members), together):
         some, original = (np.resize(list(e)[start : start + together], together) for e in (members, originals))
         rounded = jax.device_get(rounded_together(*_matrices_and_inputs(weights, experts, some, original, projection)))
@@ -127,9 +127,9 @@ def requantize_experts(
     return leaves
 
 
-def experts_together(weights: ExpertWeights) -> int:
-    """How many of a layer's experts are rounded together."""
-    _, outputs, inputs = weights.shape
+def experts_together(shape: tuple[int, ...]) -> int:
+    """How many of a layer's experts (E, O, I) are rounded together."""
+    _, outputs, inputs = shape
     return max(1, min(_EXPERTS_TOGETHER, _BYTES_TOGETHER // (4 * inputs * (outputs + inputs))))
 
 

@@ -6,14 +6,17 @@ out, from sequential calibration, on what the compressed ones do.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
+import numpy as np
 
 from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
 from moejax.formats import Leaf
+from moejax.model import Config
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.planning import BlockPlan
-from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix
+from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix, has_few_tokens
 from moejax.transforms.compress_block import around, only_survivors
 
 
@@ -100,6 +103,13 @@ class Observed(StatisticsOnTheWay):
 
     def _all(self) -> list[Calibration]:
         return [self.calibration] if self.held_out is None else [self.calibration, self.held_out]
+
+
+def observed(config: Config, chunks: np.ndarray, held_out: np.ndarray, *, hessians: bool, batch: int = 8) -> Observed:
+    """On token chunks (N, T); with Hessians, and where tokens are few, damping is chosen on those held out."""
+    begun = partial(Calibration, config, batch=batch, hessians=hessians)
+    is_damped = hessians and has_few_tokens(config, chunks.size)
+    return Observed(begun(chunks), begun(held_out) if is_damped else None)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, Note
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
-from moejax.pipeline.origin import Origin
+from moejax.model.source import ModelSource
+from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.shapes import copied_files, shapes_for
-from moejax.pipeline.write import Calibrated
+from moejax.pipeline.write import write_plan
 from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
+from moejax.progress import silent
 from small_checkpoint import FP8_CONFIG
 from small_models import CONFIG, FP8_BLOCK, RAW_CONFIG, small_model
 
@@ -66,7 +68,8 @@ def write_pruned(
     # What is not rounded needs no statistics.
     statistics = jax.eval_shape(lambda m: calibrate(m, chunks), shapes.model)
     statistics = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), statistics)
-    Origin(model, model, shapes, Calibrated(chunks, chunks), statistics).write(plan, output, sys.maxsize)
+    source, calibrated = ModelSource(model), Calibrated(chunks, chunks)
+    write_plan(source, shapes, plan, calibrated, output, sys.maxsize, silent, statistics)
 
 
 def read_all(folder: Path) -> Tensors:

@@ -20,7 +20,7 @@ from moejax.generate.speculative import Speculation
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.finite import all_finite
 from moejax.model.source import ModelSource
-from moejax.pipeline.probe import probe
+from moejax.pipeline.variants import Variants
 from small_models import CHUNKS, CONFIG, small_model
 
 # What becomes of one weight whose exponent loses a bit.
@@ -96,13 +96,21 @@ def test_an_mtp_block_is_named() -> None:
     )
 
 
+def run_along(model: DeepseekV3) -> None:
+    """As the model that variants are compared with."""
+    variants = Variants(CONFIG, CHUNKS)
+    variants.embedding(model.embed.get_value())
+    for index, layer in enumerate(model.layers):
+        variants.block(index, layer)
+
+
 def test_embedding_and_head_are_named() -> None:
     leaves = dense_leaves() | {"embed": dense_leaves()["embed"].at[int(CHUNKS[0, 1]), 3].set(HUGE)}
     model = DeepseekV3(CONFIG, leaves.__getitem__)
     assert refusal(model).startswith("the output of embed reaches 1e+37")
-    for walk in (lambda: calibrate(model, CHUNKS, batch=2), lambda: probe(model, CHUNKS)):
+    for own in (lambda: calibrate(model, CHUNKS, batch=2), lambda: run_along(model)):
         with pytest.raises(InputError, match=r"^the output of embed reaches 1e\+37"):
-            walk()
+            own()
     assert refusal(damaged("head", by=float("inf"))).startswith("the output of the head is not finite")
 
 
@@ -110,14 +118,14 @@ def test_every_walk_stops() -> None:
     model = damaged("layers.2.mlp.experts.down", 7)
     walks = [
         lambda: calibrate(model, CHUNKS, batch=2),
-        lambda: probe(model, CHUNKS),
+        lambda: run_along(model),
         lambda: list(generate(model, CHUNKS[0], 2)),
         lambda: list(generate(PartByPart(ModelSource(model)), CHUNKS[0], 2)),
         lambda: list(Speculation(model, CHUNKS[0], 2)),
     ]
-    for walk in walks:
+    for own in walks:
         with pytest.raises(InputError, match=r"^layers\.2: the output of mlp\.experts\.down of expert \d+ reaches"):
-            walk()
+            own()
 
 
 def test_only_the_sequence_that_is_not_finite_ends_a_batch() -> None:

@@ -6,19 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.load import load_model, open_checkpoint
+from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, read_text
+from moejax.model import DeepseekV3
 from moejax.pipeline.compress import (
     Prepared,
-    evaluate_written,
     plan_within,
     prepare,
     provenance,
     require_original,
     split_calibration,
 )
+from moejax.planning import Plan
 from moejax.progress import silent
 from moejax.tokenizer import load_tokenizer
+from moejax.transforms.compress import compress
 from small_job import RECIPE, Job
 
 Tokenize = Callable[[Path], np.ndarray]
@@ -38,6 +41,32 @@ def prepared(small: Path, calibration_text: Path, tokenize: Tokenize) -> Prepare
 
 
 @pytest.fixture(scope="session")
+def original(small: Path) -> DeepseekV3:
+    """What `prepared` was made of."""
+    return load_model(open_checkpoint(small))
+
+
+@pytest.fixture(scope="session")
+def divergence(prepared: Prepared, original: DeepseekV3) -> Callable[[DeepseekV3], float]:
+    """The mean KL of another model on the chunks held out, as evaluation measures it."""
+
+    def of(model: DeepseekV3) -> float:
+        evaluation = evaluate(model, prepared.trials.calibrated.held_out, original)
+        assert evaluation.kld_mean is not None
+        return evaluation.kld_mean
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def planned_model(prepared: Prepared, original: DeepseekV3) -> Callable[[Plan], DeepseekV3]:
+    """What a plan makes of the original."""
+    statistics = prepared.trials.statistics.known
+    assert statistics is not None
+    return lambda plan: compress(original, plan, statistics)
+
+
+@pytest.fixture(scope="session")
 def smallest_bytes(prepared: Prepared) -> int:
     return prepared.problem.smallest().bytes
 
@@ -45,6 +74,7 @@ def smallest_bytes(prepared: Prepared) -> int:
 @pytest.fixture(scope="session")
 def job(
     prepared: Prepared,
+    original: DeepseekV3,
     smallest_bytes: int,
     heldout_text: Path,
     tokenize: Tokenize,
@@ -53,6 +83,6 @@ def job(
     """The job at a budget at which some blocks keep all their experts and others do not."""
     budget, output = smallest_bytes * 8 // 5, tmp_path_factory.mktemp("job") / "out"
     planned = plan_within(prepared, budget, silent)
-    written = prepared.origin.write(planned.plan, output, budget)
-    evaluation = evaluate_written(output, prepared.model, tokenize(heldout_text), silent)
+    written = prepared.write(planned.plan, output, budget)
+    evaluation = evaluate(load_model(open_checkpoint(output)), tokenize(heldout_text), original)
     return Job(budget, planned, written, output, evaluation)

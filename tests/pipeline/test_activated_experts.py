@@ -1,9 +1,10 @@
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
 
 from moejax.errors import InputError
-from moejax.model import config_from_hf
+from moejax.model import DeepseekV3, config_from_hf
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     candidates,
@@ -40,20 +41,22 @@ def test_the_best_comes_first_and_fitted_scales_make_up_for_fewer_experts(job: J
 
 def test_a_recipe_may_do_without_fitted_scales(prepared: Prepared, job: Job) -> None:
     recipe, plan = Recipe(experts_per_token=2, fit_routing_scale=False), job.planned.candidates[0].plan
-    (choice,) = try_activated_experts(prepared.trial, plan, recipe, silent)
+    (choice,) = try_activated_experts(prepared.trials, plan, recipe, silent)
     assert choice.experts_per_token == (2, 2, 2) and not choice.is_scaled
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_a_choices_divergence_is_that_of_the_model_it_makes(prepared: Prepared, job: Job, n: int) -> None:
+def test_a_choices_divergence_is_that_of_the_model_it_makes(
+    planned_model: Callable[[Plan], DeepseekV3], divergence: Callable[[DeepseekV3], float], job: Job, n: int
+) -> None:
     choice = job.planned.activated[n]
     plan = with_activated_experts(job.planned.candidates[0].plan, choice)
-    assert choice.divergence == pytest.approx(prepared.trial.divergence(plan), rel=1e-4)
+    assert choice.divergence == pytest.approx(divergence(planned_model(plan)), rel=1e-4)
 
 
 def test_the_plan_takes_the_best_that_fits(prepared: Prepared, job: Job) -> None:
     plans = [with_activated_experts(job.planned.candidates[0].plan, choice) for choice in job.planned.activated]
-    fitting = [plan for plan in plans if prepared.origin.shapes.size_of(plan) <= job.budget]
+    fitting = [plan for plan in plans if prepared.shapes.size_of(plan) <= job.budget]
     assert job.planned.plan == fitting[0]
 
 

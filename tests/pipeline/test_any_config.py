@@ -20,8 +20,8 @@ from moejax.errors import InputError
 from moejax.formats import parse_group_format
 from moejax.model import named_leaves
 from moejax.pipeline import compress as job
+from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.write import Calibrated
 from moejax.planning.size import parse_budget
 from moejax.progress import silent
 

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from moejax import __version__
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
-from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import read_text
 from moejax.formats import ExpertWeights, describe, format_name
-from moejax.model import named_leaves
+from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import with_activated_experts
 from moejax.pipeline.compress import (
     Prepared,
@@ -28,11 +28,11 @@ from moejax.pipeline.compress import (
 from moejax.pipeline.options import options, order_of_pruning
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.shapes import copied_files, shapes_for
+from moejax.planning import Plan
 from moejax.planning.fit import Problem
 from moejax.planning.plan import KEEP, from_json
 from moejax.planning.predict import LossCurves
 from moejax.progress import silent
-from moejax.transforms.compress import compress
 from small_job import RECIPE, Job
 
 
@@ -69,7 +69,7 @@ def test_what_goes_along_from_the_original(prepared: Prepared, job: Job) -> None
 
 
 def test_the_bytes_written_are_those_predicted_and_within_the_budget(prepared: Prepared, job: Job) -> None:
-    assert job.written == prepared.origin.shapes.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
+    assert job.written == prepared.shapes.size_of(job.planned.plan) == folder_bytes(job.output) <= job.budget
 
 
 def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepared, smallest_bytes: int) -> None:
@@ -80,7 +80,7 @@ def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepar
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
     check(checkpoint, named, RECIPE)
     planned = plan_within(prepared, named, silent)
-    assert smallest_bytes <= prepared.origin.shapes.size_of(planned.plan) <= named
+    assert smallest_bytes <= prepared.shapes.size_of(planned.plan) <= named
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,14 @@ def test_the_manifest_holds_the_plan_and_where_it_came_from(
     assert from_json(manifest["plan"]) == job.planned.plan
     made = manifest["provenance"]
     text = read_text(calibration_text)
-    assert made == provenance(text, 2, Recipe()) == prepared.origin.shapes.provenance
+    assert made == provenance(text, 2, Recipe()) == prepared.shapes.provenance
     assert "criterion" not in provenance(text, 2, None)
     assert made["calibration"] == {"source": "calibration.txt", "sha256": text.sha256, "chunks": 2}
     assert (made["moejax"], made["criterion"]) == (__version__, "reap")
 
 
-def test_what_is_written_is_what_the_plan_says(prepared: Prepared, job: Job) -> None:
-    plan, original = job.planned.plan, named_leaves(prepared.model)
+def test_what_is_written_is_what_the_plan_says(original: DeepseekV3, job: Job) -> None:
+    plan, before = job.planned.plan, named_leaves(original)
     leaves = named_leaves(load_model(open_checkpoint(job.output)))
     prefixes = ["layers.0.", "layers.1.", "layers.2.", "mtp.0.block."]
     for prefix, block in zip(prefixes, plan.blocks, strict=True):
@@ -130,17 +130,17 @@ def test_what_is_written_is_what_the_plan_says(prepared: Prepared, job: Job) -> 
         for projection, formats in block.experts.items():
             experts = leaves.pop(f"{prefix}mlp.experts.{projection}")
             assert isinstance(experts, ExpertWeights)
-            kept = format_name(original["layers.1.mlp.experts.gate"].expert(0))
+            kept = format_name(before["layers.1.mlp.experts.gate"].expert(0))
             expected = [kept if target == KEEP else target for target in formats]
             assert [format_name(experts.expert(e)) for e in range(experts.num_experts)] == expected
         if block.keep is not None:
             for name in ("router", "bias", "group_id"):
-                rows = original[f"{prefix}mlp.{name}"][np.asarray(block.keep)]
+                rows = before[f"{prefix}mlp.{name}"][np.asarray(block.keep)]
                 np.testing.assert_array_equal(leaves.pop(f"{prefix}mlp.{name}"), rows)
             assert leaves.pop(f"{prefix}mlp.routing_scale") == pytest.approx(block.routing_scale, rel=1e-6)
     assert format_name(leaves.pop("embed")) == plan.embed and format_name(leaves.pop("head")) == plan.head
     for name, leaf in leaves.items():
-        np.testing.assert_array_equal(leaf, original[name], err_msg=name)
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
 def test_mtp_blocks_are_compressed_like_the_others(job: Job) -> None:
@@ -154,14 +154,14 @@ def test_mtp_blocks_are_compressed_like_the_others(job: Job) -> None:
     assert not describe(mtp.eh_proj.get_value()).startswith("bf16")
 
 
-def test_it_is_written_as_compress_makes_it(prepared: Prepared, job: Job) -> None:
-    made = named_leaves(compress(prepared.model, job.planned.plan, prepared.trial.statistics))
+def test_it_is_written_as_compress_makes_it(planned_model: Callable[[Plan], DeepseekV3], job: Job) -> None:
+    made = named_leaves(planned_model(job.planned.plan))
     for name, leaf in named_leaves(load_model(open_checkpoint(job.output))).items():
         jax.tree.map(np.testing.assert_array_equal, leaf, made[name])
 
 
 def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_path: Path) -> None:
-    prepared.origin.write(job.planned.plan, tmp_path / "again", job.budget)
+    prepared.write(job.planned.plan, tmp_path / "again", job.budget)
     files = [path.relative_to(job.output) for path in job.output.rglob("*") if path.is_file()]
     assert sorted(files) == sorted(
         path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()
@@ -172,7 +172,7 @@ def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_pa
 
 def test_a_plan_over_the_budget_is_not_written(prepared: Prepared, job: Job, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="over the budget"):
-        prepared.origin.write(job.planned.plan, tmp_path / "out", job.written - 1)
+        prepared.write(job.planned.plan, tmp_path / "out", job.written - 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,12 +186,13 @@ def test_the_compressed_model_still_predicts_what_the_original_does(prepared: Pr
     assert evaluation.same_top1 > 10
 
 
-def test_the_divergence_seen_while_planning_is_that_of_what_was_written(prepared: Prepared, job: Job) -> None:
+def test_the_divergence_seen_while_planning_is_that_of_what_was_written(
+    divergence: Callable[[DeepseekV3], float], job: Job
+) -> None:
     written = load_model(open_checkpoint(job.output))
-    evaluation = evaluate(written, np.asarray(prepared.trial.probe.tokens_BT), prepared.model)
     chosen = next(
         choice
         for choice in job.planned.activated
         if with_activated_experts(job.planned.plan, choice) == job.planned.plan
     )
-    assert evaluation.kld_mean == pytest.approx(chosen.divergence, rel=0.01)
+    assert divergence(written) == pytest.approx(chosen.divergence, rel=0.01)

@@ -12,9 +12,11 @@ from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.formats import parse_group_format
 from moejax.pipeline import compress as job
-from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
-from moejax.pipeline.probe import probe
+from moejax.pipeline.measure import measure
+from moejax.pipeline.prices import Prices, with_pruning
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.trial import Try
+from moejax.pipeline.work import NOT_KEPT
 from moejax.planning import Plan
 from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.fit import PRUNING_WEIGHTS
@@ -55,19 +57,25 @@ def rows(tiny: Path, optimized: None) -> list[Row]:
     calibrated = job.split_calibration(calibration, CALIBRATED, PROBED)
     prepared = job.prepare(checkpoint, calibrated, Recipe(FORMATS), {}, silent)
     held_out = held_out[np.linspace(0, len(held_out) - 1, EVALUATED).astype(int)]
-    unseen = replace(prepared.trial, probe=probe(prepared.model, held_out))
+    every = list(plans(prepared))
+    per_layer = (prepared.shapes.config.num_experts_per_tok,) * prepared.shapes.config.num_hidden_layers
+    unseen = replace(prepared.trials, calibrated=prepared.trials.calibrated._replace(held_out=held_out))
+    tried = unseen.of([Try(plan, per_layer, False) for _, plan, _ in every], silent)
     found = []
-    for label, plan, predicted in plans(prepared):
+    for (label, _, predicted), own in zip(every, tried, strict=True):
         assert predicted is not None
-        found.append(Row(label, predicted, unseen.divergence(plan)))
+        found.append(Row(label, predicted, own.divergence))
     return found
 
 
 def plans(prepared: job.Prepared) -> Iterator[tuple[str, Plan, float | None]]:
     """Planned, as far as prediction alone decides; one width for everything; the same after pruning by frequency at the
     paper's share."""
-    config, size_of = prepared.model.config, prepared.origin.shapes.size_of
-    by_frequency = measure_pruning(prepared.trial, Recipe(FORMATS, criterion="frequency", share_kept=0.75), silent)
+    config, size_of, trials = prepared.shapes.config, prepared.shapes.size_of, prepared.trials
+    frequency_alone = Recipe((), criterion="frequency", share_kept=0.75)
+    source, own = trials.source, trials.calibrated
+    measured = measure(source, frequency_alone, own, trials.statistics.on_the_way, trials.rounder, NOT_KEPT, silent)
+    by_frequency = Prices(measured, config, frequency_alone).pruning()
     pruned = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
     kept = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned.costs.experts.items()}
     for label in BUDGETS:

@@ -25,7 +25,7 @@ def first(leaf: Leaf) -> int:
 
 
 def test_a_matrix_is_rounded_once_to_every_format() -> None:
-    rounder, rounds = RoundedWeights(), Counting()
+    rounder, rounds = RoundedWeights(1 << 20), Counting()
     (once,) = rounder(["layers.0.mlp.up"], "int2g128", rounds)
     assert rounder(["layers.0.mlp.up"], "int2g128", rounds)[0] is once and len(rounds.asked) == 1
     rounder(["layers.0.mlp.up"], "int3g128", rounds)
@@ -34,15 +34,15 @@ def test_a_matrix_is_rounded_once_to_every_format() -> None:
 
 
 def test_of_several_only_those_not_known_are_rounded() -> None:
-    rounder, rounds = RoundedWeights(), Counting()
+    rounder, rounds = RoundedWeights(1 << 20), Counting()
     assert list(map(first, rounder("abc", "int2g128", rounds))) == [0, 1, 2]
     assert list(map(first, rounder("dcbe", "int2g128", rounds))) == [0, 2, 1, 3]
     assert rounds.asked == [0, 1, 2, 0, 3]
 
 
-@pytest.mark.parametrize(("max_bytes", "remembered"), [(0, 0), (9, 0), (10, 1), (29, 2), (30, 3)])
-def test_what_has_no_room_is_rounded_again(max_bytes: int, remembered: int) -> None:
-    rounder, rounds = RoundedWeights(max_bytes), Counting()
+@pytest.mark.parametrize(("most_bytes", "remembered"), [(0, 0), (9, 0), (10, 1), (29, 2), (30, 3)])
+def test_what_has_no_room_is_rounded_again(most_bytes: int, remembered: int) -> None:
+    rounder, rounds = RoundedWeights(most_bytes), Counting()
     for _ in range(2):
         assert list(map(first, rounder("abc", "int2g128", rounds))) == [0, 1, 2]
     assert len(rounds.asked) == 6 - remembered

@@ -5,12 +5,14 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.calibrate import Statistics
 from moejax.formats import ExpertWeights, dense
-from moejax.model import named_leaves
+from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
 from moejax.model.steps import run_block
 from moejax.pipeline.compress import Prepared
+from moejax.pipeline.variants import Variants
 from moejax.pipeline.working_copy import dense_block, in_original_slots, one_bucket, with_leaves
 from moejax.planning import BlockPlan
 from moejax.transforms.compress_block import compress_block
@@ -38,13 +40,23 @@ def assert_same_outputs(found: jax.Array, expected: jax.Array) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(prepared: Prepared) -> Callable[[Block], jax.Array]:
+def run(prepared: Prepared, original: DeepseekV3) -> Callable[[Block], jax.Array]:
     """A block's output for what layer 2 takes in."""
-    return lambda block: run_block(block, prepared.trial.probe.inputs[2], prepared.trial.probe.angles)
+    variants = Variants(original.config, prepared.trials.calibrated.held_out)
+    variants.embedding(original.embed.get_value())
+    for index in range(2):
+        variants.block(index, dense_block(original.layers[index]))
+    return lambda block: run_block(block, variants.original, variants.by)
 
 
-def test_a_dense_copy_computes_the_same_and_is_dense(prepared: Prepared, run: Callable[[Block], jax.Array]) -> None:
-    block = prepared.model.layers[2]
+@pytest.fixture(scope="module")
+def statistics(prepared: Prepared) -> Statistics:
+    assert prepared.trials.statistics.known is not None
+    return prepared.trials.statistics.known
+
+
+def test_a_dense_copy_computes_the_same_and_is_dense(original: DeepseekV3, run: Callable[[Block], jax.Array]) -> None:
+    block = original.layers[2]
     copy = dense_block(block)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(named_leaves(copy))} == {"float32", "int32"}
     assert_same_outputs(run(copy), run(block))
@@ -52,32 +64,32 @@ def test_a_dense_copy_computes_the_same_and_is_dense(prepared: Prepared, run: Ca
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_survivors_in_their_original_slots_compute_what_the_compressed_block_does(
-    prepared: Prepared, run: Callable[[Block], jax.Array], layer: int
+    original: DeepseekV3, statistics: Statistics, run: Callable[[Block], jax.Array], layer: int
 ) -> None:
-    original = prepared.model.layers[layer]
-    compressed = compress_block(original, PLAN, prepared.trial.statistics.blocks[layer])
-    masked = in_original_slots(prepared.trial.probe.blocks[layer], compressed, PLAN.keep)
-    shapes = {name: leaf.shape for name, leaf in named_leaves(original).items()}
+    block = original.layers[layer]
+    compressed = compress_block(block, PLAN, statistics.blocks[layer])
+    masked = in_original_slots(dense_block(block), compressed, PLAN.keep)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(block).items()}
     assert {name: leaf.shape for name, leaf in named_leaves(masked).items()} == shapes
     assert_same_outputs(run(masked), run(compressed))
 
 
-def test_a_block_without_pruning_in_its_slots(prepared: Prepared, run: Callable[[Block], jax.Array]) -> None:
+def test_a_block_without_pruning_in_its_slots(original: DeepseekV3, statistics: Statistics) -> None:
     every = tuple(range(12))
     plan = replace(PLAN, keep=every, experts={"up": ("int3g128",) * 12}, experts_per_token=3, routing_scale=1.0)
-    compressed = compress_block(prepared.model.layers[1], plan, prepared.trial.statistics.blocks[1])
-    masked = in_original_slots(prepared.trial.probe.blocks[1], compressed, every)
+    compressed = compress_block(original.layers[1], plan, statistics.blocks[1])
+    masked = in_original_slots(dense_block(original.layers[1]), compressed, every)
     up = named_leaves(masked)["mlp.experts.up"]
     for e in every:
         expected = dense(named_leaves(compressed)["mlp.experts.up"].expert(e), np.dtype(np.float32))
         np.testing.assert_array_equal(up.expert(e), expected)
     np.testing.assert_array_equal(
-        named_leaves(masked)["mlp.bias"], named_leaves(prepared.trial.probe.blocks[1])["mlp.bias"]
+        named_leaves(masked)["mlp.bias"], named_leaves(dense_block(original.layers[1]))["mlp.bias"]
     )
 
 
-def test_weights_are_replaced_by_name_and_the_rest_stays(prepared: Prepared) -> None:
-    block = prepared.trial.probe.blocks[1]
+def test_weights_are_replaced_by_name_and_the_rest_stays(original: DeepseekV3) -> None:
+    block = dense_block(original.layers[1])
     o = 2 * named_leaves(block)["self_attn.o"]
     changed = named_leaves(with_leaves(block, {"self_attn.o": o}, experts_per_token=1))
     for name, leaf in named_leaves(block).items():

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moejax.model import config_from_hf
-from moejax.pipeline.measure_pruning import LayerPruning, PruningProbe
+from moejax.pipeline.prices import LayerPruning, PruningProbe
 from moejax.report.pruning import pruning_figures, pruning_rows
 from moejax.transforms.pruning_error import PruningError
 from small_checkpoint import CONFIG as RAW_CONFIG

@@ -32,9 +32,11 @@ from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
-from moejax.pipeline.measure_pruning import measure_pruning, with_pruning
+from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.measure import measure
+from moejax.pipeline.prices import Prices, with_pruning
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.write import Calibrated
+from moejax.pipeline.work import NOT_KEPT
 from moejax.planning import Plan
 from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
@@ -43,7 +45,7 @@ from moejax.report.console import progress_bar
 from moejax.tokenizer import load_tokenizer
 
 # The baseline that prunes first: by frequency, at the paper's share.
-FREQUENCY = Recipe(criterion="frequency", share_kept=0.75)
+FREQUENCY = Recipe(formats=(), criterion="frequency", share_kept=0.75)
 BUDGETS = ("4x", "6x", "8x", "12.6x")
 BATCH = 8
 # Chunks of the calibration text to measure on, beside the other text or where there is none.
@@ -132,7 +134,7 @@ def all_rows(texts: Texts, options: argparse.Namespace) -> Iterator[dict[str, An
 def predictions(prepared: job.Prepared, held_out: np.ndarray) -> Predictions:
     """The original's."""
     states: list[np.ndarray] = []
-    original = prepared.origin.original
+    original = load_model(prepared.checkpoint)
     evaluate(original, held_out, batch=BATCH, keep=states.append, progress=progress_bar)
     return Predictions(np.concatenate(states), original.head.get_value())
 
@@ -148,14 +150,18 @@ def cases(recipe: str, prepared: job.Prepared, options: argparse.Namespace) -> I
 
 
 def baselines(prepared: job.Prepared, budgets: list[tuple[str, int]]) -> Iterator[Case]:
-    config = prepared.model.config
-    by_frequency = measure_pruning(prepared.trial, FREQUENCY, progress_bar)
+    config = prepared.shapes.config
+    own = prepared.trials
+    measured = measure(
+        own.source, FREQUENCY, own.calibrated, own.statistics.on_the_way, own.rounder, NOT_KEPT, progress_bar
+    )
+    by_frequency = Prices(measured, config, FREQUENCY).pruning()
     pruned_first = replace(prepared, costs=with_pruning(prepared.costs, by_frequency))
     most = {i: menu_survivors(menu, menu.most_pruned).tolist() for i, menu in pruned_first.costs.experts.items()}
     kept_by = {"uniform": (prepared, all_experts(prepared.costs)), "frequency": (pruned_first, most)}
     for label, budget in budgets:
         for method, (costs_of, kept) in kept_by.items():
-            plan = uniform_plan(costs_of.costs, config, kept, prepared.origin.shapes.size_of, budget)
+            plan = uniform_plan(costs_of.costs, config, kept, prepared.shapes.size_of, budget)
             yield Case(method, label, budget, plan, None if plan is None else costs_of.predicted(plan))
 
 
@@ -179,7 +185,7 @@ def carry_out(
     started = time.monotonic()
     folder = options.output / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    size = prepared.origin.write(case.plan, folder, case.budget, rounder=prepared.trial.rounder)
+    size = prepared.write(case.plan, folder, case.budget)
     model = load_model(open_checkpoint(folder))
     figures, on_calibration = (
         evaluate(model, own, base, batch=BATCH, progress=progress_bar)
