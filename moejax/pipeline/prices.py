@@ -5,7 +5,8 @@ With y a block's output and spoiled(w) = E |y' - y|^2 / |y|^2 of one with weight
     cost(w, f) = slope(family, layer) * spoiled(w) * error(w, f) / error(w, p)
     slope(family, layer) = KL(the probe: all weights of the family in that layer in format p) / sum of their spoiled(w)
 
-and so of pruning n experts, with the share spoiled at n. Between the layers that are probed slopes are interpolated.
+and so of pruning n experts, with what is spoiled at n. Slopes are interpolated between the layers, and the numbers of
+experts pruned, that are probed.
 Embedding and head are probed by themselves: cost = KL(p) * error(f) / error(p).
 """
 
@@ -25,7 +26,8 @@ from moejax.pipeline.probes import (
     family_of,
     joint_probes,
     probed_format,
-    single_probes,
+    pruning_probes,
+    rounding_probes,
 )
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.costs import Costs, ExpertMenu
@@ -69,7 +71,8 @@ class Prices:
 
     def __init__(self, measured: Measured, config: Config, recipe: Recipe):
         self._measured, self._config, self._recipe = measured, config, recipe
-        self._slopes = {family: self._slope(by) for family, by in single_probes(config, recipe.formats).items()}
+        self._slopes = {family: self._slope(by) for family, by in rounding_probes(config, recipe.formats).items()}
+        self._pruning_slopes = {share: self._slope(by) for share, by in pruning_probes(config).items()}
 
     def costs(self, menus: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
         """Of every format, allowed or not; `menus` has their bytes."""
@@ -146,7 +149,10 @@ class Prices:
         return self._slopes[family](block) * measures.spoiled[own] / max(error, 1e-300)
 
     def _of_pruned(self, block: int, pruned: Pruned) -> float:
-        return self._slopes[PRUNING](block) * pruned.spoiled
+        own = self._measured.blocks[block]
+        counts = {share: self._count(own, share) for share in self._pruning_slopes}
+        known = {count: self._pruning_slopes[share](block) for share, count in counts.items() if count > 0}
+        return float(np.interp(pruned.count, list(known), list(known.values()))) * pruned.spoiled
 
     def _slope(self, probes: Mapping[int, Change]) -> Callable[[int], float]:
         """From a layer to KL per share of the block's output spoiled; of embedding and head the KL itself."""
@@ -168,10 +174,13 @@ class Prices:
 
     def _probed(self, own: BlockMeasures, change: Change) -> Pruned:
         """What is known of a layer's pruning at the number of experts that a probe prunes."""
+        count = self._count(own, change.level)
+        return next((at for at in own.pruned if at.count == count), _NOTHING)
+
+    def _count(self, own: BlockMeasures, share: float) -> int:
         assert own.scores_E is not None
         order = order_of_pruning(own.scores_E, self._config, self._recipe)
-        count = pruned_count(allowed_counts(order, self._config, self._recipe), change.level)
-        return next((at for at in own.pruned if at.count == count), _NOTHING)
+        return pruned_count(allowed_counts(order, self._config, self._recipe), share)
 
 
 def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:

@@ -24,10 +24,11 @@ _OF_QUERIES = {"queries", "q_latent", "nope"}
 
 # So many layers of a family are probed at most, spread evenly.
 _DEPTHS = 8
-# The widths of probes, near those that budgets lead to, and the share of the experts that may go of those of pruning.
-_BITS, _EXPERT_BITS, _SHARE = 3, 2, 0.5
-# The levels of joint probes: formats' bits, and shares of the experts that may go.
-_JOINT_BITS, PRUNED_SHARES = (1, 2, 3), (_SHARE, 1.0)
+# The widths of probes, near those that budgets lead to, and of the experts that may go the shares that do.
+_BITS, _EXPERT_BITS = 3, 2
+PRUNED_SHARES = (0.25, 0.5, 1.0)
+# The levels of joint probes: formats' bits, and shares.
+_JOINT_BITS, _JOINT_SHARES = (1, 2, 3), (0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,23 @@ def probed_format(family: str, formats: Sequence[GroupFormat]) -> int:
     return _nearest(formats, _EXPERT_BITS if family in EXPERTS else _BITS)
 
 
-def single_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, dict[int, Change]]:
-    """The probes of every family by layer; embedding and head have one, in no layer. Without formats, of pruning."""
-    probes: dict[str, dict[int, Change]] = {}
-    for family, layers in layers_by_family(config).items():
-        if formats or family == PRUNING:
-            level = _SHARE if family == PRUNING else probed_format(family, formats)
-            probes[family] = {layer: Change((family,), (layer,), level) for layer in _spread(layers)}
-    if formats:
-        probes |= {family: {-1: Change((family,), (), probed_format(family, formats))} for family in (EMBEDDING, HEAD)}
-    return probes
+def rounding_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, dict[int, Change]]:
+    """The probes of every family by layer; embedding and head have one, in no layer."""
+    if not formats:
+        return {}
+    layers_of = {family: _spread(layers) for family, layers in layers_by_family(config).items() if family != PRUNING}
+    probes = {
+        family: {layer: Change((family,), (layer,), probed_format(family, formats)) for layer in layers}
+        for family, layers in layers_of.items()
+    }
+    outer = {family: {-1: Change((family,), (), probed_format(family, formats))} for family in (EMBEDDING, HEAD)}
+    return probes | outer
+
+
+def pruning_probes(config: Config) -> dict[float, dict[int, Change]]:
+    """The probes of pruning by share and layer."""
+    layers = _spread(layers_by_family(config).get(PRUNING, []))
+    return {share: {layer: Change((PRUNING,), (layer,), share) for layer in layers} for share in PRUNED_SHARES}
 
 
 def joint_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, list[Change]]:
@@ -99,13 +107,14 @@ def joint_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, li
     return {
         "others": [Change(OTHERS, every, level) for level in levels],
         "experts": [Change(EXPERTS, every, level) for level in levels],
-        "pruning": [Change((PRUNING,), every, share) for share in PRUNED_SHARES],
+        "pruning": [Change((PRUNING,), every, share) for share in _JOINT_SHARES],
     }
 
 
 def changes_of(config: Config, formats: Sequence[GroupFormat]) -> list[Change]:
     """All of them."""
-    singles = (change for by_layer in single_probes(config, formats).values() for change in by_layer.values())
+    by_layer = [*rounding_probes(config, formats).values(), *pruning_probes(config).values()]
+    singles = (change for own in by_layer for change in own.values())
     joint = (change for changes in joint_probes(config, formats).values() for change in changes)
     return [*singles, *joint]
 

@@ -22,7 +22,7 @@ from moejax.pipeline.compress import Prepared
 from moejax.pipeline.measure import BlockMeasures, Measured, Pruned, measure
 from moejax.pipeline.options import options, quantizable
 from moejax.pipeline.prices import LayerPruning, Prices, PruningProbe, _interpolated
-from moejax.pipeline.probes import EXPERTS_DOWN, EXPERTS_WIDE, QUERIES, VALUES, changes_of, family_of, single_probes
+from moejax.pipeline.probes import EXPERTS_DOWN, EXPERTS_WIDE, QUERIES, VALUES, changes_of, family_of, rounding_probes
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import NOT_KEPT
 from moejax.pipeline.working_copy import dense_block, one_bucket, with_leaves
@@ -192,20 +192,18 @@ def test_experts_go_in_the_order_in_which_reap_needs_them_least(prepared: Prepar
             assert len(kept) == 2 and score_E[needed].min() >= score_E[gone].max()
 
 
-def test_pruning_half_of_what_can_go_costs_what_masking_does(
-    prepared: Prepared, original: DeepseekV3, divergence: Diverges
-) -> None:
+def test_pruning_costs_what_masking_does(prepared: Prepared, original: DeepseekV3, divergence: Diverges) -> None:
     peaks = {index: np.max(np.asarray(statistics_of(prepared, index).peak_E)) for index in (1, 2)}
     spared = max(peaks, key=peaks.__getitem__)
     for index in (1, 2):
         menu = prepared.costs.experts[index]
         assert len(menu.pruning_cost) == len(menu.order) + 1 == 7
         assert menu.pruning_cost[0] == 0 and np.all(np.diff(menu.pruning_cost) >= 0) and menu.pruning_cost[1] > 0
-        found = divergence(changed(original, masked(original, index, menu.order[:3])))
-        # An expert that is spared was not yet while pruning was tried; elsewhere than at half by what is spoiled.
-        assert menu.pruning_cost[3] == pytest.approx(found, rel=0.5 if index == spared else 2e-3)
-        found = divergence(changed(original, masked(original, index, menu.order)))
-        assert menu.pruning_cost[6] == pytest.approx(found, rel=0.5)
+        for count in (2, 3, 5, 6):
+            found = divergence(changed(original, masked(original, index, menu.order[:count])))
+            # An expert that is spared was not while pruning was tried; between what is probed, by what is spoiled.
+            is_probed = index != spared and count != 5
+            assert menu.pruning_cost[count] == pytest.approx(found, rel=2e-3 if is_probed else 0.5), count
 
 
 def test_every_count_of_a_small_layer_is_tried(prepared: Prepared) -> None:
@@ -357,7 +355,7 @@ def with_slopes(config: Config, recipe: Recipe, slope_of: Callable[[str, int], f
     block = BlockMeasures(errors, dict.fromkeys(own, 0.25), scores_E, scores_E, pruned)
     divergence = {
         change.name: slope_of(family, layer) * 0.25
-        for family, by_layer in single_probes(config, recipe.formats).items()
+        for family, by_layer in rounding_probes(config, recipe.formats).items()
         for layer, change in by_layer.items()
     }
     blocks = dict.fromkeys(range(config.num_hidden_layers), block)
@@ -387,4 +385,4 @@ def test_between_the_layers_that_are_probed_slopes_are_interpolated() -> None:
 def test_there_are_as_many_probes_however_many_experts_and_layers() -> None:
     config, formats = large_config(), RECIPE.formats
     larger = replace(config, num_hidden_layers=2 * config.num_hidden_layers, n_routed_experts=512)
-    assert len(changes_of(config, formats)) == len(changes_of(larger, formats)) < 90
+    assert len(changes_of(config, formats)) == len(changes_of(larger, formats)) <= 8 * (7 + 3) + 2 + 8
