@@ -169,11 +169,16 @@ def plan(
 
 
 @app.command
-def inspect(checkpoint: CheckpointArg = None, *, json: JsonArg = None) -> None:
+def inspect(
+    checkpoint: CheckpointArg = None,
+    *,
+    verify: Annotated[bool, arg(help="read every byte, and compare it with the checksums in the manifest")] = False,
+    json: JsonArg = None,
+) -> None:
     """What a checkpoint holds: its config, its bytes and bits by kind of weight, how it was made."""
     from moejax.commands.inspect import run_inspect
 
-    run_inspect(checkpoint, json)
+    run_inspect(checkpoint, verify, json)
 
 
 @app.command

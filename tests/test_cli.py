@@ -82,6 +82,13 @@ def test_inspect_a_compressed_checkpoint(compressed: Path, calibration_text: Pat
     assert calibration_text.name in printed
 
 
+def test_inspect_verifies_a_folder_that_compress_wrote(small: Path, compressed: Path, tmp_path: Path) -> None:
+    printed = run("inspect", compressed, "--verify", "--json", tmp_path / "figures.json")
+    facts = json.loads((tmp_path / "figures.json").read_text())
+    assert facts["verified_bytes"] == folder_bytes(compressed) and "verified_seconds" in printed
+    assert "has no checksums to be verified by" in moejax("inspect", small, "--verify").err
+
+
 def test_inspect_takes_the_tiny_checkpoint_by_default(tiny: Path) -> None:
     printed = run("inspect")
     assert str(tiny) in printed and "routed experts" in printed

@@ -1,10 +1,12 @@
 """The native checkpoint: a manifest beside one store item per block, from which the compressed model is rebuilt.
 
-manifest.json          format version, config, every leaf's format, shape and checksums, plan, provenance
+manifest.json          format version, config, every leaf's format, shape and checksums, plan, provenance; a checksum of
+                       its own, made with zeros in its place, and one of every file that was copied
 items/<item>/...       the arrays, one orbax item per block (see `store`)
 tokenizer.json, ...    copied from the original
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,9 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+NO_CHECKSUM = "0" * 8
 _OUTER = "outer"
+_OWN_CHECKSUM = re.compile(rb'"checksum":"[0-9a-f]{8}"')
 
 
 def item_of(name: str) -> tuple[str, str]:
@@ -52,6 +56,12 @@ def arrays_of(name: str, leaf: Weight) -> dict[str, jax.Array]:
     return {
         ".".join((name, *(str(getattr(key, "name", getattr(key, "idx", ""))) for key in path))): a for path, a in flat
     }
+
+
+def with_checksum(manifest: bytes) -> bytes:
+    """A manifest with its own checksum in place of whatever it has for one."""
+    zeroed = _OWN_CHECKSUM.sub(f'"checksum":"{NO_CHECKSUM}"'.encode(), manifest, count=1)
+    return _OWN_CHECKSUM.sub(f'"checksum":"{store.bytes_checksum(zeroed)}"'.encode(), manifest, count=1)
 
 
 @dataclass(frozen=True)
@@ -78,19 +88,24 @@ class NativeCheckpoint:
         Raises InputError if its bytes are not those that the manifest names, or name experts or groups that are none.
         """
         abstract = self.abstract(name)
-        item, within = item_of(name)
-        arrays, checksums = self._arrays_of_item(item), self.items[item][within][1]
-        names = list(arrays_of(within, abstract))
-        for n, array_name in enumerate(names):
-            if store.checksum(arrays[array_name]) != checksums[8 * n : 8 * n + 8]:
-                raise InputError(
-                    f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew"
-                )
-        restored = [jax.device_put(arrays[array_name]) for array_name in names]
+        restored = [jax.device_put(array) for array in self.arrays(name)]
         check_arrays(self.path, name, restored, jax.tree.leaves(abstract))
         weight = jax.tree.unflatten(jax.tree.structure(abstract), restored)
         check_indices(self.path, name, weight, self.config)
         return weight
+
+    def arrays(self, name: str) -> list[np.ndarray]:
+        """The arrays of the weight called `name`, mapped from the disk. Raises InputError if their bytes are not those
+        that the manifest names."""
+        item, within = item_of(name)
+        names, checksums = list(arrays_of(within, self.abstract(name))), self.items[item][within][1]
+        mapped = self._arrays_of_item(item)
+        for n, array_name in enumerate(names):
+            if store.checksum(mapped[array_name]) != checksums[8 * n : 8 * n + 8]:
+                raise InputError(
+                    f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew"
+                )
+        return [mapped[array_name] for array_name in names]
 
     def abstract(self, name: str) -> Weight:
         """The weight called `name` in shapes alone. Raises InputError if the manifest does not describe it."""

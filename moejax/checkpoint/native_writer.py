@@ -15,7 +15,7 @@ import numpy as np
 from moejax.checkpoint import store
 from moejax.checkpoint.atomic import atomic_folder, clear_folder, partial_path, require_space
 from moejax.checkpoint.journal import Journal
-from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, arrays_of, item_of
+from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, NO_CHECKSUM, arrays_of, item_of, with_checksum
 from moejax.errors import InputError, InternalError, note
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves
@@ -27,7 +27,6 @@ from moejax.progress import Progress, silent
 # decided what to calibrate on.
 PROVENANCE_BYTES = 2048
 _JOURNAL = "journal.jsonl"
-_NO_CHECKSUM = "0" * 8
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class NativeBytes:
 def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
     """The exact bytes of the folder that `native_writer` and `write_native` will write, from shapes alone."""
     items = {item: _arrays_of_item(leaves) for item, leaves in _items(abstract_model).items()}
-    checksums = {item: dict.fromkeys(own, _NO_CHECKSUM) for item, own in items.items()}
-    manifest = _manifest(abstract_model, description, checksums)
+    checksums = {item: dict.fromkeys(own, NO_CHECKSUM) for item, own in items.items()}
+    files = {file.name: NO_CHECKSUM for file in copied}
+    manifest = _manifest(abstract_model, description, checksums, files)
     arrays = sum(store.payload_bytes(own) for own in items.values())
     in_items = sum(store.item_bytes(own) for own in items.values())
     return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
@@ -155,9 +155,12 @@ def native_writer(
         yield writer
         if writer.missing:
             raise InternalError(f"{output} lacks {', '.join(writer.missing)}; nothing was written")
-        (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums))
+        files = {}
         for file in copied:
-            (folder / file.name).write_bytes(file.read_bytes())
+            content = file.read_bytes()
+            (folder / file.name).write_bytes(content)
+            files[file.name] = store.bytes_checksum(content)
+        (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums, files))
         (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
         store.check_written(f"{output}", store.folder_bytes(folder), predicted)
 
@@ -216,7 +219,12 @@ def _form(leaf: Weight) -> Any:
     return jax.tree.map(lambda array: f"{array.dtype}{list(array.shape)}", leaf)
 
 
-def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[str, Mapping[str, str]]) -> bytes:
+def _manifest(
+    model: DeepseekV3,
+    description: Description,
+    checksums: Mapping[str, Mapping[str, str]],
+    files: Mapping[str, str],
+) -> bytes:
     items = {
         item: {
             name: [describe(leaf), "".join(checksums[item][array] for array in arrays_of(name, leaf))]
@@ -229,6 +237,8 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
     manifest = {
         "format": "moejax",
         "version": FORMAT_VERSION,
+        "checksum": NO_CHECKSUM,
+        "files": dict(files),
         "config": description.raw_config,
         "experts_per_token": per_token,
         "items": items,
@@ -240,7 +250,7 @@ def _manifest(model: DeepseekV3, description: Description, checksums: Mapping[st
     padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
     if padding < 0:
         raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")
-    return json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding
+    return with_checksum(json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding)
 
 
 def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:

@@ -106,15 +106,25 @@ def is_whole(folder: Path, name: str, leaves: Mapping[str, ArrayLike], checksums
     item = folder / ITEMS_FOLDER / name
     try:
         arrays = read_item(folder, name, leaves)
+        check_descriptions(folder, name, leaves)
     except InputError:
         return False
-    described = _descriptions(leaves)
     files = sum(file.is_file() for file in item.rglob("*"))
     return (
-        files == len(described) + len(leaves)
-        and all((item / file).read_bytes() == content for file, content in described.items())
+        files == len(_descriptions(leaves)) + len(leaves)
         and {leaf: checksum(array) for leaf, array in arrays.items()} == checksums
     )
+
+
+def check_descriptions(folder: Path, name: str, leaves: Mapping[str, ArrayLike]) -> int:
+    """Returns the bytes of what describes the arrays of the item `name`. Raises InputError, naming the file, if one is
+    not byte for byte what `write_item` writes beside leaves of these names, shapes and dtypes."""
+    described = _descriptions(leaves)
+    for file, content in described.items():
+        path = folder / ITEMS_FOLDER / name / file
+        if not path.is_file() or path.read_bytes() != content:
+            raise InputError(f"{path}: is not what was written there; copy it anew")
+    return sum(map(len, described.values()))
 
 
 def item_bytes(leaves: Mapping[str, ArrayLike]) -> int:
@@ -139,7 +149,12 @@ def folder_bytes(path: Path) -> int:
 
 def checksum(array: np.ndarray | jax.Array) -> str:
     """Returns the CRC-32 of the array's bytes in row-major order, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+    return bytes_checksum(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def bytes_checksum(content: bytes | memoryview) -> str:
+    """Returns their CRC-32, as 8 hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 @contextmanager

@@ -9,10 +9,9 @@ import numpy as np
 from moejax.checkpoint.toml_file import read_toml
 from moejax.errors import InputError
 from moejax.evaluate.text import Text, chunks, default_evaluation_text, read_text
-from moejax.machine import available_memory, peak_memory
+from moejax.machine import peak_memory
 from moejax.model import Config, require_tokens
 from moejax.pipeline.recipe import Recipe, recipe_from_toml
-from moejax.planning.size import parse_size
 from moejax.resources import config_path
 from moejax.tokenizer import Tokenizer
 
@@ -39,11 +38,6 @@ def read_recipe(name: str) -> Recipe:
     """A recipe by the name of one that comes with the package, or from a TOML file."""
     file = Path(name) if Path(name).suffix == ".toml" else config_path("recipes", name)
     return recipe_from_toml(read_toml(file), str(file))
-
-
-def memory_limit(text: str | None) -> int:
-    """The bytes that this process may hold at most: a size, or what the machine has available."""
-    return available_memory() if text is None else parse_size(text)
 
 
 def cost_of_the_run(started: float) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
 from moejax.checkpoint.predictions import BaseOrigin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
-from moejax.commands.common import cost_of_the_run, evaluation_text, memory_limit, tokenize
+from moejax.commands.common import cost_of_the_run, evaluation_text, tokenize
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
-from moejax.evaluate.memory import Needs, needs
-from moejax.evaluate.reading import Read, read_within
+from moejax.evaluate.memory import Needs, Read, needs, read_within
 from moejax.evaluate.text import Text
 from moejax.formats import Leaf, abstract_leaf
+from moejax.ledger import ledger_of
 from moejax.model import DeepseekV3
 from moejax.model.source import Source
 from moejax.report import figures
@@ -41,7 +41,7 @@ def run_evaluate(
     """Perplexity and divergence."""
     started = time.monotonic()
     figures.require_writable(json, save_base)
-    limit = memory_limit(memory)
+    ledger = ledger_of(memory)
     checkpoint = open_checkpoint(name)
     source = evaluation_text(text)
     chunks = tokenize(source, load_tokenizer(checkpoint.path), checkpoint.config)
@@ -49,7 +49,7 @@ def run_evaluate(
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
     asked = _needs(checkpoint, original, chunks, dtype)
-    read, wave = read_within(limit, asked, checkpoint.path, len(chunks), progress_bar)
+    read, wave = read_within(ledger, asked, checkpoint.path, len(chunks), progress_bar)
     with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep:
         evaluation = evaluate(
             read(checkpoint),

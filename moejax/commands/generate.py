@@ -10,17 +10,16 @@ import numpy as np
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
-from moejax.commands.common import memory_limit
-from moejax.errors import InputError
+from moejax.errors import InputError, note
 from moejax.generate.decode import Decoding, Runner, check_request, generate
 from moejax.generate.from_disk import PartByPart
 from moejax.generate.memory import ample_bytes, decoding_needs
 from moejax.generate.sampling import Sampling, check_sampling
 from moejax.generate.speculative import Speculation, require_mtp
 from moejax.generate.speed import Timed
-from moejax.machine import peak_memory, resident_memory
+from moejax.ledger import Ledger, ledger_of
+from moejax.machine import peak_memory
 from moejax.model import DeepseekV3
-from moejax.planning.size import format_size
 from moejax.report import figures
 from moejax.tokenizer import ChatTemplate, Tokenizer, encode_chat, load_chat_template, load_tokenizer, text_pieces
 
@@ -46,7 +45,7 @@ class Request:
 def run_generate(name: str | None, request: Request, decoding: Decoding, memory: str | None, json: Path | None) -> None:
     """Text, as it comes."""
     figures.require_writable(json)
-    limit = memory_limit(memory)
+    ledger = ledger_of(memory)
     _check(request)
     checkpoint = open_checkpoint(name)
     if request.speculate:
@@ -56,7 +55,7 @@ def run_generate(name: str | None, request: Request, decoding: Decoding, memory:
     template = None if request.raw else load_chat_template(checkpoint.path)
     ids = _prompt_ids(request, template, tokenizer)
     check_request(checkpoint.config, [ids], request.tokens)
-    model = _within(limit, checkpoint, len(ids), request, decoding)
+    model = _within(ledger, checkpoint, len(ids), request, decoding)
     continuation = _continuation(model, ids, request, stop, decoding)
     timed = Timed(continuation)
     if template is None:
@@ -109,30 +108,20 @@ def _continuation(
 
 
 def _within(
-    limit: int, checkpoint: Checkpoint, prompt_tokens: int, request: Request, decoding: Decoding
+    ledger: Ledger, checkpoint: Checkpoint, prompt_tokens: int, request: Request, decoding: Decoding
 ) -> DeepseekV3 | Runner:
-    """The model, in memory if this process then holds no more than `limit` bytes, else part by part."""
-    model, held = abstract_model(checkpoint), resident_memory()
-    if held + ample_bytes(model, prompt_tokens, request.tokens, decoding) <= limit:
+    """The model, in memory if it fits, else part by part."""
+    model = abstract_model(checkpoint)
+    if ledger.fits(ample_bytes(model, prompt_tokens, request.tokens, decoding)):
         return load_model(checkpoint)
     needs = decoding_needs(model, prompt_tokens, request.tokens, decoding)
-    if held + needs.whole <= limit:
+    if ledger.fits(needs.whole):
         return load_model(checkpoint)
     if request.speculate:
-        raise InputError(
-            f"{checkpoint.path} does not fit {format_size(limit)}, and --speculate needs it in memory; "
-            f"{format_size(held + needs.whole)} would do"
-        )
-    if held + needs.part > limit:
-        raise InputError(
-            f"{checkpoint.path} cannot be run in {format_size(limit)}, not even block by block; "
-            f"{format_size(held + needs.part)} would do"
-        )
-    print(
-        f"{format_size(held + needs.whole)} for everything does not fit {format_size(limit)}: "
-        "read block by block from disk for every token, which is slow",
-        file=sys.stderr,
-    )
+        ledger.refuse(f"{checkpoint.path} cannot be run with --speculate, which needs it in memory,", needs.whole)
+    if not ledger.fits(needs.part):
+        ledger.refuse(f"{checkpoint.path} cannot be run, not even block by block,", needs.part)
+    note(f"{ledger.sentence_of(needs.whole)}: read block by block from disk for every token, which is slow")
     return PartByPart(CheckpointSource(checkpoint))
 
 

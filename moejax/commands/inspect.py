@@ -1,5 +1,6 @@
 """`moejax inspect`."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,21 @@ from moejax.checkpoint.load import Checkpoint, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
+from moejax.checkpoint.verify import verify
+from moejax.errors import InputError
 from moejax.generate.decode import CACHE_DTYPES
 from moejax.model.latent_cache import bytes_per_token
 from moejax.model.weights import row_of
 from moejax.planning.size import format_size
 from moejax.report import figures
-from moejax.report.console import print_table
+from moejax.report.console import print_table, progress_bar
 
 
-def run_inspect(name: str | None, json: Path | None) -> None:
-    """What a checkpoint holds."""
+def run_inspect(name: str | None, is_verified: bool, json: Path | None) -> None:
+    """What a checkpoint holds, and whether that is what was written."""
     figures.require_writable(json)
     checkpoint = open_checkpoint(name)
+    verified = _verified(checkpoint) if is_verified else {}
     kinds, config = summarize(checkpoint.abstract_leaves()), checkpoint.config
     size = folder_bytes(checkpoint.path)
     print(f"{checkpoint.path}: {checkpoint.raw_config['model_type']}, {format_size(size)} ({size} bytes)")
@@ -35,9 +39,21 @@ def run_inspect(name: str | None, json: Path | None) -> None:
     }
     if isinstance(checkpoint, NativeCheckpoint):
         facts["made_by"] = checkpoint.provenance
+    facts |= verified
     print_table("checkpoint", ("fact", "value"), [(key, _shown(value)) for key, value in facts.items()])
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
     figures.write_json(json, {**facts, **figures.kind_figures(kinds)})
+
+
+def _verified(checkpoint: Checkpoint) -> dict[str, Any]:
+    if not isinstance(checkpoint, NativeCheckpoint):
+        raise InputError(
+            f"{checkpoint.path}: a Hugging Face checkpoint has no checksums to be verified by; a folder that compress "
+            "wrote has"
+        )
+    started = time.monotonic()
+    size = verify(checkpoint, progress_bar)
+    return {"verified_bytes": size, "verified_seconds": time.monotonic() - started}
 
 
 def _shown(value: Any) -> str:

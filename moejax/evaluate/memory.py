@@ -1,20 +1,29 @@
-"""What an evaluation takes of memory, from shapes: with models whole in memory, or part by part."""
+"""What an evaluation takes of memory, from shapes; how checkpoints are read within a limit, whole or part by part."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moejax.checkpoint.load import Checkpoint, load_model
+from moejax.checkpoint.source import CheckpointSource
+from moejax.errors import note
 from moejax.evaluate.divergence import compare, log_probabilities
 from moejax.formats import Leaf, payload_bytes
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
+from moejax.ledger import Ledger
 from moejax.model import DeepseekV3
 from moejax.model.rope import Angles, angles
 from moejax.model.source import ModelSource, Source
 from moejax.model.steps import run_block, run_mtp
 from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
+from moejax.progress import Progress
+
+Read = Callable[[Checkpoint], DeepseekV3 | Source]
 
 
 @dataclass(frozen=True)
@@ -108,3 +117,21 @@ def _abstract_rotation(source: Source, length: int, dtype: jax.typing.DTypeLike)
 
 def _array_bytes(array: jax.Array) -> int:
     return payload_bytes([array])
+
+
+def read_within(ledger: Ledger, asked: Needs, path: Path, chunks: int, progress: Progress) -> tuple[Read, int]:
+    """How the checkpoints of an evaluation on so many chunks are read so that it fits, and the chunks of a wave (see
+    `evaluate`). A note says so where they are read part by part.
+
+    Raises InputError, naming the checkpoint's path, if not even that fits.
+    """
+    if ledger.fits(asked.in_memory):
+        return partial(load_model, progress=progress), asked.batch
+    wave = min(asked.chunks_per_wave(ledger.left), -(-chunks // asked.batch) * asked.batch)
+    if not wave:
+        ledger.refuse(f"{path} cannot be evaluated, not even block by block,", asked.part_by_part(asked.batch))
+    passes = -(-chunks // wave)
+    note(
+        f"{ledger.sentence_of(asked.in_memory)}: read block by block from disk, {passes} time{'s' * (passes > 1)} over"
+    )
+    return CheckpointSource, wave

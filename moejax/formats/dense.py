@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.formats.arrays import slice_axis
 from moejax.formats.packed import PackedTensor
-from moejax.formats.slices import slice_axis
 
 Leaf = jax.Array | PackedTensor
 

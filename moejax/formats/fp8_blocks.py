@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from moejax.formats.arrays import slice_axis
 from moejax.formats.packed import PackedTensor
-from moejax.formats.slices import slice_axis
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale_inv"], meta_fields=["block"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax.errors import InputError
 from moejax.formats import planar, trits
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.formats.grouped import GroupedCodes, group, groups_per_row, round_to_codes, ungroup
 from moejax.formats.grouped_int import GroupedInt
 from moejax.formats.grouped_ternary import GroupedTernary

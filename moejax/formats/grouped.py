@@ -6,9 +6,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
+from moejax.formats.arrays import slice_axis
 from moejax.formats.packed import PackedTensor
 from moejax.formats.scales import ScaleKind, decode_scales, kind_of
-from moejax.formats.slices import slice_axis
 
 
 class GroupedCodes(PackedTensor):

@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 
 from moejax.errors import InputError, brief
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.formats.dense import DENSE_NAMES, Leaf, format_name
 from moejax.formats.experts import ExpertWeights
 from moejax.formats.fp8_blocks import Fp8Blocks

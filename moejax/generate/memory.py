@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.formats import payload_bytes
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.generate.decode import Decoding, cache_length, chunks
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import head_logits

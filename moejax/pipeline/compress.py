@@ -14,10 +14,9 @@ from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import Evaluation, evaluate
-from moejax.evaluate.memory import needs
-from moejax.evaluate.reading import read_within
+from moejax.evaluate.memory import needs, read_within
 from moejax.evaluate.text import Text
-from moejax.machine import available_memory, resident_memory
+from moejax.ledger import ledger_of
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     candidates,
@@ -201,7 +200,7 @@ def prepare(
         _shapes_of(checkpoint, recipe.method, provenance),
         ready(CheckpointSource(checkpoint), recipe.method),
     )
-    config, room = shapes.config, available_memory() - resident_memory()
+    config, room = shapes.config, ledger_of(None).left
     statistics = KeptStatistics(config, recipe.method, calibrated, int(_STATISTICS_SHARE * room))
     trials = Trials(source, calibrated, statistics, RoundedWeights(int(_ROUNDED_SHARE * room)), work)
     measured = measure(source, recipe, calibrated, statistics.on_the_way, trials.rounder, work, progress)
@@ -268,7 +267,7 @@ def _evaluation_of(
     if the memory is not enough."""
     batch = min(_BATCH, len(chunks))
     asked = needs(shapes.compressed(plan), abstract_model(checkpoint), chunks.shape[1], batch, jnp.float32)
-    read, wave = read_within(available_memory(), asked, output, len(chunks), progress)
+    read, wave = read_within(ledger_of(None), asked, output, len(chunks), progress)
 
     def evaluated() -> Evaluation:
         compressed, original = read(open_checkpoint(output)), read(checkpoint)

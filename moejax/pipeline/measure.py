@@ -23,7 +23,8 @@ from moejax.model.source import Source, Step, walk
 from moejax.model.steps import run_block
 from moejax.model.weights import IN_BLOCK, row_of
 from moejax.pipeline.calibrated import Calibrated
-from moejax.pipeline.options import allowed_counts, order_of_pruning
+from moejax.pipeline.measured import Measured, block_measures
+from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_count
 from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, changes_of, family_of, probed_format
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, block_in_formats
@@ -35,49 +36,13 @@ from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import Rounder, experts_together
 from moejax.transforms.on_the_way import StatisticsOnTheWay
-from moejax.transforms.prune import masked_bias, pruning_scores
-from moejax.transforms.pruning_error import PruningError, pruning_error
+from moejax.transforms.prune import masked_bias, pruning_error, pruning_scores
 
 _STAGE = "measuring"
 # Of the probes' sequences one in so many, at least one, shows how much of an output is spoiled.
 _ONE_IN = 4
 # So many numbers of pruned experts are tried in a layer, spread evenly.
 _PRUNED = 6
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """So many of a layer's experts masked: the layer's own errors, and how much of the block's output is spoiled."""
-
-    count: int
-    error: PruningError
-    spoiled: float
-
-
-@dataclass(frozen=True)
-class BlockMeasures:
-    """What is kept of a block.
-
-    errors: by weight, of every format, (F,), or of every expert and format, (E, F). spoiled: by weight, the mean over
-    tokens of |y' - y|^2 / |y|^2, y the block's output and y' that with the weight, or a projection of all experts, in
-    its family's probed format; none in MTP blocks. scores_E: by which experts are pruned, peak_E: their largest
-    outputs, pruned: what pruning by the scores does, rising; None and empty in blocks without experts.
-    """
-
-    errors: Mapping[str, np.ndarray]
-    spoiled: Mapping[str, float]
-    scores_E: np.ndarray | None
-    peak_E: np.ndarray | None
-    pruned: tuple[Pruned, ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of blocks by index, of embedding and head by name, and the KL divergence of every probe by its name."""
-
-    blocks: Mapping[int, BlockMeasures]
-    outer: Mapping[str, np.ndarray]
-    divergence: Mapping[str, float]
 
 
 def measure(
@@ -102,12 +67,6 @@ def measure(
             walk(source, step, mtp=config.num_nextn_predict_layers, head=True)
     work.drop_states(_STAGE)
     return step.measured()
-
-
-def pruned_count(allowed: np.ndarray, share: float) -> int:
-    """Of the numbers of experts that may be pruned (0 in `allowed`), the one at that share of their range."""
-    counts = np.flatnonzero(np.isfinite(allowed))
-    return int(counts[round(share * (len(counts) - 1))])
 
 
 def _name(part: str | int) -> str:
@@ -135,7 +94,7 @@ class _Measuring(Step):
             return self.found[name] if name in self.found else self.work.known(name)
 
         outer = {name: np.asarray(of(name)) for name in ("embed", "head")}
-        return Measured({i: _from_json(of(i)) for i in range(self.config.num_blocks)}, outer, of("divergences"))
+        return Measured({i: block_measures(of(i)) for i in range(self.config.num_blocks)}, outer, of("divergences"))
 
     def embedding(self, embedding: Leaf) -> None:
         self.statistics.embedding(embedding, embedding)
@@ -300,13 +259,6 @@ def _scores(statistics: BlockStatistics, recipe: Recipe) -> dict[str, Any]:
 def _spoiled(y_BTD: jax.Array, other_BTD: jax.Array) -> jax.Array:
     error_BT, whole_BT = (jnp.sum(own**2, axis=-1) for own in (other_BTD - y_BTD, y_BTD))
     return jnp.mean(error_BT / jnp.maximum(whole_BT, 1e-30))
-
-
-def _from_json(raw: Mapping[str, Any]) -> BlockMeasures:
-    scores_E, peak_E = (None if raw[name] is None else np.asarray(raw[name]) for name in ("scores_E", "peak_E"))
-    pruned = tuple(Pruned(count, PruningError(*error), spoiled) for count, error, spoiled in raw["pruned"])
-    errors = {own: np.asarray(error) for own, error in raw["errors"].items()}
-    return BlockMeasures(errors, raw["spoiled"], scores_E, peak_E, pruned)
 
 
 def _steps(config: Config) -> int:

@@ -72,6 +72,12 @@ def allowed_counts(order: np.ndarray, config: Config, recipe: Recipe) -> np.ndar
     return np.where(allowed, 0.0, np.inf)
 
 
+def pruned_count(allowed: np.ndarray, share: float) -> int:
+    """Of the numbers of experts that may be pruned (0 in `allowed`), the one at that share of their range."""
+    counts = np.flatnonzero(np.isfinite(allowed))
+    return int(counts[round(share * (len(counts) - 1))])
+
+
 def limited_counts(costs: Costs, config: Config, recipe: Recipe) -> Costs:
     """The same costs, infinite for numbers of pruned experts that the recipe forbids. Raises as `allowed_counts`."""
     experts = {

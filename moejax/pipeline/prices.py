@@ -18,8 +18,8 @@ import numpy as np
 
 from moejax.model import Config
 from moejax.model.weights import block_and_name
-from moejax.pipeline.measure import BlockMeasures, Measured, Pruned, pruned_count
-from moejax.pipeline.options import allowed_counts, order_of_pruning
+from moejax.pipeline.measured import BlockMeasures, Measured, Pruned
+from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_count
 from moejax.pipeline.probes import (
     PRUNING,
     Change,
@@ -32,8 +32,7 @@ from moejax.pipeline.probes import (
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.costs import Costs, ExpertMenu
 from moejax.planning.predict import LossCurves, curve_of
-from moejax.transforms.prune import super_experts
-from moejax.transforms.pruning_error import PruningError
+from moejax.transforms.prune import PruningError, super_experts
 
 # Whose cost a weight takes that MTP blocks alone have: another matrix of D outputs.
 _STAND_IN = "self_attn.o"

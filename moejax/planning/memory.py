@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moejax.errors import InputError
 from moejax.formats import payload_bytes
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import Block, head_logits
 from moejax.model.latent_cache import bytes_per_token, empty_cache

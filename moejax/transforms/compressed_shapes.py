@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from moejax.formats import ExpertWeights, Leaf, format_name, parse_group_format
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.model.weights import IN_BLOCK, block_and_name

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moejax.calibrate.products import expert_products, input_name
 from moejax.checkpoint.abstract import abstract_original
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps
 from small_models import RAW_CONFIG

@@ -20,7 +20,7 @@ from moejax.calibrate.statistics import (
     expert_statistics,
 )
 from moejax.formats import ExpertWeights
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model import named_leaves
 from moejax.model.moe import ExpertRun
 from seen_by_blocks import (

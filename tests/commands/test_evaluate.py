@@ -13,8 +13,8 @@ import pytest
 
 from command_line import moejax, refused, run
 from large_checkpoint import write_large_checkpoint, write_with_another_head
+from moejax import ledger
 from moejax.checkpoint.load import abstract_model, open_checkpoint
-from moejax.evaluate import reading
 from moejax.evaluate.memory import needs
 
 COST = ("seconds", "peak_memory_bytes")
@@ -44,7 +44,7 @@ def test_part_by_part_or_in_memory_the_figures_are_the_same(
 ) -> None:
     arguments = [compressed, "--against", small, "--text", heldout_text]
     expected = evaluated(tmp_path, *arguments)
-    monkeypatch.setattr(reading, "resident_memory", lambda: 0)
+    monkeypatch.setattr(ledger, "resident_memory", lambda: 0)
     model, base = (abstract_model(open_checkpoint(path)) for path in (compressed, small))
     asked = needs(model, base, 512, 1, "float32")
     ran = moejax("evaluate", *arguments, "--memory", f"{asked.part_by_part(1)}B", "--json", tmp_path / "again.json")
@@ -58,7 +58,7 @@ def test_a_limit_that_not_even_one_block_fits_is_refused_with_one_that_does(
     small: Path, heldout_text: Path, tmp_path: Path
 ) -> None:
     message = refused(tmp_path, "evaluate", small, "--text", heldout_text, "--memory", "100MB")
-    assert f"{small} cannot be evaluated in 100.00 MB, not even block by block; " in message
+    assert f"{small} cannot be evaluated, not even block by block, in 100.00 MB; " in message
     least = message.split("; ")[1].split(" would do")[0]
     assert evaluated(tmp_path, small, "--text", heldout_text, "--memory", least)["tokens"] == 255
 

@@ -4,14 +4,17 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from command_line import moejax, refused, run
+from moejax import ledger
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.commands import generate as command
 from moejax.generate.decode import generate
+from moejax.generate.memory import DecodingNeeds, decoding_needs
 from moejax.tokenizer import load_tokenizer
 from small_checkpoint import words
 
@@ -60,16 +63,22 @@ def test_a_model_beyond_memory_is_read_from_disk(
     small: Path, greedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process is taken to hold nothing, so that the limit lies between a part and the whole on any machine."""
-    monkeypatch.setattr(command, "resident_memory", lambda: 0)
+    monkeypatch.setattr(ledger, "resident_memory", lambda: 0)
+    asked: list[DecodingNeeds] = []
+
+    def asking(*arguments: Any) -> DecodingNeeds:
+        asked.append(decoding_needs(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(command, "decoding_needs", asking)
     options = ["generate", small, "--prompt", PROMPT, "--tokens", 8]
     too_little = refused(tmp_path, *options, "--memory", "1MB")
-    found = re.search(r"cannot be run in 1.00 MB, not even block by block; ([\d.]+ MB) would do$", too_little.strip())
-    assert found, too_little
-    ran = moejax(*options, "--memory", f"{float(found[1].split()[0]) + 0.01:.2f}MB")
+    assert "cannot be run, not even block by block, in 1.00 MB; 0.05GB would do" in too_little
+    ran = moejax(*options, "--memory", f"{asked[0].part}B")
     assert (ran.code, ran.out) == (0, greedy)
     assert "read block by block from disk for every token, which is slow" in ran.err
-    message = refused(tmp_path, *options, "--memory", found[1].replace(" ", ""), "--speculate")
-    assert "--speculate needs it in memory" in message
+    message = refused(tmp_path, *options, "--memory", f"{asked[0].part}B", "--speculate")
+    assert "cannot be run with --speculate, which needs it in memory, in" in message
 
 
 def test_a_chat_template_is_used_unless_raw(chatty: Path, greedy: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moejax.evaluate.memory import Needs, needs
 from moejax.formats import ExpertWeights, payload_bytes
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model import DeepseekV3
 from small_models import CHUNKS, CONFIG, first_layers, small_model
 

@@ -9,7 +9,7 @@ import pytest
 
 from model_cases import BASE, Config, random_tensors, write_hf_checkpoint
 from moejax.checkpoint.huggingface import open_huggingface
-from moejax.formats.abstract import abstract_array
+from moejax.formats.arrays import abstract_array
 from moejax.model import DeepseekV3
 from moejax.model import attention as own
 from moejax.model.workspace import step_bytes

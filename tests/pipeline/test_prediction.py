@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baselines import all_experts, uniform_plan
 from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.formats import parse_group_format
@@ -18,7 +19,6 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.trial import Try
 from moejax.pipeline.work import NOT_KEPT
 from moejax.planning import Plan
-from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.fit import PRUNING_WEIGHTS
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors

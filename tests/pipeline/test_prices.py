@@ -19,7 +19,8 @@ from moejax.model.leaves import Taps, Weight
 from moejax.model.moe import MoE
 from moejax.model.steps import run_block
 from moejax.pipeline.compress import Prepared
-from moejax.pipeline.measure import BlockMeasures, Measured, Pruned, measure
+from moejax.pipeline.measure import measure
+from moejax.pipeline.measured import BlockMeasures, Measured, Pruned
 from moejax.pipeline.options import options, quantizable
 from moejax.pipeline.prices import LayerPruning, Prices, PruningProbe, _interpolated
 from moejax.pipeline.probes import EXPERTS_DOWN, EXPERTS_WIDE, QUERIES, VALUES, changes_of, family_of, rounding_probes
@@ -31,8 +32,7 @@ from moejax.planning.costs import Costs, Menu
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import silent
 from moejax.resources import config_path
-from moejax.transforms.prune import masked_bias, pruning_scores
-from moejax.transforms.pruning_error import PruningError
+from moejax.transforms.prune import PruningError, masked_bias, pruning_scores
 from moejax.transforms.quantize import quantize
 from small_job import RECIPE
 

@@ -5,7 +5,7 @@ import pytest
 from moejax.model import config_from_hf
 from moejax.pipeline.prices import LayerPruning, PruningProbe
 from moejax.report.pruning import pruning_figures, pruning_rows
-from moejax.transforms.pruning_error import PruningError
+from moejax.transforms.prune import PruningError
 from small_checkpoint import CONFIG as RAW_CONFIG
 
 CONFIG = config_from_hf(RAW_CONFIG)

@@ -12,7 +12,7 @@ from leaf_oracle import to_numpy
 from moejax.model import named_leaves
 from moejax.model.moe import MoE
 from moejax.transforms.experts_per_token import adjust
-from moejax.transforms.pruning_error import PruningError, pruning_error
+from moejax.transforms.prune import PruningError, pruning_error
 from small_models import CONFIG, small_model
 
 Array = NDArray[Any]

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from baselines import all_experts, uniform_plan
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.commands.common import read_recipe
 from moejax.errors import InputError
@@ -38,7 +39,6 @@ from moejax.pipeline.prices import Prices, with_pruning
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import NOT_KEPT
 from moejax.planning import Plan
-from moejax.planning.baselines import all_experts, uniform_plan
 from moejax.planning.size import parse_budget
 from moejax.planning.solve import menu_survivors
 from moejax.report.console import progress_bar

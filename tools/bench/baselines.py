@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from moejax.model import Config
 from moejax.model.weights import block_and_name
 from moejax.planning.costs import Costs, Menu
@@ -36,12 +34,6 @@ def uniform_plan(costs: Costs, config: Config, kept: Kept, size_of: SizeOf, budg
 def all_experts(costs: Costs) -> Kept:
     """Nothing pruned."""
     return {block: range(menu.num_experts) for block, menu in costs.experts.items()}
-
-
-def most_needed(orders: Mapping[int, np.ndarray], num_experts: int, share: float) -> Kept:
-    """The ceil(share * E) experts of every block that its pruning order leaves to the last."""
-    pruned = num_experts - int(np.ceil(share * num_experts))
-    return {block: np.setdiff1d(np.arange(num_experts), order[:pruned]).tolist() for block, order in orders.items()}
 
 
 def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:

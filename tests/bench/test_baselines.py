@@ -1,12 +1,9 @@
-import math
-
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines import Kept, all_experts, uniform_plan
 from moejax.planning import KEEP, Plan
-from moejax.planning.baselines import Kept, all_experts, most_needed, uniform_plan
 from moejax.planning.plan import PROJECTIONS
 from plan_menus import CONFIG, EXPERT_SIZES, EXPERTS, FORMATS, SIZES, block_and_name, made_up_costs, size_of
 
@@ -91,15 +88,3 @@ def test_all_experts() -> None:
     assert {block: list(kept) for block, kept in all_experts(COSTS).items()} == {
         block: list(range(EXPERTS)) for block in (1, 2, 3)
     }
-
-
-@given(st.integers(4, 40), st.integers(1, 16), st.integers(0, 1000))
-def test_the_most_needed_are_the_last_of_the_order(num_experts: int, sixteenths: int, seed: int) -> None:
-    order = np.random.RandomState(seed).permutation(num_experts)
-    (kept,) = most_needed({7: order}, num_experts, sixteenths / 16).values()
-    assert len(kept) == math.ceil(sixteenths * num_experts / 16)
-    assert list(kept) == sorted(order[num_experts - len(kept) :].tolist())
-
-
-def test_no_more_are_pruned_than_the_order_allows() -> None:
-    assert list(most_needed({1: np.asarray([5, 0])}, 6, 0.5)[1]) == [1, 2, 3, 4]

@@ -1,7 +1,14 @@
-"""Slices of weights that cost what they return, inside a loop too."""
+"""Arrays known by shape and dtype alone, and slices of arrays that cost what they return, inside a loop too."""
+
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+
+
+def abstract_array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Stands where an array of that shape will stand."""
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def slice_axis(array: jax.Array, start: jax.Array | int, size: int, axis: int) -> jax.Array:

@@ -1,0 +1,106 @@
+"""Statistics for walks that come one after another: kept or made again, they are those of `calibrate`."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.calibrate import BlockStatistics, Inputs, calibrate
+from moejax.checkpoint.load import open_checkpoint
+from moejax.formats import Leaf, payload_bytes
+from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.source import ModelSource, Step, walk
+from moejax.pipeline import compress as main_job
+from moejax.pipeline.calibrated import Calibrated, KeptStatistics
+from moejax.planning import BlockPlan, Method
+from moejax.progress import silent
+from moejax.transforms.choose_damping import choose_damping
+from moejax.transforms.on_the_way import Known, StatisticsOnTheWay
+from native_checkpoint import files
+from small_job import RECIPE, Job
+from small_models import CONFIG, small_model
+
+MODEL = small_model()
+TOKENS = np.random.RandomState(0).randint(CONFIG.vocab_size, size=(3, 16))
+CALIBRATED = Calibrated(TOKENS[:2], TOKENS[2:])
+METHOD = Method(error_feedback=True)
+
+
+class Asking(Step):
+    """A walk that asks for everything, or passes the first blocks by."""
+
+    def __init__(self, statistics: StatisticsOnTheWay, passed: int = 0):
+        self.blocks: list[BlockStatistics] = []
+        self.head_inputs: Inputs | None = None
+        self._statistics, self._passed = statistics, passed
+
+    def embedding(self, embedding: Leaf) -> None:
+        self._statistics.embedding(embedding, embedding)
+
+    def block(self, index: int, block: Block) -> None:
+        if index < self._passed:
+            self._statistics.pass_by(index, block, lambda: block)
+        else:
+            self.blocks.append(self._statistics.block(index, block, BlockPlan()))
+
+    def norm(self, gain_D: jax.Array) -> None:
+        self._statistics.norm(gain_D)
+
+    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+        self.blocks.append(self._statistics.mtp(depth, mtp, BlockPlan()))
+
+    def head(self, head: Leaf) -> None:
+        self.head_inputs = self._statistics.head(head)
+
+
+def asked(kept: KeptStatistics, passed: int = 0, mtp: int = CONFIG.num_nextn_predict_layers) -> Asking:
+    step = Asking(kept.on_the_way(), passed)
+    walk(ModelSource(MODEL), step, mtp=mtp, head=True)
+    return step
+
+
+def assert_equal(found: object, expected: object) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 1 << 12, 1 << 30], ids=["nothing", "a little", "all"])
+def test_every_walk_sees_the_same(most_bytes: int) -> None:
+    own, held_out = (calibrate(MODEL, chunks, hessians=True) for chunks in CALIBRATED)
+    expected = choose_damping(MODEL, own, held_out)
+    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, most_bytes)
+    for _ in range(2):
+        step = asked(kept)
+        assert_equal(step.blocks, list(expected.blocks))
+        assert_equal(step.head_inputs, expected.head_inputs())
+        assert (kept.known is not None) == (most_bytes > payload_bytes(expected.blocks))
+        assert isinstance(kept.on_the_way(), Known) == (kept.known is not None)
+
+
+def test_a_walk_that_passes_blocks_by_keeps_them_too() -> None:
+    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    asked(kept, passed=2)
+    whole = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    asked(whole)
+    assert kept.known is not None and whole.known is not None
+    assert_equal(kept.known, whole.known)
+
+
+def test_a_walk_that_leaves_blocks_out_keeps_nothing() -> None:
+    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    asked(kept, mtp=0)
+    assert kept.known is None
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_what_is_kept(
+    small: Path, prepared: main_job.Prepared, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_job, "_STATISTICS_SHARE", 0.0)
+    monkeypatch.setattr(main_job, "_ROUNDED_SHARE", 0.0)
+    checkpoint, made = main_job.require_original(open_checkpoint(small)), dict(prepared.shapes.provenance)
+    own = main_job.prepare(checkpoint, prepared.trials.calibrated, RECIPE, made, silent)
+    planned = main_job.plan_within(own, job.budget, silent)
+    assert own.trials.statistics.known is None
+    own.write(planned.plan, tmp_path / "out", job.budget)
+    assert files(tmp_path / "out") == files(job.output)
