@@ -24,7 +24,6 @@ from small_models import CONFIG, small_model
 MODEL = small_model()
 TOKENS = np.random.RandomState(0).randint(CONFIG.vocab_size, size=(3, 16))
 CALIBRATED = Calibrated(TOKENS[:2], TOKENS[2:])
-METHOD = Method(error_feedback=True)
 
 
 class Asking(Step):
@@ -64,11 +63,23 @@ def assert_equal(found: object, expected: object) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("most_bytes", [0, 1 << 12, 1 << 30], ids=["nothing", "a little", "all"])
-def test_every_walk_sees_the_same(most_bytes: int) -> None:
-    own, held_out = (calibrate(MODEL, chunks, hessians=True) for chunks in CALIBRATED)
-    expected = choose_damping(MODEL, own, held_out)
-    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, most_bytes)
+@pytest.mark.parametrize(
+    ("method", "most_bytes"),
+    [
+        (Method(), 0),
+        (Method(), 1 << 12),
+        (Method(), 1 << 30),
+        pytest.param(Method(error_feedback=True), 0, marks=pytest.mark.slow),
+        pytest.param(Method(error_feedback=True), 1 << 30, marks=pytest.mark.slow),
+    ],
+    ids=["nothing", "a little", "all", "nothing of Hessians", "all of Hessians"],
+)
+def test_every_walk_sees_the_same(method: Method, most_bytes: int) -> None:
+    """With Hessians of so few tokens, damping is chosen too."""
+    expected, held_out = (calibrate(MODEL, chunks, hessians=method.error_feedback) for chunks in CALIBRATED)
+    if method.error_feedback:
+        expected = choose_damping(MODEL, expected, held_out)
+    kept = KeptStatistics(CONFIG, method, CALIBRATED, most_bytes)
     for _ in range(2):
         step = asked(kept)
         assert_equal(step.blocks, list(expected.blocks))
@@ -78,16 +89,16 @@ def test_every_walk_sees_the_same(most_bytes: int) -> None:
 
 
 def test_a_walk_that_passes_blocks_by_keeps_them_too() -> None:
-    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    kept = KeptStatistics(CONFIG, Method(), CALIBRATED, 1 << 30)
     asked(kept, passed=2)
-    whole = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    whole = KeptStatistics(CONFIG, Method(), CALIBRATED, 1 << 30)
     asked(whole)
     assert kept.known is not None and whole.known is not None
     assert_equal(kept.known, whole.known)
 
 
 def test_a_walk_that_leaves_blocks_out_keeps_nothing() -> None:
-    kept = KeptStatistics(CONFIG, METHOD, CALIBRATED, 1 << 30)
+    kept = KeptStatistics(CONFIG, Method(), CALIBRATED, 1 << 30)
     asked(kept, mtp=0)
     assert kept.known is None
 

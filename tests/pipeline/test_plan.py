@@ -182,6 +182,8 @@ def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:
 def test_tokenizer_files_beside_a_config_are_counted(config_file: Path, small: Path) -> None:
     alone = read_outlook(config_file, None, Recipe()).smallest
     beside = read_outlook(small / "config.json", None, Recipe()).smallest
-    copied = sum((small / name).stat().st_size for name in ("tokenizer.json", "tokenizer_config.json"))
+    names = ("tokenizer.json", "tokenizer_config.json")
+    copied = sum((small / name).stat().st_size for name in names)
+    checksums = len(json.dumps(dict.fromkeys(names, "0" * 8), separators=(",", ":"))) - len("{}")
     assert json.loads((small / "config.json").read_text()) == json.loads(config_file.read_text())
-    assert beside - alone == copied
+    assert beside - alone == copied + checksums
