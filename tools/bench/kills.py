@@ -4,7 +4,7 @@ usage: python tools/bench/kills.py [CHECKPOINT] --folder DIR [--budget 6x] [--ki
 
 `moejax compress --work` is started, killed by SIGKILL at a random moment of what a run takes, and started again, until
 so many kills have hit; a run that comes to its end first is compared, and the next begins anew. Prints every kill, what
-the run after it took over, and whether all folders were equal.
+the run after it took over, and whether all folders were equal. With JAX_COMPILATION_CACHE_DIR set, JAX compiles once.
 """
 
 import argparse
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--budget", default="6x")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("more", nargs="*")
-    options = parser.parse_args()
+    own, more = split_at_dashes(sys.argv[1:])
+    options = parser.parse_args(own, argparse.Namespace(more=more))
     options.folder.mkdir(parents=True, exist_ok=True)
     whole, output, work = (options.folder / name for name in ("whole", "out", "work"))
     started = time.monotonic()
@@ -46,6 +46,12 @@ def main() -> None:
     subprocess.run(command(options, output, "--work", work), check=True, stdout=subprocess.DEVNULL)
     compare(whole, output)
     print(f"{hits} kills in {runs} runs; every folder that was finished is equal to the first")
+
+
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Those of this program, and those for every run."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
 
 
 def command(options: argparse.Namespace, output: Path, *more: object) -> list[str]:
