@@ -83,9 +83,10 @@ class _Measuring(Step):
 
     def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:
         self.statistics, self.tick = statistics, tick
+        self.passed = -1
         kept = self.work.states(_STAGE)
-        self.passed, states = (-1, {}) if kept is None else kept
-        if kept is not None:
+        if kept is not None and all(self.work.knows(_name(index)) for index in range(kept[0] + 1)):
+            self.passed, states = kept
             self.variants.restore(states)
 
     def measured(self) -> Measured:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Work:
         try:
             arrays = load_file(self._states_file(stage))
             passed = int(arrays.pop(_PASSED)[0])
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, LookupError):
             return None
         return passed, {name.removeprefix(_STATES): own for name, own in arrays.items()}
 
@@ -81,8 +82,9 @@ class Work:
             self._states_file(stage).unlink(missing_ok=True)
 
     def _states_file(self, stage: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{stage}.safetensors"
+        """Another job's states in the same folder have other names."""
+        assert self.folder is not None and self.job is not None
+        return self.folder / f"{stage}-{sha256(self.job.encode()).hexdigest()[:16]}.safetensors"
 
     @property
     def job(self) -> str | None:

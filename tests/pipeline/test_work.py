@@ -58,6 +58,30 @@ def test_another_job_is_refused_and_what_differs_is_named(tmp_path: Path) -> Non
         pytest.fail("began")
 
 
+def test_states_are_those_of_the_last_part_and_of_their_own_job(tmp_path: Path) -> None:
+    states = {"": np.arange(6.0).reshape(2, 3), "a b of layers 1, 2": np.ones((1, 2), np.float32)}
+    with work_in(tmp_path, MADE_OF) as work:
+        assert work.states("s") is None
+        work.keep_states("s", 0, {"": np.zeros(1)})
+        work.keep_states("s", 3, states)
+    with work_in(tmp_path, MADE_OF) as work:
+        passed, found = work.states("s") or (None, {})
+        assert passed == 3 and found.keys() == states.keys()
+        assert all(np.array_equal(found[name], own) for name, own in states.items())
+        assert work.states("other") is None
+    (tmp_path / "measured.jsonl").unlink()
+    with work_in(tmp_path, MADE_OF | {"recipe": "b"}) as work:
+        assert work.states("s") is None
+    (tmp_path / "measured.jsonl").unlink()
+    (file,) = tmp_path.glob("s-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    with work_in(tmp_path, MADE_OF) as work:
+        assert work.states("s") is None
+        work.keep_states("s", 1, states)
+        work.drop_states("s")
+        assert work.states("s") is None and not list(tmp_path.glob("*.safetensors"))
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match="another process is at work in it")
     with work_in(tmp_path, MADE_OF), refused, work_in(tmp_path, MADE_OF):
