@@ -7,6 +7,7 @@ how much of the block's own output one format of each weight spoils, and so many
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -186,8 +187,7 @@ class _Layer:
             for own, weight in self.weights.items()
             if formats
         }
-        scores = _scores(self.statistics, self.recipe)
-        return {"errors": errors, "spoiled": rounded, **scores, "pruned": self._pruned(scores["scores_E"], spoiled)}
+        return {"errors": errors, "spoiled": rounded, **self._scores, "pruned": self._pruned(spoiled)}
 
     def changed(self, index: int, changes: Sequence[Change]) -> Iterator[tuple[str, Block]]:
         """The block of every variant that has another in its place."""
@@ -200,29 +200,33 @@ class _Layer:
                 if family_of(own) in change.families
             }
             if PRUNING in change.families and isinstance(self.dense.mlp, MoE):
-                order = self._order(_scores(self.statistics, self.recipe)["scores_E"])
-                new["mlp.bias"] = self._masked(order[: pruned_count(self._allowed(order), change.level)])
+                new["mlp.bias"] = self._masked(self._order[: pruned_count(self._allowed, change.level)])
             if new:
                 yield change.name, with_leaves(self.dense, new)
 
-    def _pruned(self, scores_E: Sequence[float] | None, spoiled: Callable[[Block], float]) -> list[Any]:
+    def _pruned(self, spoiled: Callable[[Block], float]) -> list[Any]:
         """Of the numbers that may be pruned a few: how many, the layer's errors, and how much is spoiled."""
-        mlp = self.dense.mlp
-        if scores_E is None or not isinstance(mlp, MoE):
+        mlp, found = self.dense.mlp, []
+        if not isinstance(mlp, MoE):
             return []
-        order, found = self._order(scores_E), []
         x_TD = self.variants.experts_input(self.dense)
-        for count in tried_counts(self._allowed(order)):
-            error = pruning_error(mlp, x_TD, jnp.isin(jnp.arange(mlp.num_experts), order[:count]))
-            masked = with_leaves(self.dense, {"mlp.bias": self._masked(order[:count])})
+        for count in tried_counts(self._allowed):
+            error = pruning_error(mlp, x_TD, jnp.isin(jnp.arange(mlp.num_experts), self._order[:count]))
+            masked = with_leaves(self.dense, {"mlp.bias": self._masked(self._order[:count])})
             found.append((count, list(map(float, error)), spoiled(masked)))
         return found
 
-    def _order(self, scores_E: Sequence[float]) -> np.ndarray:
-        return order_of_pruning(np.asarray(scores_E), self.dense.config, self.recipe)
+    @cached_property
+    def _scores(self) -> dict[str, Any]:
+        return _scores(self.statistics, self.recipe)
 
-    def _allowed(self, order: np.ndarray) -> np.ndarray:
-        return allowed_counts(order, self.dense.config, self.recipe)
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return order_of_pruning(np.asarray(self._scores["scores_E"]), self.dense.config, self.recipe)
+
+    @cached_property
+    def _allowed(self) -> np.ndarray:
+        return allowed_counts(self._order, self.dense.config, self.recipe)
 
     def _masked(self, pruned: np.ndarray) -> jax.Array:
         bias_E = named_leaves(self.dense)["mlp.bias"]

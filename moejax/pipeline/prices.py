@@ -182,15 +182,6 @@ class Prices:
         return pruned_count(allowed_counts(order, self._config, self._recipe), share)
 
 
-def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
-    """The costs with experts pruned in these orders, at these costs."""
-    experts = {
-        block: replace(menu, order=pruning[block].order, pruning_cost=pruning[block].cost)
-        for block, menu in costs.experts.items()
-    }
-    return replace(costs, experts=experts)
-
-
 def _interpolated(probes: Sequence[PruningProbe], most: int) -> np.ndarray:
     """KL of pruning n = 0 .. most, never falling."""
     counts = [0, *(own.pruned for own in probes)]

@@ -330,15 +330,15 @@ def test_points_are_what_rounding_and_pruning_everything_does(
     prepared: Prepared, original: DeepseekV3, planned_model: Callable[[Plan], DeepseekV3], divergence: Diverges
 ) -> None:
     costs = prepared.costs
-
-    def diverges(**changes: object) -> float:
-        return divergence(planned_model(plan_of(original, **changes)))  # type: ignore[arg-type]
-
+    of_others, of_experts = (
+        divergence(planned_model(plan))
+        for plan in (plan_of(original, others="int2g128"), plan_of(original, experts="int1g128"))
+    )
     total = sum(cost_of(costs, name, "int2g128") for name in costs.names if not name.startswith("mtp."))
-    assert together(prepared, "others", total) == pytest.approx(diverges(others="int2g128"), rel=2e-3)
+    assert together(prepared, "others", total) == pytest.approx(of_others, rel=2e-3)
     experts = [f"layers.{layer}.mlp.experts.{name}" for layer in (1, 2) for name in PROJECTIONS]
     total = sum(cost_of(costs, name, "int1g128") for name in experts)
-    assert together(prepared, "experts", total) == pytest.approx(diverges(experts="int1g128"), rel=2e-3)
+    assert together(prepared, "experts", total) == pytest.approx(of_experts, rel=2e-3)
 
 
 def large_config() -> Config:
@@ -380,6 +380,25 @@ def test_between_the_layers_that_are_probed_slopes_are_interpolated() -> None:
         # Of 0.25 in int2, whose error is 4 for both experts.
         expected = slope_of(EXPERTS_DOWN, layer) * 0.25 / 2 * np.asarray([[1.0, 0.5, 0.25]] * 2)
         np.testing.assert_allclose(prices.of_weight(layer, "mlp.experts.down"), expected)
+
+
+def test_super_experts_are_spared_wherever_they_are_known_to_matter() -> None:
+    """Two experts put out a hundred times what others do: one in an early layer, one in the last quarter of them."""
+    config, recipe = large_config(), Recipe((parse_group_format("int4g128"),))
+    measured = with_slopes(config, recipe, lambda *_: 1.0)
+    early, late, expert = 10, 50, 7
+    peak_E = np.where(np.arange(config.n_routed_experts) == expert, 100.0, 1.0)
+    blocks = {
+        i: replace(own, peak_E=peak_E if i in (early, late) else np.ones(config.n_routed_experts))
+        for i, own in measured.blocks.items()
+    }
+
+    def spared(recipe: Recipe) -> list[int]:
+        pruning = Prices(replace(measured, blocks=blocks), config, recipe).pruning()
+        return [i for i, own in pruning.items() if expert not in own.order]
+
+    assert spared(recipe) == [early]
+    assert spared(replace(recipe, protect_super_experts=False)) == []
 
 
 def test_there_are_as_many_probes_however_many_experts_and_layers() -> None:

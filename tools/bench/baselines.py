@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from moejax.model import Config
 from moejax.model.weights import block_and_name
+from moejax.pipeline.prices import LayerPruning
 from moejax.planning.costs import Costs, Menu
 from moejax.planning.fit import SizeOf
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
@@ -34,6 +35,15 @@ def uniform_plan(costs: Costs, config: Config, kept: Kept, size_of: SizeOf, budg
 def all_experts(costs: Costs) -> Kept:
     """Nothing pruned."""
     return {block: range(menu.num_experts) for block, menu in costs.experts.items()}
+
+
+def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
+    """The costs with experts pruned in these orders, at these costs."""
+    experts = {
+        block: replace(menu, order=pruning[block].order, pruning_cost=pruning[block].cost)
+        for block, menu in costs.experts.items()
+    }
+    return replace(costs, experts=experts)
 
 
 def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:

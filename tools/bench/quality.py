@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from baselines import all_experts, uniform_plan
+from baselines import all_experts, uniform_plan, with_pruning
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.commands.common import read_recipe
 from moejax.errors import InputError
@@ -35,7 +35,7 @@ from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import compress as job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.measure import measure
-from moejax.pipeline.prices import Prices, with_pruning
+from moejax.pipeline.prices import Prices
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import NOT_KEPT
 from moejax.planning import Plan
