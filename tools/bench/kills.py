@@ -1,10 +1,14 @@
-"""A job that is killed again and again ends in the bytes of one that was not.
+"""A job that is stopped again and again ends in the bytes of one that was not.
 
-usage: python tools/bench/kills.py [CHECKPOINT] --folder DIR [--budget 6x] [--kills 50] [--seed 0] [-- MORE OPTIONS]
+usage: python tools/bench/kills.py [CHECKPOINT] --folder DIR [--budget 6x] [--kills 50] [--seed 0] [--full-disk]
+           [-- MORE OPTIONS]
 
 `moejax compress --work` is started, killed by SIGKILL at a random moment of what a run takes, and started again, until
 so many kills have hit; a run that comes to its end first is compared, and the next begins anew. Prints every kill, what
 the run after it took over, and whether all folders were equal. With JAX_COMPILATION_CACHE_DIR set, JAX compiles once.
+
+With `--full-disk` no run is killed: the file system of DIR is filled up, and emptied again once the run has ended. Give
+it a small one of its own, such as `mount -t tmpfs -o size=300M tmpfs DIR`.
 """
 
 import argparse
@@ -14,7 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+# With which a failure of the machine ends.
+FAILED = 1
 
 
 def main() -> None:
@@ -24,6 +33,7 @@ def main() -> None:
     parser.add_argument("--budget", default="6x")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-disk", action="store_true")
     own, more = split_at_dashes(sys.argv[1:])
     options = parser.parse_args(own, argparse.Namespace(more=more))
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -35,17 +45,18 @@ def main() -> None:
     moments, hits, runs = random.Random(options.seed), 0, 0
     while hits < options.kills:
         runs += 1
-        told, killed = run_until(command(options, output, "--work", work), moments.uniform(0, takes))
-        hits += killed
-        killed = killed and not output.exists()  # what is killed behind that has its figures alone to tell
-        print(f"run {runs}: {'killed' if killed else 'done'}; {'; '.join(told) or 'nothing taken over'}", flush=True)
-        if not killed:
+        stop = partial(fill_disk, options.folder / "ballast") if options.full_disk else subprocess.Popen.kill
+        told, stopped = run_until(command(options, output, "--work", work), moments.uniform(0, takes), stop)
+        hits += stopped
+        stopped = stopped and not output.exists()  # what is stopped behind that has its figures alone to tell
+        print(f"run {runs}: {'stopped' if stopped else 'done'}; {'; '.join(told) or 'nothing taken over'}", flush=True)
+        if not stopped:
             compare(whole, output)
             shutil.rmtree(work)
             shutil.rmtree(output)
     subprocess.run(command(options, output, "--work", work), check=True, stdout=subprocess.DEVNULL)
     compare(whole, output)
-    print(f"{hits} kills in {runs} runs; every folder that was finished is equal to the first")
+    print(f"stopped {hits} times in {runs} runs; every folder that was finished is equal to the first")
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -60,19 +71,35 @@ def command(options: argparse.Namespace, output: Path, *more: object) -> list[st
     return [sys.executable, "-m", "moejax", "compress", *map(str, fixed)]
 
 
-def run_until(command: list[str], seconds: float) -> tuple[list[str], bool]:
-    """What a run says that it takes over, and whether it was killed."""
+def run_until(
+    command: list[str], seconds: float, stop: Callable[[subprocess.Popen[str]], object]
+) -> tuple[list[str], bool]:
+    """What a run says that it takes over, and by which sentence it ended if it did before its time; whether it was
+    stopped."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, told = process.communicate(timeout=seconds)
-        killed = False
+        if process.returncode:
+            sys.exit(f"a run failed: {told}")
     except subprocess.TimeoutExpired:
-        process.kill()
+        stop(process)
         _, told = process.communicate()
-        killed = True
-    if not killed and process.returncode:
-        sys.exit(f"a run failed: {told}")
-    return [line.rpartition(": ")[2] for line in told.splitlines() if "taken over" in line], killed
+    lines = told.splitlines()
+    sentences = [line.rpartition(": ")[2] for line in lines if "taken over" in line]
+    if process.returncode == FAILED:
+        sentences.append(lines[-1])
+    return sentences, process.returncode != 0
+
+
+def fill_disk(ballast: Path, process: subprocess.Popen[str]) -> None:
+    """Nothing is left of the disk until the process ends."""
+    with ballast.open("wb", buffering=0) as file:
+        while process.poll() is None:
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:
+                time.sleep(0.01)
+    ballast.unlink()
 
 
 def compare(one: Path, other: Path) -> None:
