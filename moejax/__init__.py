@@ -7,13 +7,13 @@ from moejax.version import __version__
 __all__ = ["__version__", "plan"]
 
 if TYPE_CHECKING:
-    from moejax.pipeline.plan import plan
+    from moejax.pipeline.outlook import plan
 
 
 def __getattr__(name: str) -> Any:
     """`moejax.plan`, imported when it is asked for: JAX takes seconds, and `moejax --help` needs none of it."""
     if name != "plan":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moejax.pipeline.plan import plan
+    from moejax.pipeline.outlook import plan
 
     return plan

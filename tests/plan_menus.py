@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from model_cases import BASE
 from moejax.model import config_from_hf
 from moejax.planning import KEEP, Plan
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 
 FORMATS = ("int2g32", "int4g32", "int8g32", KEEP)
@@ -35,7 +35,7 @@ def block_and_name(full: str) -> tuple[int, str]:
     return int(index) + (CONFIG.num_hidden_layers if kind == "mtp" else 0), own.removeprefix("block.")
 
 
-def made_up_costs() -> Costs:
+def made_up_costs() -> Menus:
     """Costs fall with bytes; two of six experts may go, the last ones first."""
 
     def menu(sizes: Any) -> Menu:
@@ -47,7 +47,7 @@ def made_up_costs() -> Costs:
         return ExpertMenu(menus, np.asarray([5, 4]), np.asarray([0.0, 0.1, 0.3]))
 
     by_block = {block: experts() for block in range(1, CONFIG.num_blocks)}
-    return Costs(tuple(SIZES), menu([*SIZES.values()]), by_block, CONFIG.num_hidden_layers)
+    return Menus(tuple(SIZES), menu([*SIZES.values()]), by_block, CONFIG.num_hidden_layers)
 
 
 def size_of(plan: Plan) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moejax.evaluate.divergence import Evaluation
 from moejax.formats import parse_group_format
-from moejax.pipeline.compress import Planned
+from moejax.pipeline.job import Planned
 from moejax.pipeline.recipe import Recipe
 
 # Fewer than usual: every format is compiled for every shape.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.checkpoint.journal import Journal
-from moejax.pipeline.compress import Result
+from moejax.pipeline.job import Result
 from moejax.pipeline.work import Work, work_in
 
 MADE_OF = {"recipe": "a", "version of moejax": "1"}

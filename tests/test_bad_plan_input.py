@@ -10,7 +10,7 @@ import pytest
 
 from command_line import moejax, refused
 from moejax.checkpoint.toml_file import read_toml, write_toml
-from moejax.pipeline.plan import read_outlook
+from moejax.pipeline.outlook import read_outlook
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.plan import to_json
 from small_checkpoint import CONFIG, random_scores

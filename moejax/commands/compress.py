@@ -24,7 +24,7 @@ from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import Work, work_in

@@ -6,7 +6,7 @@ from pathlib import Path
 from moejax.checkpoint.toml_file import write_toml
 from moejax.commands.common import cost_of_the_run, read_recipe
 from moejax.errors import InputError
-from moejax.pipeline.plan import plan
+from moejax.pipeline.outlook import plan
 from moejax.planning.plan import to_json
 from moejax.report import figures
 from moejax.report.console import print_table

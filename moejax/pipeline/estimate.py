@@ -26,8 +26,8 @@ from moejax.model import DeepseekV3
 from moejax.model.weights import block_name
 from moejax.pipeline.options import order_of_pruning
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu
 from moejax.planning.expert_scores import ExpertScores
+from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Curve, LossCurves
 from moejax.planning.sensitivity import Sensitivity
@@ -45,8 +45,8 @@ _GROUP_SIZE = 128
 
 
 def estimate_costs(
-    allowed: Costs, model: DeepseekV3, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
-) -> Costs:
+    allowed: Menus, model: DeepseekV3, recipe: Recipe, scores: ExpertScores, sensitivity: Sensitivity
+) -> Menus:
     """The options `allowed` of an abstract model with estimated costs, whatever number of experts is pruned."""
     config = model.config
     *errors_F, unit = gaussian_errors([*recipe.formats, TernaryFormat(_GROUP_SIZE)])

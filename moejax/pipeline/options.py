@@ -15,12 +15,12 @@ from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.model.weights import Layout, block_name, row_of
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.prune import min_per_group, pruning_order
 
 
-def options(model: DeepseekV3, recipe: Recipe) -> Costs:
+def options(model: DeepseekV3, recipe: Recipe) -> Menus:
     """All options of a model, concrete or abstract, with no cost yet: 0 if allowed, infinite if not."""
     leaves, weights, layers = named_leaves(model), quantizable(model), model.config.num_hidden_layers
     rows = [_options_of(leaf, _min_bits(name, model, recipe), recipe) for name, leaf in weights.items()]
@@ -30,7 +30,7 @@ def options(model: DeepseekV3, recipe: Recipe) -> Costs:
         i: ExpertMenu(_expert_menus(leaves, f"{block_name(i, layers)}.mlp.experts", recipe), order, counts)
         for i in moe_blocks(model)
     }
-    return Costs(tuple(weights), _menu(rows, recipe), experts, layers)
+    return Menus(tuple(weights), _menu(rows, recipe), experts, layers)
 
 
 def quantizable(model: DeepseekV3) -> dict[str, Leaf]:
@@ -78,7 +78,7 @@ def pruned_count(allowed: np.ndarray, share: float) -> int:
     return int(counts[round(share * (len(counts) - 1))])
 
 
-def limited_counts(costs: Costs, config: Config, recipe: Recipe) -> Costs:
+def limited_counts(costs: Menus, config: Config, recipe: Recipe) -> Menus:
     """The same costs, infinite for numbers of pruned experts that the recipe forbids. Raises as `allowed_counts`."""
     experts = {
         block: replace(menu, pruning_cost=menu.pruning_cost + allowed_counts(menu.order, config, recipe))

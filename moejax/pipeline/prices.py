@@ -30,7 +30,7 @@ from moejax.pipeline.probes import (
     rounding_probes,
 )
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs, ExpertMenu
+from moejax.planning.menus import ExpertMenu, Menus
 from moejax.planning.predict import LossCurves, curve_of
 from moejax.transforms.prune import PruningError, super_experts
 
@@ -73,7 +73,7 @@ class Prices:
         self._slopes = {family: self._slope(by) for family, by in rounding_probes(config, recipe.formats).items()}
         self._pruning_slopes = {share: self._slope(by) for share, by in pruning_probes(config).items()}
 
-    def costs(self, menus: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
+    def costs(self, menus: Menus, pruning: Mapping[int, LayerPruning]) -> Menus:
         """Of every format, allowed or not; `menus` has their bytes."""
         cost_NF = np.stack([np.append(self.of_tensor(name), 0.0) for name in menus.names])
         experts = {}

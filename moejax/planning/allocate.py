@@ -4,12 +4,12 @@ import numpy as np
 
 from moejax.model import Config
 from moejax.model.weights import block_and_name
-from moejax.planning.costs import Costs, Menu
+from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
 from moejax.planning.solve import Choice, menu_survivors
 
 
-def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:
+def plan_of_choice(costs: Menus, choice: Choice, config: Config) -> Plan:
     """The plan that carries a choice out, K and routing scale as in the original."""
     name_of = costs.tensors.formats
     chosen = {name: name_of[f] for name, f in zip(costs.names, choice.tensor_N, strict=True)}
@@ -29,7 +29,7 @@ def plan_of_choice(costs: Costs, choice: Choice, config: Config) -> Plan:
     return Plan(chosen.get("embed", KEEP), chosen.get("head", KEEP), tuple(blocks))
 
 
-def choice_of_plan(costs: Costs, plan: Plan) -> Choice | None:
+def choice_of_plan(costs: Menus, plan: Plan) -> Choice | None:
     """The choice that a plan carries out, K' and routing scales left out; None if it is none of the solver's: formats
     that are no candidates, or experts pruned in another order than the menus'."""
     index_of = {name: f for f, name in enumerate(costs.tensors.formats)}
@@ -56,7 +56,7 @@ def choice_of_plan(costs: Costs, plan: Plan) -> Choice | None:
     return Choice(np.asarray([index_of[target] for target in targets], int), pruned, expert)
 
 
-def smallest_choice(costs: Costs) -> Choice:
+def smallest_choice(costs: Menus) -> Choice:
     """Every weight in its smallest allowed format, as many experts pruned as can be."""
     pruned = {block: menu.most_pruned for block, menu in costs.experts.items()}
     expert = {

@@ -9,7 +9,7 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.model import Config
 from moejax.planning.allocate import choice_of_plan, plan_of_choice, smallest_choice
-from moejax.planning.costs import Costs
+from moejax.planning.menus import Menus
 from moejax.planning.plan import BlockPlan, Method, Plan
 from moejax.planning.predict import LossCurves, Losses
 from moejax.planning.raise_sensitive import raise_most_sensitive
@@ -46,7 +46,7 @@ class Problem:
     beyond the arrays that the solver counts, about; a guess near it saves solves. method: every plan's.
     """
 
-    costs: Costs
+    costs: Menus
     curves: LossCurves
     config: Config
     size_of: SizeOf
@@ -152,7 +152,7 @@ def sentence_of(without_format: Sequence[str]) -> str:
     return f"the recipe has no format that it allows and that saves bytes for {names}{more}, which stay as they are"
 
 
-def losses_of_plan(costs: Costs, plan: Plan) -> Losses | None:
+def losses_of_plan(costs: Menus, plan: Plan) -> Losses | None:
     """The summed costs of any plan; None where `choice_of_plan` finds none, or a format is not allowed."""
     choice = choice_of_plan(costs, plan)
     losses = None if choice is None else choice_losses(costs, choice)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.planning.costs import Costs, Menu
+from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.solve import Choice, menu_survivors
 
 
-def raise_most_sensitive(costs: Costs, budget: int) -> Choice | None:
+def raise_most_sensitive(costs: Menus, budget: int) -> Choice | None:
     """The choice whose weights take at most `budget` bytes; None if not even the smallest format does as base."""
     tensors = _tensors(costs)
     last = len(costs.tensors.formats) - 1
@@ -51,7 +51,7 @@ class _Tensor:
         return level + int(np.argmax(np.isfinite(self.cost_F[level:])))
 
 
-def _tensors(costs: Costs) -> list[_Tensor]:
+def _tensors(costs: Menus) -> list[_Tensor]:
     """Weights outside the experts, then every block's projections."""
     tensors = [_Tensor(*own) for own in zip(costs.tensors.bytes_NF, costs.tensors.cost_NF, strict=True)]
     for menu in costs.experts.values():
@@ -64,7 +64,7 @@ def _together(menu: Menu, rows: np.ndarray) -> _Tensor:
     return _Tensor(np.sum(menu.bytes_NF[rows], axis=0), np.sum(menu.cost_NF[rows], axis=0))
 
 
-def _choice(costs: Costs, formats: list[int]) -> Choice:
+def _choice(costs: Menus, formats: list[int]) -> Choice:
     others = len(costs.names)
     of_experts = iter(formats[others:])
     pruned = {block: menu.most_pruned for block, menu in costs.experts.items()}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.model.weights import in_mtp_block
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Losses
 
@@ -29,7 +29,7 @@ class Choice:
     expert: Mapping[int, Mapping[str, np.ndarray]]
 
 
-def solve(costs: Costs, budget: int, pruning_weight: float = 1.0) -> Choice | None:
+def solve(costs: Menus, budget: int, pruning_weight: float = 1.0) -> Choice | None:
     """The choice of least cost whose weights take at most `budget` bytes; None if not even the smallest does.
 
     `pruning_weight` multiplies the costs of pruning: at infinity as few go as may; below 1 it says that pruning costs
@@ -50,7 +50,7 @@ def solve(costs: Costs, budget: int, pruning_weight: float = 1.0) -> Choice | No
     return _spend_rest(costs, table.choice(table.respond(high)), budget)
 
 
-def choice_bytes(costs: Costs, choice: Choice) -> int:
+def choice_bytes(costs: Menus, choice: Choice) -> int:
     """Bytes of the arrays of all weights that survive."""
     total = int(np.sum(_picked(costs.tensors.bytes_NF, choice.tensor_N)))
     for block, menu in costs.experts.items():
@@ -60,7 +60,7 @@ def choice_bytes(costs: Costs, choice: Choice) -> int:
     return total
 
 
-def choice_losses(costs: Costs, choice: Choice) -> Losses:
+def choice_losses(costs: Menus, choice: Choice) -> Losses:
     """The summed costs of a choice; MTP blocks' cost the model's predictions nothing."""
     counts_N = np.asarray([not in_mtp_block(name) for name in costs.names], bool)
     others = float(np.sum(_picked(costs.tensors.cost_NF, choice.tensor_N), where=counts_N))
@@ -104,7 +104,7 @@ class _Table:
     penalty_BM: np.ndarray
 
     @staticmethod
-    def of(costs: Costs, pruning_weight: float) -> "_Table":
+    def of(costs: Menus, pruning_weight: float) -> "_Table":
         menus = costs.experts.values()
         num_experts = max((menu.num_experts for menu in menus), default=0)
         shape = (len(costs.tensors.formats), len(menus), len(PROJECTIONS), num_experts)
@@ -149,7 +149,7 @@ def _picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _dearest_price(costs: Costs) -> float:
+def _dearest_price(costs: Menus) -> float:
     """A price per byte at which every weight takes its smallest format and every layer prunes all it can."""
     menus = [costs.tensors, *(menu for block in costs.experts.values() for menu in block.menus.values())]
     steepest = max(float(np.max(menu.cost_NF, where=np.isfinite(menu.cost_NF), initial=0.0)) for menu in menus)
@@ -179,7 +179,7 @@ class _Rows:
             start += len(rows)
 
 
-def _rows_of(costs: Costs, choice: Choice) -> _Rows:
+def _rows_of(costs: Menus, choice: Choice) -> _Rows:
     menus, chosen = [costs.tensors], [(choice.tensor_N, np.arange(len(choice.tensor_N)))]
     for block, menu in costs.experts.items():
         kept = menu_survivors(menu, choice.pruned[block])
@@ -191,7 +191,7 @@ def _rows_of(costs: Costs, choice: Choice) -> _Rows:
     return _Rows(bytes_NF, cost_NF, chosen)
 
 
-def _spend_rest(costs: Costs, choice: Choice, budget: int) -> Choice:
+def _spend_rest(costs: Menus, choice: Choice, budget: int) -> Choice:
     """Raise weights, the largest gain per byte first, while an upgrade fits into what is left.
 
     Every weight has its best upgrade in a queue. One that fits when its turn comes is still its weight's best, and of

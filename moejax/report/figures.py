@@ -13,7 +13,7 @@ from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation
 from moejax.evaluate.text import Text
 from moejax.model import Config
-from moejax.pipeline.compress import Planned
+from moejax.pipeline.job import Planned
 from moejax.planning import Plan
 from moejax.planning.size import format_size
 

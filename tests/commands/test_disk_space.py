@@ -9,7 +9,7 @@ import pytest
 
 from command_line import refused
 from moejax.commands import compress
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -7,7 +7,7 @@ import pytest
 
 from command_line import moejax, refused
 from moejax.checkpoint.journal import Journal
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 
 
 def stop(*_: object) -> NoReturn:

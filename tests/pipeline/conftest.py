@@ -10,7 +10,7 @@ from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, read_text
 from moejax.model import DeepseekV3
-from moejax.pipeline.compress import (
+from moejax.pipeline.job import (
     Prepared,
     plan_within,
     prepare,

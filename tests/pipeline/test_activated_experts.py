@@ -11,7 +11,7 @@ from moejax.pipeline.activated_experts import (
     try_activated_experts,
     with_activated_experts,
 )
-from moejax.pipeline.compress import Prepared
+from moejax.pipeline.job import Prepared
 from moejax.pipeline.recipe import Recipe
 from moejax.planning import BlockPlan, Plan
 from moejax.progress import silent

@@ -19,7 +19,7 @@ from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.formats import parse_group_format
 from moejax.model import named_leaves
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.size import parse_budget

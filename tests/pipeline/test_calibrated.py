@@ -11,7 +11,7 @@ from moejax.checkpoint.load import open_checkpoint
 from moejax.formats import Leaf, payload_bytes
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.source import ModelSource, Step, walk
-from moejax.pipeline import compress as main_job
+from moejax.pipeline import job as main_job
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
 from moejax.planning import BlockPlan, Method
 from moejax.progress import silent

@@ -18,7 +18,7 @@ from moejax.formats import ExpertWeights, format_name
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource, model_of
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.shapes import ready
 from moejax.pipeline.work import Work

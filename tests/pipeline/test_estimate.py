@@ -20,8 +20,8 @@ from moejax.pipeline.estimate import (
 )
 from moejax.pipeline.options import options
 from moejax.pipeline.recipe import Recipe
-from moejax.planning.costs import Costs
 from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
+from moejax.planning.menus import Menus
 from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.planning.sensitivity import Sensitivity, sensitivity_from_json
 from moejax.resources import config_path
@@ -48,7 +48,7 @@ def sensitivity() -> Sensitivity:
 
 
 @pytest.fixture(scope="module")
-def costs(model: DeepseekV3, scores: ExpertScores, sensitivity: Sensitivity) -> Costs:
+def costs(model: DeepseekV3, scores: ExpertScores, sensitivity: Sensitivity) -> Menus:
     return estimate_costs(options(model, RECIPE), model, RECIPE, scores, sensitivity)
 
 
@@ -94,7 +94,7 @@ def test_an_error_is_that_of_the_rounded_weights(target: GroupFormat) -> None:
 
 
 def test_a_weight_costs_its_sensitivity_times_the_formats_error(
-    model: DeepseekV3, costs: Costs, sensitivity: Sensitivity, relative_F: np.ndarray
+    model: DeepseekV3, costs: Menus, sensitivity: Sensitivity, relative_F: np.ndarray
 ) -> None:
     allowed = options(model, RECIPE).tensors.cost_NF
     for name, cost_F, allowed_F in zip(costs.names, costs.tensors.cost_NF, allowed, strict=True):
@@ -104,7 +104,7 @@ def test_a_weight_costs_its_sensitivity_times_the_formats_error(
 
 
 def test_a_layers_experts_cost_its_sensitivity_times_the_formats_error_together(
-    model: DeepseekV3, costs: Costs, scores: ExpertScores, sensitivity: Sensitivity, relative_F: np.ndarray
+    model: DeepseekV3, costs: Menus, scores: ExpertScores, sensitivity: Sensitivity, relative_F: np.ndarray
 ) -> None:
     for block, name in [(block, name) for block in (1, 2) for name in PROJECTIONS]:
         cost_EF = costs.experts[block].menus[name].cost_NF
@@ -116,7 +116,7 @@ def test_a_layers_experts_cost_its_sensitivity_times_the_formats_error_together(
 
 
 def test_pruning_costs_in_proportion_to_the_importance_lost(
-    model: DeepseekV3, costs: Costs, scores: ExpertScores, sensitivity: Sensitivity
+    model: DeepseekV3, costs: Menus, scores: ExpertScores, sensitivity: Sensitivity
 ) -> None:
     for block in (1, 2):
         menu, importance_E = costs.experts[block], scores.importance(block)
@@ -126,7 +126,7 @@ def test_pruning_costs_in_proportion_to_the_importance_lost(
         np.testing.assert_allclose(np.diff(menu.pruning_cost), each * importance_E[menu.order], rtol=1e-9)
 
 
-def test_mtp_blocks_count_like_the_last_layer(costs: Costs) -> None:
+def test_mtp_blocks_count_like_the_last_layer(costs: Menus) -> None:
     own, last = costs.experts[3], costs.experts[2]
     np.testing.assert_array_equal(own.order, last.order)
     np.testing.assert_allclose(own.pruning_cost, last.pruning_cost)

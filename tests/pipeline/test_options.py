@@ -13,7 +13,7 @@ from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, IntFormat, payload_bytes
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
-from moejax.pipeline.compress import require_original
+from moejax.pipeline.job import require_original
 from moejax.pipeline.options import (
     allowed_counts,
     limited_counts,
@@ -24,7 +24,7 @@ from moejax.pipeline.options import (
 )
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.allocate import plan_of_choice
-from moejax.planning.costs import Costs
+from moejax.planning.menus import Menus
 from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.planning.solve import Choice, choice_bytes
 from moejax.transforms.compress import compress
@@ -46,7 +46,7 @@ def tiny_model(tiny: Path) -> DeepseekV3:
     return require_original(open_checkpoint(tiny)).abstract_model()
 
 
-def row(costs: Costs, name: str) -> dict[str, tuple[int, float]]:
+def row(costs: Menus, name: str) -> dict[str, tuple[int, float]]:
     """Bytes and cost of one weight by format."""
     n, menu = costs.names.index(name), costs.tensors
     return dict(zip(menu.formats, zip(menu.bytes_NF[n].tolist(), menu.cost_NF[n].tolist(), strict=True), strict=True))
@@ -74,7 +74,7 @@ def test_bytes_of_a_choice_are_those_of_the_model_it_makes(model: DeepseekV3, se
     assert choice_bytes(costs, choice) == payload_bytes([experts, [compressed[name] for name in quantizable(model)]])
 
 
-def random_choice(costs: Costs, random: np.random.RandomState) -> Choice:
+def random_choice(costs: Menus, random: np.random.RandomState) -> Choice:
     """Any allowed format for every weight, any number of experts pruned."""
 
     def any_allowed(cost_NF: np.ndarray) -> np.ndarray:

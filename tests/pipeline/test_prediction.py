@@ -12,7 +12,7 @@ from baselines import all_experts, uniform_plan, with_pruning
 from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.formats import parse_group_format
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 from moejax.pipeline.measure import measure
 from moejax.pipeline.prices import Prices
 from moejax.pipeline.recipe import Recipe

@@ -18,7 +18,7 @@ from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps, Weight
 from moejax.model.moe import MoE
 from moejax.model.steps import run_block
-from moejax.pipeline.compress import Prepared
+from moejax.pipeline.job import Prepared
 from moejax.pipeline.measure import measure
 from moejax.pipeline.measured import BlockMeasures, Measured, Pruned
 from moejax.pipeline.options import options, quantizable
@@ -28,7 +28,7 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import NOT_KEPT
 from moejax.pipeline.working_copy import dense_block, one_bucket, with_leaves
 from moejax.planning import KEEP, BlockPlan, Plan
-from moejax.planning.costs import Costs, Menu
+from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import silent
 from moejax.resources import config_path
@@ -43,16 +43,16 @@ PRUNING_ALONE = Recipe(formats=())
 
 
 @pytest.fixture(scope="module")
-def costs(prepared: Prepared) -> Costs:
+def costs(prepared: Prepared) -> Menus:
     return prepared.problem.costs
 
 
 @pytest.fixture(scope="module")
-def free(original: DeepseekV3) -> Costs:
+def free(original: DeepseekV3) -> Menus:
     return options(original, RECIPE)
 
 
-def menus(costs: Costs) -> list[Menu]:
+def menus(costs: Menus) -> list[Menu]:
     return [costs.tensors, *(menu for block in costs.experts.values() for menu in block.menus.values())]
 
 
@@ -88,7 +88,7 @@ def masked(original: DeepseekV3, layer: int, pruned: np.ndarray) -> dict[str, We
     return {f"layers.{layer}.mlp.bias": masked_bias(bias, np.isin(np.arange(12), pruned))}
 
 
-def cost_of(costs: Costs, name: str, target: str) -> float:
+def cost_of(costs: Menus, name: str, target: str) -> float:
     """Of a weight, or of a projection of all experts of a layer."""
     if ".experts." in name:
         menu = costs.experts[int(name.split(".")[1])].menus[name.rpartition(".")[2]]
@@ -96,7 +96,7 @@ def cost_of(costs: Costs, name: str, target: str) -> float:
     return float(costs.tensors.cost_NF[costs.names.index(name), costs.tensors.formats.index(target)])
 
 
-def test_every_option_has_a_cost_and_only_they_have(costs: Costs, free: Costs) -> None:
+def test_every_option_has_a_cost_and_only_they_have(costs: Menus, free: Menus) -> None:
     assert costs.names == free.names and costs.experts.keys() == free.experts.keys() == {1, 2, 3}
     for measured, allowed in zip(menus(costs), menus(free), strict=True):
         np.testing.assert_array_equal(measured.bytes_NF, allowed.bytes_NF)
@@ -105,13 +105,13 @@ def test_every_option_has_a_cost_and_only_they_have(costs: Costs, free: Costs) -
         assert np.all(measured.cost_NF[:, -1] == 0)
 
 
-def test_formats_that_are_not_allowed_are_measured_too(prepared: Prepared, free: Costs) -> None:
+def test_formats_that_are_not_allowed_are_measured_too(prepared: Prepared, free: Menus) -> None:
     """Plans that the recipe forbids can be predicted with them; here every format fits every weight."""
     assert np.any(np.isinf(free.tensors.cost_NF))
     assert all(np.all(np.isfinite(menu.cost_NF)) for menu in menus(prepared.costs))
 
 
-def test_more_bits_cost_less(costs: Costs) -> None:
+def test_more_bits_cost_less(costs: Menus) -> None:
     for menu in menus(costs):
         # Forbidden formats of few bits are infinite, and differences of them are no numbers.
         with np.errstate(invalid="ignore"):
@@ -161,7 +161,7 @@ def test_within_a_family_a_weight_costs_what_it_spoils_of_the_blocks_output(
         assert ratio == pytest.approx(spoiled[name] / spoiled[names[0]], rel=0.01)
 
 
-def test_mtp_blocks_take_the_last_layers_scales(costs: Costs) -> None:
+def test_mtp_blocks_take_the_last_layers_scales(costs: Menus) -> None:
     """Their errors are their own, so costs differ, but not by orders of magnitude from those of equal weights."""
     for projection in PROJECTIONS:
         own, last = (costs.experts[block].menus[projection].cost_NF[:, 0].sum() for block in (3, 2))

@@ -6,7 +6,7 @@ import pytest
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
-from moejax.pipeline.compress import Prepared
+from moejax.pipeline.job import Prepared
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, try_out
 from moejax.planning import Plan

@@ -7,7 +7,7 @@ import pytest
 
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.pipeline.compress import Prepared
+from moejax.pipeline.job import Prepared
 from moejax.pipeline.variants import Variants
 from moejax.pipeline.working_copy import dense_block
 

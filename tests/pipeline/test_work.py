@@ -8,7 +8,7 @@ import pytest
 
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError, Note
-from moejax.pipeline import compress as main_job
+from moejax.pipeline import job as main_job
 from moejax.pipeline.work import Work, work_in
 from moejax.progress import silent
 from native_checkpoint import files

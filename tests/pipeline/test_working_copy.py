@@ -11,7 +11,7 @@ from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
 from moejax.model.steps import run_block
-from moejax.pipeline.compress import Prepared
+from moejax.pipeline.job import Prepared
 from moejax.pipeline.variants import Variants
 from moejax.pipeline.working_copy import dense_block, in_original_slots, one_bucket, with_leaves
 from moejax.planning import BlockPlan

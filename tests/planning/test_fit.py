@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from moejax.errors import InputError
 from moejax.planning import KEEP, Plan
 from moejax.planning.allocate import plan_of_choice, smallest_choice
-from moejax.planning.costs import Costs, Menu
 from moejax.planning.fit import PRUNING_WEIGHTS, Fitted, Problem, check_budget, losses_of_plan
+from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Curve, LossCurves, Losses
 from moejax.planning.solve import solve
@@ -122,7 +122,7 @@ def test_a_guess_of_the_overhead_saves_solves_and_changes_nothing(budget: int, w
     assert numbers[0] >= numbers[1] >= numbers[2] == (plans[2] is not None)
 
 
-def untied_costs() -> Costs:
+def untied_costs() -> Menus:
     """No two weights' alike, so that a weight a rounding error away chooses the same."""
     random = np.random.RandomState(0)
 
@@ -225,7 +225,7 @@ def test_the_losses_of_a_plan_are_those_it_was_fitted_with(budget: int, weight: 
     assert losses_of_plan(COSTS, fitted.plan) == fitted.losses
 
 
-def forbidding_first_format() -> Costs:
+def forbidding_first_format() -> Menus:
     cost_NF = COSTS.tensors.cost_NF.copy()
     cost_NF[0, 0] = np.inf
     return dataclasses.replace(COSTS, tensors=dataclasses.replace(COSTS.tensors, cost_NF=cost_NF))

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem
+from moejax.planning.menus import Menus
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import LossCurves
 from moejax.planning.raise_sensitive import raise_most_sensitive
@@ -67,7 +67,7 @@ def test_the_most_sensitive_goes_first() -> None:
 def test_a_format_that_may_not_be_used_is_passed_over() -> None:
     cost_NF = COSTS.tensors.cost_NF.copy()
     cost_NF[COSTS.names.index("head"), :2] = np.inf
-    costs = Costs(COSTS.names, type(COSTS.tensors)(FORMATS, COSTS.tensors.bytes_NF, cost_NF), COSTS.experts, 3)
+    costs = Menus(COSTS.names, type(COSTS.tensors)(FORMATS, COSTS.tensors.bytes_NF, cost_NF), COSTS.experts, 3)
     choice = raise_most_sensitive(costs, base_bytes(0) + 600)
     assert choice is not None
     assert choice.tensor_N[costs.names.index("head")] == 2

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moejax.planning.costs import Costs, ExpertMenu, Menu
+from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.planning.predict import Losses
 from moejax.planning.solve import Choice, _spend_rest, choice_bytes, choice_losses, menu_survivors, solve
@@ -37,7 +37,7 @@ def random_menu(random: np.random.RandomState, rows: int, ordered: bool) -> Menu
     return Menu(FORMATS, bytes_NF, cost_NF)
 
 
-def random_costs(seed: int, ordered: bool = True) -> Costs:
+def random_costs(seed: int, ordered: bool = True) -> Menus:
     """Up to four weights, and up to two blocks of three or four experts, of which two cannot go."""
     random = np.random.RandomState(seed)
     tensors = random_menu(random, random.randint(0, 5), ordered)
@@ -48,10 +48,10 @@ def random_costs(seed: int, ordered: bool = True) -> Costs:
         order = random.permutation(num_experts)[: num_experts - 2]
         pruning_cost = np.concatenate([[0.0], np.cumsum(2 * random.exponential(size=len(order)))])
         experts[block] = ExpertMenu(menus, order, pruning_cost)
-    return Costs(tuple(f"layers.{n}.mlp.up" for n in range(len(tensors.cost_NF))), tensors, experts, LAYERS)
+    return Menus(tuple(f"layers.{n}.mlp.up" for n in range(len(tensors.cost_NF))), tensors, experts, LAYERS)
 
 
-def forbidding(costs: Costs, seed: int) -> Costs:
+def forbidding(costs: Menus, seed: int) -> Menus:
     """The same where some numbers of experts may not be pruned, but always at least one may."""
     random = np.random.RandomState(seed)
     experts = {}
@@ -75,7 +75,7 @@ def price_of_pruning(menu: ExpertMenu, pruned: int, weight: float) -> float:
     return weight * cost if np.isfinite(cost) else np.inf
 
 
-def frontier(costs: Costs, pruning_weight: float = 1.0) -> Frontier:
+def frontier(costs: Menus, pruning_weight: float = 1.0) -> Frontier:
     """Every number of bytes that some choice takes, with the least cost among those choices."""
     total = both({0: 0.0}, rows_frontier(costs.tensors, range(len(costs.names))))
     for menu in costs.experts.values():
@@ -125,7 +125,7 @@ def slope(first: tuple[int, float], second: tuple[int, float]) -> float:
     return (second[1] - first[1]) / (second[0] - first[0])
 
 
-def weighted_cost(costs: Costs, choice: Choice, pruning_weight: float) -> float:
+def weighted_cost(costs: Menus, choice: Choice, pruning_weight: float) -> float:
     """The cost with pruning at the price it was solved for, counted one weight at a time."""
     total = sum(costs.tensors.cost_NF[n, f] for n, f in enumerate(choice.tensor_N))
     for block, menu in costs.experts.items():
@@ -136,11 +136,11 @@ def weighted_cost(costs: Costs, choice: Choice, pruning_weight: float) -> float:
     return float(total)
 
 
-def summed(costs: Costs, choice: Choice) -> float:
+def summed(costs: Menus, choice: Choice) -> float:
     return sum(choice_losses(costs, choice))
 
 
-def total_bytes(costs: Costs, choice: Choice) -> int:
+def total_bytes(costs: Menus, choice: Choice) -> int:
     total = sum(costs.tensors.bytes_NF[n, f] for n, f in enumerate(choice.tensor_N))
     for block, menu in costs.experts.items():
         for e in set(range(menu.num_experts)) - set(menu.order[: choice.pruned[block]].tolist()):
@@ -227,7 +227,7 @@ def test_survivors_are_those_behind_the_pruned_in_the_order() -> None:
 
 def test_what_is_left_of_the_budget_buys_the_best_upgrade_that_fits() -> None:
     sizes, costs = np.asarray([[4, 8], [4, 7]]), np.asarray([[9.0, 0], [3.0, 0]])
-    choice = solve(Costs(("layers.0.mlp.up", "head"), Menu(("int1g32", KEEP), sizes, costs), {}, LAYERS), 11)
+    choice = solve(Menus(("layers.0.mlp.up", "head"), Menu(("int1g32", KEEP), sizes, costs), {}, LAYERS), 11)
     # The first weight gains more per byte, but has no room; the second one fits.
     assert choice is not None and choice.tensor_N.tolist() == [0, 1]
 
@@ -236,7 +236,7 @@ def test_the_losses_of_mtp_blocks_do_not_count_and_the_others_are_kept_by_family
     """Whose weights are solved for all the same: their bytes count."""
     menu = Menu(("int1g32", KEEP), np.asarray([[1, 8]] * 3), np.asarray([[1.0, 0]] * 3))
     experts = ExpertMenu(dict.fromkeys(PROJECTIONS, menu), np.asarray([2, 0]), np.asarray([0.0, 10.0, 30.0]))
-    costs = Costs(("head", "layers.0.mlp.up", "mtp.0.eh_proj"), menu, {1: experts, 2: experts}, 2)
+    costs = Menus(("head", "layers.0.mlp.up", "mtp.0.eh_proj"), menu, {1: experts, 2: experts}, 2)
     rounded = np.zeros(3, int)
     choice = Choice(rounded, {1: 1, 2: 2}, {block: dict.fromkeys(PROJECTIONS, rounded) for block in (1, 2)})
     assert choice_losses(costs, choice) == Losses(others=2.0, experts=6.0, pruning=10.0)
@@ -244,7 +244,7 @@ def test_the_losses_of_mtp_blocks_do_not_count_and_the_others_are_kept_by_family
     assert choice_bytes(costs, choice) == 3 + 6 + 3
 
 
-def many_costs(random: np.random.RandomState) -> Costs:
+def many_costs(random: np.random.RandomState) -> Menus:
     """Weights of very different sizes, so that a budget's rest holds many upgrades of some and none of others; equal
     rows among them."""
 
@@ -259,10 +259,10 @@ def many_costs(random: np.random.RandomState) -> Costs:
         block: ExpertMenu({name: menu(4) for name in PROJECTIONS}, np.asarray([1, 6]), np.asarray([0.0, 1.0, 3.0]))
         for block in (3, 4)
     }
-    return Costs(tuple(f"layers.{n}.mlp.up" for n in range(20)), menu(10), experts, LAYERS)
+    return Menus(tuple(f"layers.{n}.mlp.up" for n in range(20)), menu(10), experts, LAYERS)
 
 
-def random_choice(costs: Costs, random: np.random.RandomState) -> Choice:
+def random_choice(costs: Menus, random: np.random.RandomState) -> Choice:
     def formats(menu: Menu) -> Array:
         return np.argmax(np.where(np.isfinite(menu.cost_NF), random.rand(*menu.cost_NF.shape), -1), axis=1)
 
@@ -270,7 +270,7 @@ def random_choice(costs: Costs, random: np.random.RandomState) -> Choice:
     return Choice(formats(costs.tensors), {block: random.randint(3) for block in costs.experts}, expert)
 
 
-def greedy(costs: Costs, choice: Choice, budget: int) -> Choice:
+def greedy(costs: Menus, choice: Choice, budget: int) -> Choice:
     """The upgrade that gains most per byte among all that fit, the first of equals, and again until none fits."""
     rows = [(costs.tensors, choice.tensor_N.copy(), [*range(len(costs.names))])]
     for block, own in costs.experts.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moejax.pipeline.forecast import Forecast, Split
-from moejax.pipeline.plan import SHARES, plan
+from moejax.pipeline.outlook import SHARES, plan
 from moejax.planning.predict import Losses
 from moejax.planning.size import format_size
 from moejax.report.forecast import SPLIT_COLUMNS, forecast_figures, forecast_rows, layer_rows, split_rows

@@ -6,14 +6,14 @@ from dataclasses import replace
 from moejax.model import Config
 from moejax.model.weights import block_and_name
 from moejax.pipeline.prices import LayerPruning
-from moejax.planning.costs import Costs, Menu
 from moejax.planning.fit import SizeOf
+from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import KEEP, PROJECTIONS, BlockPlan, Plan
 
 Kept = Mapping[int, Sequence[int]]
 
 
-def uniform_plan(costs: Costs, config: Config, kept: Kept, size_of: SizeOf, budget: int) -> Plan | None:
+def uniform_plan(costs: Menus, config: Config, kept: Kept, size_of: SizeOf, budget: int) -> Plan | None:
     """The largest width that fits everywhere, the rest of the budget spent raising whole layers from layer 0.
 
     `kept` are the survivors of every block with experts. None if not even the smallest width fits.
@@ -32,12 +32,12 @@ def uniform_plan(costs: Costs, config: Config, kept: Kept, size_of: SizeOf, budg
     return _plan(costs, config, kept, levels, base)
 
 
-def all_experts(costs: Costs) -> Kept:
+def all_experts(costs: Menus) -> Kept:
     """Nothing pruned."""
     return {block: range(menu.num_experts) for block, menu in costs.experts.items()}
 
 
-def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
+def with_pruning(costs: Menus, pruning: Mapping[int, LayerPruning]) -> Menus:
     """The costs with experts pruned in these orders, at these costs."""
     experts = {
         block: replace(menu, order=pruning[block].order, pruning_cost=pruning[block].cost)
@@ -46,7 +46,7 @@ def with_pruning(costs: Costs, pruning: Mapping[int, LayerPruning]) -> Costs:
     return replace(costs, experts=experts)
 
 
-def _plan(costs: Costs, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:
+def _plan(costs: Menus, config: Config, kept: Kept, levels: Sequence[int], outer: int) -> Plan:
     """Formats by their index in the ladder: per block, and for embedding and head. Floors do not apply."""
     name_of, menu = costs.tensors.formats, costs.tensors
     row_of = {name: n for n, name in enumerate(costs.names)}

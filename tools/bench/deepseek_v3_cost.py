@@ -17,7 +17,7 @@ from statistics import mean
 
 from moejax.machine import peak_memory
 from moejax.pipeline.forecast import Forecast
-from moejax.pipeline.plan import Outlook, forecast, read_outlook, split
+from moejax.pipeline.outlook import Outlook, forecast, read_outlook, split
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.predict import LossCurves
 from moejax.planning.size import format_size, parse_size

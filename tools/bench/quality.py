@@ -32,7 +32,7 @@ from moejax.commands.common import read_recipe
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
-from moejax.pipeline import compress as job
+from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.measure import measure
 from moejax.pipeline.prices import Prices

@@ -10,7 +10,7 @@ import pytest
 import moejax
 from moejax.errors import InputError
 from moejax.pipeline.forecast import Forecast
-from moejax.pipeline.plan import SHARES, plan, read_outlook
+from moejax.pipeline.outlook import SHARES, plan, read_outlook
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.parameters import count_parameters
 from moejax.planning.plan import from_json, to_json

@@ -25,10 +25,10 @@ from moejax.pipeline.options import limited_counts, options
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.shapes import Shapes, copied_files, shapes_for
 from moejax.planning.allocate import smallest_choice
-from moejax.planning.costs import Costs
 from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
 from moejax.planning.fit import PRUNING_WEIGHTS, Problem, check_budget, sentence_of
 from moejax.planning.memory import check_context, device_memory
+from moejax.planning.menus import Menus
 from moejax.planning.parameters import count_parameters
 from moejax.planning.plan import PROJECTIONS
 from moejax.planning.sensitivity import Sensitivity, sensitivity_from_json
@@ -90,7 +90,7 @@ class Outlook:
     recipe: Recipe
     scores: ExpertScores
     sensitivity: Sensitivity
-    unlimited: Costs
+    unlimited: Menus
     problem: Problem
     smallest: int
 
@@ -230,7 +230,7 @@ def _predicted(problem: Problem, budget: int, pruning_weight: float) -> float:
     return float("inf") if solved is None else problem.predicted(choice_losses(problem.costs, solved[0]))
 
 
-def _expert_bits(costs: Costs, choice: Choice, config: Config) -> float:
+def _expert_bits(costs: Menus, choice: Choice, config: Config) -> float:
     """Bits per weight of the experts kept."""
     size = kept = 0
     for block, menu in costs.experts.items():

@@ -17,7 +17,7 @@ from moejax.evaluate.text import read_text
 from moejax.formats import ExpertWeights, describe, format_name
 from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import with_activated_experts
-from moejax.pipeline.compress import (
+from moejax.pipeline.job import (
     Prepared,
     check,
     plan_within,

@@ -35,8 +35,8 @@ from moejax.pipeline.trial import Trials
 from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.pipeline.write import write_plan
 from moejax.planning import Method, Plan
-from moejax.planning.costs import Costs
 from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
+from moejax.planning.menus import Menus
 from moejax.planning.plan import ranges
 from moejax.planning.predict import LossCurves
 from moejax.progress import Progress, silent
@@ -62,7 +62,7 @@ class Prepared:
     shapes: Shapes
     recipe: Recipe
     trials: Trials
-    costs: Costs
+    costs: Menus
     pruning: Mapping[int, LayerPruning]
     problem: Problem
 

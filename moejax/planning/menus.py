@@ -45,7 +45,7 @@ class ExpertMenu:
 
 
 @dataclass(frozen=True)
-class Costs:
+class Menus:
     """Everything the solver needs: weights outside the routed experts by name, and the experts by block index.
 
     Blocks from `num_layers` on are MTP blocks: the model's own predictions do not depend on them.
@@ -68,7 +68,7 @@ class Costs:
         )
         return tuple(name for name, has_format in (*tensors, *experts) if not has_format)
 
-    def within(self, allowed: "Costs") -> "Costs":
+    def within(self, allowed: "Menus") -> "Menus":
         """The same costs where formats are allowed (0 in `allowed`), infinite where they are not."""
 
         def limited(menu: Menu, by: Menu) -> Menu:
@@ -80,7 +80,7 @@ class Costs:
         }
         return replace(self._with_menus(menus), tensors=limited(self.tensors, allowed.tensors))
 
-    def with_experts_weighing(self, weight: float) -> "Costs":
+    def with_experts_weighing(self, weight: float) -> "Menus":
         """The same with the costs of rounding experts multiplied."""
         menus = {
             block: {name: replace(menu, cost_NF=weight * menu.cost_NF) for name, menu in own.menus.items()}
@@ -88,7 +88,7 @@ class Costs:
         }
         return self._with_menus(menus)
 
-    def _with_menus(self, menus: Mapping[int, Mapping[str, Menu]]) -> "Costs":
+    def _with_menus(self, menus: Mapping[int, Mapping[str, Menu]]) -> "Menus":
         experts = {block: replace(own, menus=menus[block]) for block, own in self.experts.items()}
         return replace(self, experts=experts)
 
