@@ -69,6 +69,12 @@ def bounded_mappings() -> Iterator[None]:
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def kept_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a job compiles, the next one of the same process needs."""
+    monkeypatch.setattr("moejax.machine.forget_programs", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
     """Optimizations again, for what computes longer than it compiles."""

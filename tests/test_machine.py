@@ -2,6 +2,8 @@ import mmap
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from moejax import machine
@@ -106,3 +108,31 @@ def test_this_process_holds_what_it_fills() -> None:
     assert before + 40_000_000 < machine.resident_memory() <= machine.peak_memory()
     assert machine.resident_memory() <= machine.available_memory()
     filled.close()
+
+
+def test_what_was_freed_in_the_midst_of_what_is_held_goes_back_to_the_system() -> None:
+    """Blocks that are too small to be mapped by themselves; every other stays, so that no end of the heap is free."""
+    size, blocks = 64 * KB, 4096
+    before = machine.resident_memory()
+    held = [bytearray(size) for _ in range(blocks)]
+    del held[::2]
+    machine.return_freed()
+    assert machine.resident_memory() - before < 0.75 * size * blocks
+    assert len(held) == blocks // 2
+
+
+def test_programs_that_are_forgotten_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    traced = []
+
+    @jax.jit
+    def twice(x: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return 2 * x
+
+    twice(jnp.ones(3))
+    twice(jnp.ones(3))
+    assert len(traced) == 1
+    machine.forget_programs()
+    twice(jnp.ones(3))
+    assert len(traced) == 2

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moejax import machine
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import abstract_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
@@ -270,6 +271,7 @@ def _evaluation_of(
     read, wave = read_within(ledger_of(None), asked, output, len(chunks), progress)
 
     def evaluated() -> Evaluation:
+        machine.forget_programs()  # packed blocks compile their own
         compressed, original = read(open_checkpoint(output)), read(checkpoint)
         return evaluate(compressed, chunks, original, batch=batch, wave=wave, progress=progress)
 

@@ -11,6 +11,7 @@ from moejax.errors import InputError
 from moejax.evaluate.divergence import compare, head_log_probabilities
 from moejax.formats import Leaf
 from moejax.kernels import take
+from moejax.machine import return_freed
 from moejax.model import Config, require_tokens
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
@@ -53,6 +54,7 @@ class Variants:
         for name in list(self.changed):
             behind[name] = run_block(block, self.changed.pop(name), self.by).block_until_ready()
         self.changed = behind
+        return_freed()  # the states before this block, and what rounding and running it took
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `restore` goes on from."""
