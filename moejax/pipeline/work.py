@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from moejax.checkpoint.atomic import sync
 from moejax.checkpoint.journal import Journal
@@ -60,19 +59,24 @@ class Work:
         if self.folder is None:
             return
         beside = self.folder / f".{stage}.partial"
-        arrays = {f"{_STATES}{name}": np.ascontiguousarray(own) for name, own in states.items()}
-        save_file({_PASSED: np.asarray([passed]), **arrays}, beside)
-        sync(beside)
+        arrays = {f"{_STATES}{name}": own for name, own in states.items()}
+        try:
+            with beside.open("wb") as file:
+                np.savez(file, allow_pickle=False, **{_PASSED: np.asarray(passed)}, **arrays)
+            sync(beside)
+        except OSError as error:  # of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, str(beside)) from None
         beside.replace(self._states_file(stage))
 
     def states(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:
-        """What `keep_states` kept last; None if that is nothing, or cannot be read."""
+        """What `keep_states` kept last; None if that is nothing, or its bytes are others now."""
         if self.folder is None:
             return None
         try:
-            arrays = load_file(self._states_file(stage))
-            passed = int(arrays.pop(_PASSED)[0])
-        except (OSError, SafetensorError, LookupError):
+            with self._states_file(stage).open("rb") as stream, np.load(stream) as file:  # which compares checksums
+                arrays = dict(file)
+            passed = int(arrays.pop(_PASSED))
+        except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
             return None
         return passed, {name.removeprefix(_STATES): own for name, own in arrays.items()}
 
@@ -84,7 +88,7 @@ class Work:
     def _states_file(self, stage: str) -> Path:
         """Another job's states in the same folder have other names."""
         assert self.folder is not None and self.job is not None
-        return self.folder / f"{stage}-{sha256(self.job.encode()).hexdigest()[:16]}.safetensors"
+        return self.folder / f"{stage}-{sha256(self.job.encode()).hexdigest()[:16]}.npz"
 
     @property
     def job(self) -> str | None:

@@ -1,5 +1,7 @@
 """A job that is stopped and begun again goes on where it was, and its folder is that of one that was not."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,13 +75,33 @@ def test_states_are_those_of_the_last_part_and_of_their_own_job(tmp_path: Path) 
     with work_in(tmp_path, MADE_OF | {"recipe": "b"}) as work:
         assert work.states("s") is None
     (tmp_path / "measured.jsonl").unlink()
-    (file,) = tmp_path.glob("s-*.safetensors")
-    file.write_bytes(file.read_bytes()[:-3])
     with work_in(tmp_path, MADE_OF) as work:
-        assert work.states("s") is None
         work.keep_states("s", 1, states)
         work.drop_states("s")
-        assert work.states("s") is None and not list(tmp_path.glob("*.safetensors"))
+        assert work.states("s") is None and not list(tmp_path.glob("*.npz"))
+
+
+def test_states_whose_bytes_are_others_now_are_none(tmp_path: Path) -> None:
+    with work_in(tmp_path, MADE_OF) as work:
+        work.keep_states("s", 0, {"a": np.ones(1000, np.float32)})
+        (file,) = tmp_path.glob("s-*.npz")
+        whole = file.read_bytes()
+        for damaged in (whole[:-3], whole[:100], b"", whole.replace(b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e", 1)):
+            assert damaged != whole
+            file.write_bytes(damaged)
+            assert work.states("s") is None
+        file.write_bytes(whole)
+        assert work.states("s") is not None
+
+
+def test_a_full_disk_is_said_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    with work_in(tmp_path, MADE_OF) as work, pytest.raises(OSError, match="No space left") as error:
+        work.keep_states("s", 0, {"a": np.ones(3)})
+    assert error.value.filename == str(tmp_path / ".s.partial")
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:

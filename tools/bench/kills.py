@@ -87,6 +87,8 @@ def run_until(
     lines = told.splitlines()
     sentences = [line.rpartition(": ")[2] for line in lines if "taken over" in line]
     if process.returncode == FAILED:
+        if not lines[-1].startswith("moejax: "):
+            sys.exit(f"a run ended without a sentence: {told}")
         sentences.append(lines[-1])
     return sentences, process.returncode != 0
 
