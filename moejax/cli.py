@@ -24,6 +24,13 @@ CheckpointArg = Annotated[
 JsonArg = Annotated[Path | None, arg(help="write every printed figure to this file")]
 TextArg = Annotated[Path | None, arg(help="UTF-8 text to evaluate on; without it, the test files that numpy ships")]
 BudgetArg = Annotated[str | None, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")]
+FitArg = Annotated[
+    str | None, arg(help="memory of the device that is to decode the result, 128GB: without --budget, all it can hold")
+]
+ContextArg = Annotated[
+    int | None, arg(help="tokens in the latent cache of every sequence; without it 4096, or the model's limit")
+]
+BatchArg = Annotated[int, arg(help="sequences decoded at once")]
 RecipeArg = Annotated[str, arg(help="a recipe that comes with moejax (fast, best, paper, equal_groups) or a TOML file")]
 PlanArg = Annotated[Path | None, arg(help="carry out this plan, written by `moejax plan`, instead of measuring one")]
 MemoryArg = Annotated[
@@ -148,15 +155,13 @@ def bench(
 def plan(
     config: Annotated[Positional[str], arg(help="deepseek_v3, kimi_k2, moonlight_16b_a3b, or a config.json")],
     *,
-    budget: Annotated[str, arg(help="bytes of the whole output folder: 103GB, 96GiB, or 6x less than BF16")],
+    budget: BudgetArg = None,
+    fit: FitArg = None,
     expert_scores: Annotated[
         Path | None, arg(help="routing statistics (JSON); without it, those that come with moejax for this model")
     ] = None,
-    memory: Annotated[str | None, arg(help="the device's memory: 128GB, 96GiB")] = None,
-    context: Annotated[
-        int | None, arg(help="tokens in the latent cache of every sequence; without it 4096, or the model's limit")
-    ] = None,
-    batch: Annotated[int, arg(help="sequences decoded at once")] = 1,
+    context: ContextArg = None,
+    batch: BatchArg = 1,
     recipe: RecipeArg = "fast",
     drop_mtp: DropMtpArg = False,
     output: Annotated[Path | None, arg(help="write the plan to this TOML file, for `moejax compress --plan`")] = None,
@@ -165,7 +170,7 @@ def plan(
     """What would fit, and what would it cost: a plan for a model from its config alone, exact in bytes."""
     from moejax.commands.plan import run_plan
 
-    run_plan(config, budget, expert_scores, memory, context, batch, recipe, drop_mtp, output, json)
+    run_plan(config, budget, fit, expert_scores, context, batch, recipe, drop_mtp, output, json)
 
 
 @app.command

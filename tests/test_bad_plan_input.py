@@ -56,7 +56,7 @@ def test_a_malformed_budget(small: Path, tmp_path: Path, budget: str) -> None:
 
 @pytest.mark.parametrize("memory", ["lots", "128", "6x", ""])
 def test_a_memory_that_is_no_size(small: Path, tmp_path: Path, memory: str) -> None:
-    message = refused(tmp_path, *plan_of(small, "--memory", memory))
+    message = refused(tmp_path, *plan_of(small, "--fit", memory))
     assert f"{memory!r} is no size; accepted are sizes such as 103GB" in message
 
 

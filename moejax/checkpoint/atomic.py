@@ -69,10 +69,17 @@ def write_text(output: Path, text: str) -> None:
         with atomic_file(output) as stream:
             stream.write(text.encode())
         return
-    try:
+    with naming(output):
         output.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """OSErrors of the block, which where a disk is full name no file, are raised naming `path`."""
+    try:
+        yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def clear_folder(folder: Path, but: Collection[str] = ()) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moejax.checkpoint.atomic import sync
+from moejax.checkpoint.atomic import naming, sync
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Journal:
         self._write("ab", "\n" + line)  # the line break comes first: it ends a line that was cut short
 
     def _write(self, mode: str, text: str) -> None:
-        with self.file.open(mode) as stream:
-            stream.write(text.encode())
-        sync(self.file)
-        sync(self.file.parent)
+        with naming(self.file):
+            with self.file.open(mode) as stream:
+                stream.write(text.encode())
+            sync(self.file)
+            sync(self.file.parent)
 
     def _lines(self) -> list[Any]:
         """At least one; None where a process was killed while it wrote."""

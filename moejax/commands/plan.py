@@ -15,9 +15,9 @@ from moejax.report.forecast import SPLIT_COLUMNS, forecast_figures, forecast_row
 
 def run_plan(
     config: str,
-    budget: str,
+    budget: str | None,
+    fit: str | None,
     expert_scores: Path | None,
-    memory: str | None,
     context: int | None,
     batch: int,
     recipe: str,
@@ -34,8 +34,8 @@ def run_plan(
     forecast = plan(
         config,
         budget,
+        fit=fit,
         expert_scores=expert_scores,
-        memory=memory,
         context=context,
         batch=batch,
         recipe=read_recipe(recipe),

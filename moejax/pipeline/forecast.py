@@ -45,12 +45,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan and what it makes of the model. elements: numbers of the original checkpoint, two bytes each in BF16.
+    """A plan and what it makes of the model. budget: bytes that its folder may take, None if all that `memory_limit`,
+    the device's memory, allows. elements: numbers of the original checkpoint, two bytes each in BF16.
     dropped_mtp: how many of its MTP blocks were left out. without_format: weights that no plan of the recipe rounds."""
 
     plan: Plan
     config: Config
-    budget: int
+    budget: int | None
     elements: int
     dropped_mtp: int
     before: Parameters

@@ -20,6 +20,7 @@ from moejax.formats import byte_parts, payload_bytes
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import candidates
 from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
+from moejax.pipeline.fit_device import Device, context_for, fit_device
 from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
 from moejax.pipeline.options import limited_counts, options
 from moejax.pipeline.recipe import Recipe
@@ -27,7 +28,7 @@ from moejax.pipeline.shapes import Shapes, copied_files, shapes_for
 from moejax.planning.allocate import smallest_choice
 from moejax.planning.expert_scores import ExpertScores, equal_scores, expert_scores_from_json
 from moejax.planning.fit import PRUNING_WEIGHTS, Problem, check_budget, sentence_of
-from moejax.planning.memory import check_context, device_memory
+from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
 from moejax.planning.parameters import count_parameters
 from moejax.planning.plan import PROJECTIONS
@@ -36,7 +37,6 @@ from moejax.planning.size import parse_budget, parse_size
 from moejax.planning.solve import Choice, choice_bytes, choice_losses, menu_survivors
 from moejax.resources import config_path
 
-DEFAULT_CONTEXT = 4096
 # Rounds in which the price of pruning is refined, two solves each.
 _REFINEMENTS = 3
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -44,10 +44,10 @@ SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 def plan(
     config: str | Path,
-    budget: str | int,
+    budget: str | int | None = None,
     *,
+    fit: str | int | None = None,
     expert_scores: Path | str | None = None,
-    memory: str | int | None = None,
     context: int | None = None,
     batch: int = 1,
     recipe: Recipe | None = None,
@@ -58,10 +58,10 @@ def plan(
     Args:
       config: the name of a model that comes with moejax (deepseek_v3, kimi_k2, moonlight_16b_a3b), or a Hugging Face
         config file; tokenizer files beside it are counted, as `compress` copies them.
-      budget: bytes of the whole output folder, or a text such as "103GB" or "6x".
+      budget: bytes of the whole output folder, or a text such as "103GB" or "6x"; without it, as many as `fit` allows.
+      fit: memory of the device that is to decode the result, in bytes or as a text.
       expert_scores: routing statistics (see `planning.expert_scores`); without it those that come with moejax for a
         model of that name, and where there are none all experts are taken to be alike.
-      memory: of the device, in bytes or as a text.
       context: tokens of every sequence that it decodes; without it 4096, or the model's limit. batch: sequences.
       recipe: what may be done; without it the default recipe.
       drop_mtp: leave MTP blocks out; budgets such as "6x" are still of the original with them.
@@ -69,12 +69,9 @@ def plan(
     Raises InputError for what cannot be read or met.
     """
     outlook = read_outlook(config, expert_scores, recipe or Recipe(), drop_mtp)
-    limit = parse_size(memory) if isinstance(memory, str) else memory
+    memory = parse_size(fit) if isinstance(fit, str) else fit
     size = parse_budget(budget, outlook.elements) if isinstance(budget, str) else budget
-    longest = outlook.config.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, longest) if context is None else context
-    check_context(context, batch, longest)
-    return forecast(outlook, size, limit, context, batch)
+    return forecast(outlook, size, memory, context_for(context, batch, outlook.config), batch)
 
 
 @dataclass(frozen=True)
@@ -159,13 +156,28 @@ def _read_scores(name: str, given: Path | str | None, config: Config) -> ExpertS
     return expert_scores_from_json(read_json_object(known), config, str(known))
 
 
-def forecast(outlook: Outlook, budget: int, memory: int | None, context: int, batch: int) -> Forecast:
-    """Solve for a budget and put the figures together."""
-    problem = outlook.problem
-    without_format = problem.costs.without_format
-    check_budget(outlook.smallest, budget, payload_bytes(outlook.original), without_format)
+def forecast(outlook: Outlook, budget: int | None, memory: int | None, context: int, batch: int) -> Forecast:
+    """Solve for a budget, or without one for a device's memory, and put the figures together."""
+    without_format = outlook.problem.costs.without_format
+    if budget is not None:
+        check_budget(outlook.smallest, budget, payload_bytes(outlook.original), without_format)
+        found = _forecast(outlook, budget, context, batch)
+    elif memory is not None:
+        device = Device(memory, context, batch)
+
+        def planned(problem: Problem, room: int) -> Forecast:
+            return _forecast(replace(outlook, problem=problem), room, context, batch)
+
+        found = fit_device(device, outlook.problem, outlook.shapes, planned, lambda own: own.memory)
+    else:
+        raise InputError("neither --budget nor --fit is given; a budget such as 103GB or a device's memory is needed")
     if without_format:
         note(sentence_of(without_format))
+    return replace(found, budget=budget, memory_limit=memory)
+
+
+def _forecast(outlook: Outlook, budget: int, context: int, batch: int) -> Forecast:
+    problem = outlook.problem
     if outlook.recipe.allocation == "raise":
         fitted = problem.fit_raised(budget) or problem.smallest()
     else:
@@ -175,7 +187,7 @@ def forecast(outlook: Outlook, budget: int, memory: int | None, context: int, ba
     return Forecast(
         plan=fitted.plan,
         config=outlook.config,
-        budget=budget,
+        budget=None,
         elements=outlook.elements,
         dropped_mtp=outlook.dropped_mtp,
         before=count_parameters(outlook.shapes.model),
@@ -185,19 +197,19 @@ def forecast(outlook: Outlook, budget: int, memory: int | None, context: int, ba
         parts=byte_parts(list(leaves.values())),
         layers=layer_forecasts(fitted.plan, outlook.config, outlook.scores),
         memory=device_memory(compressed, context, batch),
-        memory_limit=memory,
+        memory_limit=None,
         losses=fitted.losses,
         predicted=problem.predicted(fitted.losses),
         splits=tuple(split(outlook, budget, share) for share in SHARES),
         pruned_by=criterion_of(outlook.recipe),
         scores_source=outlook.scores.source,
         sensitivity_source=outlook.sensitivity.source,
-        without_format=without_format,
+        without_format=problem.costs.without_format,
     )
 
 
 def split(outlook: Outlook, budget: int, share: float) -> Split:
-    """The solver's plan that keeps this share of every layer's experts."""
+    """The solver's plan that keeps this share of each layer's experts, for so many bytes of what the problem counts."""
     try:
         costs = limited_counts(outlook.unlimited, outlook.config, replace(outlook.recipe, share_kept=share))
     except InputError:  # routing needs more experts than the share leaves

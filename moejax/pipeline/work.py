@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.checkpoint.atomic import sync
+from moejax.checkpoint.atomic import naming, sync
 from moejax.checkpoint.journal import Journal
 from moejax.errors import InputError, note
 
@@ -60,12 +60,10 @@ class Work:
             return
         beside = self.folder / f".{stage}.partial"
         arrays = {f"{_STATES}{name}": own for name, own in states.items()}
-        try:
+        with naming(beside):
             with beside.open("wb") as file:
                 np.savez(file, allow_pickle=False, **{_PASSED: np.asarray(passed)}, **arrays)
             sync(beside)
-        except OSError as error:  # of a full disk, which names no file
-            raise OSError(error.errno, error.strerror, str(beside)) from None
         beside.replace(self._states_file(stage))
 
     def states(self, stage: str) -> tuple[int, dict[str, np.ndarray]] | None:

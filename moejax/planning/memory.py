@@ -63,8 +63,12 @@ def device_memory(model: DeepseekV3, context: int, batch: int) -> DeviceMemory:
     blocks = largest_of_each_kind(list(model.layers))
     taken = [_block_workspace(model, block, _PROBED_CONTEXT, batch) for block in blocks]
     workspace = max(*taken, _head_workspace(model, batch))
-    weights = payload_bytes([model.embed, *model.layers, model.norm, model.head])
-    return DeviceMemory(weights, batch * bytes_per_token(c, DTYPE), workspace, context, batch)
+    return DeviceMemory(weight_bytes(model), batch * bytes_per_token(c, DTYPE), workspace, context, batch)
+
+
+def weight_bytes(model: DeepseekV3) -> int:
+    """Bytes of the arrays that decoding needs: all but MTP blocks'."""
+    return payload_bytes([model.embed, *model.layers, model.norm, model.head])
 
 
 def _block_workspace(model: DeepseekV3, block: Block, context: int, batch: int) -> int:

@@ -50,9 +50,9 @@ def _parameter_rows(forecast: Forecast) -> Rows:
 
 
 def _byte_rows(forecast: Forecast) -> Rows:
-    size, parts = forecast.bytes, forecast.parts
+    size, parts, budget = forecast.bytes, forecast.parts, forecast.budget
     return [
-        ("budget", f"{format_size(forecast.budget)} ({forecast.budget} bytes)"),
+        ("budget", "what the device holds" if budget is None else f"{format_size(budget)} ({budget} bytes)"),
         ("folder", f"{format_size(size.total)} ({size.total} bytes)"),
         ("  weights", f"{parts.codes} bytes"),
         ("  scales", f"{parts.scales} bytes"),

@@ -58,7 +58,7 @@ def done(
         recipe.write_text(config_path("recipes", "best").read_text() + "rotation = true\n")
     plan, output = folder / "plan.toml", folder / "out"
     arguments = [small_fp8 / "config.json", "--budget", budget, "--recipe", recipe, *options_of(small_scores)]
-    printed = run("plan", *arguments, "--memory", "8MB", "--output", plan, "--json", folder / "plan.json")
+    printed = run("plan", *arguments, "--fit", "8MB", "--output", plan, "--json", folder / "plan.json")
     planned = json.loads((folder / "plan.json").read_text())
     run("compress", small_fp8, "--plan", plan, "--output", output, "--json", folder / "out.json", *text_options)
     return Done(plan, planned, printed, output, json.loads((folder / "out.json").read_text()))

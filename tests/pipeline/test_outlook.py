@@ -23,7 +23,7 @@ GB = 10**9
 @pytest.fixture(scope="module")
 def large() -> Forecast:
     """DeepSeek-V3 at 103 GB: the one expensive plan of the tests."""
-    return plan("deepseek_v3", "103GB", memory="128GB", context=32768, batch=2)
+    return plan("deepseek_v3", "103GB", fit="128GB", context=32768, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +144,8 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def test_sizes_are_texts_or_numbers_and_the_default_recipe_is_the_default(config_file: Path) -> None:
-    written = plan(str(config_file), "1MB", memory="8MB", context=512, recipe=Recipe())
-    number = plan(config_file, 10**6, memory=8 * 10**6, context=512)
+    written = plan(str(config_file), "1MB", fit="8MB", context=512, recipe=Recipe())
+    number = plan(config_file, 10**6, fit=8 * 10**6, context=512)
     assert written == number
     assert written.bytes.total <= 10**6 and written.memory_limit == 8 * 10**6
 

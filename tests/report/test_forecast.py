@@ -15,7 +15,7 @@ from moejax.report.forecast import SPLIT_COLUMNS, forecast_figures, forecast_row
 
 @pytest.fixture(scope="module")
 def forecast(small_fp8: Path, small_scores: Path) -> Forecast:
-    return plan(small_fp8 / "config.json", "508KB", expert_scores=small_scores, memory="4MB", context=1024)
+    return plan(small_fp8 / "config.json", "508KB", expert_scores=small_scores, fit="4MB", context=1024)
 
 
 @pytest.fixture
