@@ -51,6 +51,9 @@ def compress(
     checkpoint: CheckpointArg = None,
     *,
     budget: BudgetArg = None,
+    fit: FitArg = None,
+    context: ContextArg = None,
+    batch: Annotated[int | None, arg(help="sequences decoded at once; without it 1")] = None,
     output: Annotated[Path, arg(help="the folder to write; it must not exist")],
     recipe: Annotated[
         str | None, arg(help="a recipe that comes with moejax (fast, best, paper, equal_groups) or a TOML file")
@@ -70,7 +73,8 @@ def compress(
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
 
-    run_compress(checkpoint, budget, output, recipe, plan, calibration, calibration_chunks, text, drop_mtp, work, json)
+    texts = (calibration, calibration_chunks, text)
+    run_compress(checkpoint, budget, fit, context, batch, output, recipe, plan, *texts, drop_mtp, work, json)
 
 
 @app.command

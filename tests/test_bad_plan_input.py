@@ -220,7 +220,36 @@ def test_a_plan_and_a_recipe(small: Path, text_options: list[object], tmp_path: 
 
 def test_neither_a_budget_nor_a_plan(small: Path, text_options: list[object], tmp_path: Path) -> None:
     message = refused(tmp_path, "compress", small, "--output", tmp_path / "out", *text_options)
-    assert "neither --budget nor --plan is given; a budget such as 6x or a plan is needed" in message
+    assert "neither --budget nor --fit nor --plan is given; a budget such as 6x or a plan is needed" in message
+
+
+def test_neither_a_budget_nor_a_devices_memory(small: Path, tmp_path: Path) -> None:
+    message = refused(tmp_path, "plan", small / "config.json", "--context", 1024)
+    assert "neither --budget nor --fit is given; a budget such as 103GB or a device's memory is needed" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--fit", "1MB", "--budget", "6x"], "--budget and --fit each say how large the result may be"),
+        (["--fit", "1MB", "--plan"], "--fit says how large a plan is to be and --plan gives one"),
+        (
+            ["--budget", "6x", "--context", 64],
+            "--context and --batch say what a device is to decode; its memory, --fit",
+        ),
+        (["--budget", "6x", "--batch", 2], "--context and --batch say what a device is to decode; its memory"),
+        (["--fit", "1MB", "--context", 10**9], "a context of 1000000000 tokens is beyond the model"),
+        (["--fit", "1MB", "--batch", 0], "a batch of 0 is none"),
+        (["--fit", "much"], "'much' is no size"),
+        (["--fit", "9KB"], "no plan decodes 1 x 2048 tokens in 9.00 KB"),
+    ],
+)
+def test_sizes_by_a_device_that_do_not_go(
+    small: Path, small_plan: Path, text_options: list[object], tmp_path: Path, options: list[object], reason: str
+) -> None:
+    given = [*options, small_plan] if options[-1] == "--plan" else options
+    message = refused(tmp_path, "compress", small, "--output", tmp_path / "out", *given, *text_options)
+    assert reason in message
 
 
 @pytest.mark.parametrize(
@@ -232,7 +261,7 @@ def test_neither_a_budget_nor_a_plan(small: Path, text_options: list[object], tm
     ],
     ids=["missing", "no toml", "no text"],
 )
-def test_a_plan_file_that_cannot_be_read(
+def test_a_small_plan_that_cannot_be_read(
     small: Path, text_options: list[object], tmp_path: Path, content: bytes | None, reason: str
 ) -> None:
     file = tmp_path / "plan.toml"

@@ -15,7 +15,7 @@ import numpy as np
 
 from moejax.checkpoint.atomic import partial_path, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
-from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
 from moejax.checkpoint.native_writer import require_no_other_job
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
@@ -26,10 +26,13 @@ from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.check import Limit, check_limit, check_plan_bytes, require_original
+from moejax.pipeline.fit_device import Device, context_for
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import Work, work_in
+from moejax.planning.memory import device_memory
 from moejax.planning.plan import Plan, digest, from_json
-from moejax.planning.size import format_size, parse_budget
+from moejax.planning.size import format_size, parse_budget, parse_size
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 from moejax.report.pruning import pruning_figures, pruning_rows
@@ -55,6 +58,9 @@ class _Texts:
 def run_compress(
     name: str | None,
     budget: str | None,
+    fit: str | None,
+    context: int | None,
+    batch: int | None,
     output: Path,
     recipe: str | None,
     plan: Path | None,
@@ -77,15 +83,18 @@ def run_compress(
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
-    checkpoint, own_recipe = job.require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
+    checkpoint, own_recipe = require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
     dropped = checkpoint.dropped_mtp
     given = None if plan is None else from_json(read_toml(plan))
-    limit = None if budget is None else parse_budget(budget, checkpoint.num_elements)
-    budget_bytes = _check(checkpoint, own_recipe, given, limit)
-    require_space(output.absolute(), budget_bytes - folder_bytes(partial_path(output)))
+    limit = _limit(checkpoint, budget, fit, context, batch)
+    most_bytes = _check(checkpoint, own_recipe, given, limit)
+    require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
-    print(f"budget {format_size(budget_bytes)} ({budget_bytes} bytes), from {bf16} in BF16")
+    if isinstance(limit, Device):
+        print(f"as much as decodes in {format_size(limit.memory)}, from {bf16} in BF16")
+    else:
+        print(f"budget {format_size(most_bytes)} ({most_bytes} bytes), from {bf16} in BF16")
     if dropped:
         print(f"MTP blocks dropped: {dropped}")
     print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
@@ -95,12 +104,22 @@ def run_compress(
     with _kept(work, output, checkpoint, texts, own_recipe if given is None else given, drop_mtp) as kept:
         if given is not None:
             result = job.carry_out(
-                checkpoint, given, texts.calibrated, made, output, budget_bytes, texts.evaluated, progress_bar, kept
+                checkpoint, given, texts.calibrated, made, output, most_bytes, texts.evaluated, progress_bar, kept
             )
         else:
             prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar, kept)
-            result = job.compress_checkpoint(prepared, output, budget_bytes, texts.evaluated, progress_bar)
-    _report(checkpoint, output, budget_bytes, result, texts.evaluation, dropped, cost_of_the_run(started), json)
+            wanted = most_bytes if limit is None else limit
+            result = job.compress_checkpoint(prepared, output, wanted, texts.evaluated, progress_bar)
+    _report(
+        checkpoint,
+        output,
+        most_bytes if limit is None else limit,
+        result,
+        texts.evaluation,
+        dropped,
+        cost_of_the_run(started),
+        json,
+    )
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -138,14 +157,29 @@ def _kept(
             raise
 
 
-def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, budget: int | None) -> int:
-    """The bytes that the folder may take; raises InputError for what cannot be done."""
+def _limit(
+    checkpoint: HuggingFaceCheckpoint, budget: str | None, fit: str | None, context: int | None, batch: int | None
+) -> Limit | None:
+    """What a plan is to keep within, if that is given. Raises InputError for options that do not go together."""
+    if fit is None:
+        if context is not None or batch is not None:
+            raise InputError("--context and --batch say what a device is to decode; its memory, --fit, is needed")
+        return None if budget is None else parse_budget(budget, checkpoint.num_elements)
+    if budget is not None:
+        raise InputError("--budget and --fit each say how large the result may be; only one of them is accepted")
+    sequences = 1 if batch is None else batch
+    return Device(parse_size(fit), context_for(context, sequences, checkpoint.config), sequences)
+
+
+def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, limit: Limit | None) -> int:
+    """About the bytes that the folder takes at most; raises InputError for what cannot be done."""
     if plan is not None:
-        return job.check_plan_bytes(checkpoint, plan, budget)
-    if budget is None:
-        raise InputError("neither --budget nor --plan is given; a budget such as 6x or a plan is needed")
-    job.check(checkpoint, budget, recipe)
-    return budget
+        if isinstance(limit, Device):
+            raise InputError("--fit says how large a plan is to be and --plan gives one; only one of them is accepted")
+        return check_plan_bytes(checkpoint, plan, limit)
+    if limit is None:
+        raise InputError("neither --budget nor --fit nor --plan is given; a budget such as 6x or a plan is needed")
+    return check_limit(checkpoint, limit, recipe)
 
 
 def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chunks: int, text: Path | None) -> _Texts:
@@ -164,30 +198,34 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
 def _report(
     checkpoint: HuggingFaceCheckpoint,
     output: Path,
-    budget: int,
+    limit: Limit,
     result: job.Result,
     text: Text,
     dropped_mtp: int,
     cost: dict[str, Any],
     json: Path | None,
 ) -> None:
-    kinds = summarize(open_checkpoint(output).abstract_leaves())
+    written = open_checkpoint(output)
+    kinds = summarize(written.abstract_leaves())
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
     if result.pruning:
         columns, rows = pruning_rows(result.pruning, checkpoint.config)
         print_table("pruning, layer by layer", columns, rows)
     size = figures.size_figures(result.bytes, checkpoint.num_elements)
+    device_rows, device_figures = _on_device(limit, written) if isinstance(limit, Device) else ([], {})
     rows = [
         *figures.size_rows(size),
+        *device_rows,
         *figures.plan_rows(result.plan, checkpoint.config),
         *figures.search_rows(result.planned),
         *figures.evaluation_rows(result.evaluation, result.predicted),
         *figures.cost_rows(cost),
     ]
     print_table(str(output), ("figure", "value"), rows)
-    written = {
+    told = {
         **size,
-        "budget_bytes": budget,
+        "budget_bytes": None if isinstance(limit, Device) else limit,
+        **device_figures,
         "dropped_mtp_blocks": dropped_mtp,
         **figures.evaluation_figures(result.evaluation, text),
         **figures.plan_figures(result.plan),
@@ -196,4 +234,11 @@ def _report(
         **figures.kind_figures(kinds),
         **cost,
     }
-    figures.write_json(json, written)
+    figures.write_json(json, told)
+
+
+def _on_device(device: Device, written: Checkpoint) -> tuple[figures.Rows, dict[str, Any]]:
+    """What the checkpoint takes of its device."""
+    memory = device_memory(abstract_model(written), device.context, device.batch)
+    given = device.memory, memory.longest_context(device.memory, written.config.max_position_embeddings)
+    return figures.memory_rows(memory, given), {"memory": figures.memory_figures(memory, given)}

@@ -42,8 +42,8 @@ def check_device(device: Device, problem: Problem, shapes: Shapes) -> DeviceMemo
     least = device_memory(shapes.compressed(problem.smallest().plan), device.context, device.batch)
     if least.total > device.memory:
         raise InputError(
-            f"no plan decodes {sequences} in {format_size(device.memory)}; the smallest that one does it in is "
-            f"{format_size(least.total)} ({least.total} bytes)"
+            f"no plan decodes {sequences} in {format_size(device.memory)}; {format_size(least.total)} "
+            f"({least.total} bytes) would do"
         )
     whole = device_memory(shapes.model, device.context, device.batch)
     if whole.total <= device.memory:

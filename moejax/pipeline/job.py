@@ -1,7 +1,7 @@
 """The main job: a checkpoint and a budget in, a compressed checkpoint and its figures out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,33 @@ from moejax import machine
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import abstract_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
-from moejax.checkpoint.store import folder_bytes
-from moejax.errors import InputError, note
+from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.memory import needs, read_within
 from moejax.evaluate.text import Text
 from moejax.ledger import ledger_of
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
-    candidates,
     try_activated_experts,
     with_activated_experts,
 )
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
+from moejax.pipeline.check import Limit
+from moejax.pipeline.fit_device import fit_device
 from moejax.pipeline.measure import measure
 from moejax.pipeline.options import options
 from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.search import Candidate, search, try_out
-from moejax.pipeline.shapes import Shapes, copied_files, ready, shapes_for
+from moejax.pipeline.shapes import Shapes, ready, shapes_of
 from moejax.pipeline.trial import Trials
 from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.pipeline.write import write_plan
-from moejax.planning import Method, Plan
-from moejax.planning.fit import Problem, check_budget, losses_of_plan, sentence_of
+from moejax.planning import Plan
+from moejax.planning.fit import Problem, losses_of_plan
+from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
-from moejax.planning.plan import ranges
-from moejax.planning.predict import LossCurves
 from moejax.progress import Progress, silent
 from moejax.version import __version__
 
@@ -110,56 +109,6 @@ class Result:
         return self.planned.predicted if self.planned else None
 
 
-def require_original(checkpoint: object) -> HuggingFaceCheckpoint:
-    """The checkpoint, if it is one that can be compressed; InputError if it has been already."""
-    if not isinstance(checkpoint, HuggingFaceCheckpoint):
-        raise InputError("the checkpoint is compressed already; compress takes an original Hugging Face checkpoint")
-    return checkpoint
-
-
-def check(checkpoint: HuggingFaceCheckpoint, budget: int, recipe: Recipe) -> None:
-    """Raise InputError if the recipe does not suit the model, or the budget cannot be met or is none, before any work:
-    shapes alone decide. A note names weights that have no format."""
-    shapes = _shapes_of(checkpoint, recipe.method)
-    config = shapes.config
-    candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
-    problem = Problem(options(shapes.model, recipe), LossCurves(), config, shapes.size_of, method=recipe.method)
-    smallest = problem.smallest()
-    size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
-    without_format = problem.costs.without_format
-    check_budget(size, budget, folder_bytes(checkpoint.path), without_format)
-    if without_format:
-        note(sentence_of(without_format))
-
-
-def _shapes_of(
-    checkpoint: HuggingFaceCheckpoint, method: Method, provenance: Mapping[str, Any] | None = None
-) -> Shapes:
-    copied = copied_files(checkpoint.path)
-    return shapes_for(checkpoint.abstract_model(), method, checkpoint.raw_config, copied, provenance)
-
-
-def _scattering_bytes(plan: Plan, experts: int) -> int:
-    """By how much a plan's lists of survivors can grow at most while which experts survive is not measured yet.
-
-    m pruned experts leave at most m + 1 ranges, each of at most two numbers.
-    """
-    more = 0
-    for keep in (block.keep for block in plan.blocks if block.keep is not None):
-        numbers = min(len(keep), 2 * (experts - len(keep) + 1))
-        more += numbers * len(f"{experts - 1} ") - 1 - len(ranges(keep))
-    return more
-
-
-def check_plan_bytes(checkpoint: HuggingFaceCheckpoint, plan: Plan, budget: int | None) -> int:
-    """The exact bytes of a given plan's folder, or the budget if there is one. Raises InputError if the plan does not
-    suit the model, or is over the budget."""
-    size = _shapes_of(checkpoint, plan.method).size_of(plan)
-    if budget is not None and size > budget:
-        raise InputError(f"the plan takes {size} bytes; the budget is {budget}, a plan that fits it is needed")
-    return size if budget is None else budget
-
-
 def provenance(calibration: Text, chunks: int, recipe: Recipe | None, dropped_mtp: int = 0) -> dict[str, Any]:
     """What a manifest says about how the checkpoint was made; without a recipe if the plan was given, and of MTP blocks
     only if some were dropped."""
@@ -198,7 +147,7 @@ def prepare(
 ) -> Prepared:
     """Calibrate and measure, block by block; what the work knows is not measured again."""
     shapes, source = (
-        _shapes_of(checkpoint, recipe.method, provenance),
+        shapes_of(checkpoint, recipe.method, provenance),
         ready(CheckpointSource(checkpoint), recipe.method),
     )
     config, room = shapes.config, ledger_of(None).left
@@ -212,8 +161,23 @@ def prepare(
     return Prepared(checkpoint, shapes, recipe, trials, costs, pruning, problem)
 
 
+def plan_for(prepared: Prepared, limit: Limit, progress: Progress) -> Planned:
+    """The best plan within a budget, or within what leaves a device the memory to decode it."""
+    if isinstance(limit, int):
+        return plan_within(prepared, limit, progress)
+    shapes = prepared.shapes
+    return fit_device(
+        limit,
+        prepared.problem,
+        shapes,
+        lambda problem, room: plan_within(replace(prepared, problem=problem), room, progress),
+        lambda own: device_memory(shapes.compressed(own.plan), limit.context, limit.batch),
+    )
+
+
 def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
-    """The best plan within the budget: formats and survivors first, then how many experts a token goes to."""
+    """The best plan within the budget, bytes of what the problem counts: formats and survivors first, then how many
+    experts a token goes to."""
     problem, trials, recipe = prepared.problem, prepared.trials, prepared.recipe
     reserved = budget - _SCALE_DIGITS * prepared.shapes.config.num_blocks
     tried = search(problem, trials, recipe, reserved, progress)
@@ -223,15 +187,16 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
     plan = tried[0].plan
     activated = try_activated_experts(trials, plan, recipe, progress)
     adjusted = (with_activated_experts(plan, choice) for choice in activated)
-    plan = next((own for own in adjusted if prepared.shapes.size_of(own) <= budget), plan)
+    plan = next((own for own in adjusted if problem.size_of(own) <= budget), plan)
     return Planned(plan, tried[0].predicted, tuple(tried), tuple(activated), problem.costs.without_format)
 
 
 def compress_checkpoint(
-    prepared: Prepared, output: Path, budget: int, evaluation: np.ndarray, progress: Progress
+    prepared: Prepared, output: Path, limit: Limit, evaluation: np.ndarray, progress: Progress
 ) -> Result:
     """Plan, write, read back, evaluate."""
-    planned = plan_within(prepared, budget, progress)
+    planned = plan_for(prepared, limit, progress)
+    budget = limit if isinstance(limit, int) else prepared.shapes.size_of(planned.plan)
     evaluated = _evaluation_of(prepared.checkpoint, prepared.shapes, planned.plan, output, evaluation, progress)
     written = prepared.write(planned.plan, output, budget, progress)
     return Result(planned.plan, written, evaluated(), planned, prepared.pruning)
@@ -249,7 +214,7 @@ def carry_out(
     work: Work = NOT_KEPT,
 ) -> Result:
     """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
-    shapes = _shapes_of(checkpoint, plan.method, provenance)
+    shapes = shapes_of(checkpoint, plan.method, provenance)
     evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, progress)
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.native import COPIED_FILES
 from moejax.checkpoint.native_writer import Description, NativeBytes, native_bytes
 from moejax.model import Config, DeepseekV3
@@ -74,3 +75,9 @@ def ready(original: Source, method: Method) -> Source:
 def copied_files(folder: Path) -> list[Path]:
     """The files that go from an original's folder into every compressed checkpoint."""
     return [file for name in COPIED_FILES if (file := folder / name).is_file()]
+
+
+def shapes_of(checkpoint: HuggingFaceCheckpoint, method: Method, provenance: Mapping[str, Any] | None = None) -> Shapes:
+    """Of an original checkpoint."""
+    copied = copied_files(checkpoint.path)
+    return shapes_for(checkpoint.abstract_model(), method, checkpoint.raw_config, copied, provenance)

@@ -15,6 +15,7 @@ from moejax.evaluate.text import Text
 from moejax.model import Config
 from moejax.pipeline.job import Planned
 from moejax.planning import Plan
+from moejax.planning.memory import DeviceMemory
 from moejax.planning.size import format_size
 
 Rows = list[tuple[str, str]]
@@ -71,6 +72,43 @@ def size_rows(figures: dict[str, Any]) -> Rows:
         ("against BF16", f"{figures['ratio']:.2f}x smaller"),
         ("bits per original weight", f"{figures['bits_per_weight']:.3f}"),
     ]
+
+
+def memory_rows(memory: DeviceMemory, device: tuple[int, int] | None) -> Rows:
+    """What a device takes to decode, and, given its memory and the longest context that fits, whether it can."""
+    sequences = f"{memory.batch} x {memory.context} tokens"
+    rows = [
+        ("device memory: weights", format_size(memory.weights)),
+        (f"  latent cache, {sequences}, bfloat16", format_size(memory.cache)),
+        ("  workspace of a decode step", format_size(memory.workspace)),
+        ("  in all", format_size(memory.total)),
+    ]
+    if device is None:
+        return rows
+    limit, longest = device
+    left = limit - memory.total
+    fits = f"fits, {format_size(left)} left" if left >= 0 else f"does not fit, {format_size(-left)} too much"
+    return [
+        *rows,
+        (f"  of {format_size(limit)}", fits),
+        ("  longest context that fits", f"{longest} tokens" if longest else "none: the weights alone are too much"),
+    ]
+
+
+def memory_figures(memory: DeviceMemory, device: tuple[int, int] | None) -> dict[str, Any]:
+    """What `memory_rows` prints, for JSON."""
+    figures = {
+        "weights": memory.weights,
+        "cache": memory.cache,
+        "workspace": memory.workspace,
+        "total": memory.total,
+        "context": memory.context,
+        "batch": memory.batch,
+    }
+    if device is None:
+        return figures
+    limit, longest = device
+    return figures | {"memory_limit_bytes": limit, "fits": memory.total <= limit, "longest_context": longest}
 
 
 def cost_rows(cost: dict[str, Any]) -> Rows:

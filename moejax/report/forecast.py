@@ -7,14 +7,19 @@ from typing import Any
 from moejax.pipeline.forecast import Forecast, LayerForecast, Split
 from moejax.planning.parameters import Parameters
 from moejax.planning.size import format_size
-from moejax.report.figures import Rows, alike, kind_figures
+from moejax.report.figures import Rows, alike, kind_figures, memory_figures, memory_rows
 
 SPLIT_COLUMNS = ("experts kept", "bits per expert weight", "rounding", "pruning", "KL predicted")
 
 
 def forecast_rows(forecast: Forecast) -> Rows:
     """What the plan does, its bytes, its memory, and what it is predicted to lose."""
-    return [*_parameter_rows(forecast), *_byte_rows(forecast), *_memory_rows(forecast), *_loss_rows(forecast)]
+    return [
+        *_parameter_rows(forecast),
+        *_byte_rows(forecast),
+        *memory_rows(forecast.memory, _device(forecast)),
+        *_loss_rows(forecast),
+    ]
 
 
 def _parameter_rows(forecast: Forecast) -> Rows:
@@ -62,26 +67,6 @@ def _byte_rows(forecast: Forecast) -> Rows:
         ("  tokenizer files", f"{size.copied} bytes" if size.copied else "0 bytes: none beside the config"),
         ("against BF16", f"{format_size(2 * forecast.elements)}, {2 * forecast.elements / size.total:.2f}x smaller"),
         ("bits per original weight", f"{8 * size.total / forecast.elements:.3f}"),
-    ]
-
-
-def _memory_rows(forecast: Forecast) -> Rows:
-    memory = forecast.memory
-    sequences = f"{memory.batch} x {memory.context} tokens"
-    rows = [
-        ("device memory: weights", format_size(memory.weights)),
-        (f"  latent cache, {sequences}, bfloat16", format_size(memory.cache)),
-        ("  workspace of a decode step", format_size(memory.workspace)),
-        ("  in all", format_size(memory.total)),
-    ]
-    if forecast.memory_limit is None or forecast.longest_context is None:
-        return rows
-    left, longest = forecast.memory_limit - memory.total, forecast.longest_context
-    fits = f"fits, {format_size(left)} left" if left >= 0 else f"does not fit, {format_size(-left)} too much"
-    return [
-        *rows,
-        (f"  of {format_size(forecast.memory_limit)}", fits),
-        ("  longest context that fits", f"{longest} tokens" if longest else "none: the weights alone are too much"),
     ]
 
 
@@ -133,14 +118,6 @@ def _split_row(own: Split, is_best: bool) -> tuple[str, ...]:
 
 def forecast_figures(forecast: Forecast) -> dict[str, Any]:
     """Every printed figure, for JSON."""
-    memory = forecast.memory
-    limit = {}
-    if forecast.memory_limit is not None:
-        limit = {
-            "memory_limit_bytes": forecast.memory_limit,
-            "fits": memory.total <= forecast.memory_limit,
-            "longest_context": forecast.longest_context,
-        }
     return {
         "bytes": forecast.bytes.total,
         "budget_bytes": forecast.budget,
@@ -167,15 +144,7 @@ def forecast_figures(forecast: Forecast) -> dict[str, Any]:
             for layer in forecast.layers
         ],
         "pruned_by": forecast.pruned_by,
-        "memory": {
-            "weights": memory.weights,
-            "cache": memory.cache,
-            "workspace": memory.workspace,
-            "total": memory.total,
-            "context": memory.context,
-            "batch": memory.batch,
-            **limit,
-        },
+        "memory": memory_figures(forecast.memory, _device(forecast)),
         "kld_predicted": forecast.predicted,
         "losses": forecast.losses._asdict(),
         "splits": [
@@ -191,6 +160,13 @@ def forecast_figures(forecast: Forecast) -> dict[str, Any]:
         "sensitivity": forecast.sensitivity_source,
         **kind_figures(forecast.kinds),
     }
+
+
+def _device(forecast: Forecast) -> tuple[int, int] | None:
+    """Its memory and the longest context that fits, if the memory was given."""
+    if forecast.memory_limit is None or forecast.longest_context is None:
+        return None
+    return forecast.memory_limit, forecast.longest_context
 
 
 def _counts(own: Parameters) -> dict[str, int]:

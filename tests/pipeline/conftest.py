@@ -10,12 +10,12 @@ from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, read_text
 from moejax.model import DeepseekV3
+from moejax.pipeline.check import require_original
 from moejax.pipeline.job import (
     Prepared,
     plan_within,
     prepare,
     provenance,
-    require_original,
     split_calibration,
 )
 from moejax.planning import Plan

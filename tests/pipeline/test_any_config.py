@@ -21,6 +21,7 @@ from moejax.formats import parse_group_format
 from moejax.model import named_leaves
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.check import check_limit, require_original
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.size import parse_budget
 from moejax.progress import silent
@@ -69,7 +70,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 def budget_near(six: int, checkpoint: HuggingFaceCheckpoint) -> int:
     """A sixth, or what a refusal names: what describes the arrays of so small a model can be most of its folder."""
     try:
-        job.check(checkpoint, six, RECIPE)
+        check_limit(checkpoint, six, RECIPE)
     except InputError as error:
         named = re.search(r"the smallest that can is .* \((\d+) bytes\)$", str(error))
         assert named is not None, error
@@ -80,7 +81,7 @@ def budget_near(six: int, checkpoint: HuggingFaceCheckpoint) -> int:
 def compressed_to_a_sixth(config: dict[str, Any], folder: Path) -> None:
     tensors = {name: own.astype(ml_dtypes.bfloat16) for name, own in random_tensors(config, seed=1).items()}
     write_hf_checkpoint(folder / "original", config, tensors)
-    checkpoint = job.require_original(open_checkpoint(folder / "original"))
+    checkpoint = require_original(open_checkpoint(folder / "original"))
     budget = budget_near(parse_budget("6x", checkpoint.num_elements), checkpoint)
     chunks = np.random.RandomState(0).randint(config["vocab_size"], size=(6, TOKENS)).astype(np.int32)
     prepared = job.prepare(checkpoint, Calibrated(chunks[:3], chunks[3:5]), RECIPE, {}, silent)

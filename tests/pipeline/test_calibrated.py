@@ -13,6 +13,7 @@ from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.source import ModelSource, Step, walk
 from moejax.pipeline import job as main_job
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
+from moejax.pipeline.check import require_original
 from moejax.planning import BlockPlan, Method
 from moejax.progress import silent
 from moejax.transforms.choose_damping import choose_damping
@@ -109,7 +110,7 @@ def test_the_bytes_do_not_depend_on_what_is_kept(
 ) -> None:
     monkeypatch.setattr(main_job, "_STATISTICS_SHARE", 0.0)
     monkeypatch.setattr(main_job, "_ROUNDED_SHARE", 0.0)
-    checkpoint, made = main_job.require_original(open_checkpoint(small)), dict(prepared.shapes.provenance)
+    checkpoint, made = require_original(open_checkpoint(small)), dict(prepared.shapes.provenance)
     own = main_job.prepare(checkpoint, prepared.trials.calibrated, RECIPE, made, silent)
     planned = main_job.plan_within(own, job.budget, silent)
     assert own.trials.statistics.known is None

@@ -20,6 +20,7 @@ from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource, model_of
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.check import check_plan_bytes, require_original
 from moejax.pipeline.shapes import ready
 from moejax.pipeline.work import Work
 from moejax.progress import silent
@@ -55,8 +56,8 @@ def done(
 ) -> tuple[Path, job.Result, Whole]:
     """The folder, what is told of it, and what was carried out, read into memory."""
     calibrated = job.split_calibration(tokenize(calibration_text), calibration=2, probed=1)
-    checkpoint, output = job.require_original(open_checkpoint(small)), tmp_path_factory.mktemp("carried") / "out"
-    size, evaluated = job.check_plan_bytes(checkpoint, PLAN, None), tokenize(heldout_text)
+    checkpoint, output = require_original(open_checkpoint(small)), tmp_path_factory.mktemp("carried") / "out"
+    size, evaluated = check_plan_bytes(checkpoint, PLAN, None), tokenize(heldout_text)
     result = job.carry_out(checkpoint, PLAN, calibrated, {}, output, size, evaluated, silent)
     return output, result, whole(checkpoint, calibrated)
 
@@ -70,9 +71,7 @@ def in_sequence(origin: Whole, statistics: Statistics) -> dict[str, Weight]:
 def test_the_bytes_are_those_of_the_plan(small: Path, done: tuple[Path, job.Result, Whole]) -> None:
     output, result, _ = done
     assert (
-        result.bytes
-        == folder_bytes(output)
-        == job.check_plan_bytes(job.require_original(open_checkpoint(small)), PLAN, None)
+        result.bytes == folder_bytes(output) == check_plan_bytes(require_original(open_checkpoint(small)), PLAN, None)
     )
     assert (result.plan, result.planned, result.predicted) == (PLAN, None, None)
     assert result.evaluation.kld_mean is not None and 0 < result.evaluation.kld_mean < 1
@@ -109,7 +108,7 @@ def test_stopped_and_begun_again_it_goes_on_to_the_same_bytes(
     """Behind the first block, and behind the second: those are read back, and the later ones calibrated on them. Its
     figures are the same too, evaluated as where both models do not fit the memory."""
     (unbroken, result, origin), output = done, tmp_path / "out"
-    checkpoint, evaluated = job.require_original(open_checkpoint(small)), tokenize(heldout_text)
+    checkpoint, evaluated = require_original(open_checkpoint(small)), tokenize(heldout_text)
     monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
 
     def run(work: Work) -> job.Result:

@@ -17,12 +17,11 @@ from moejax.evaluate.text import read_text
 from moejax.formats import ExpertWeights, describe, format_name
 from moejax.model import DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import with_activated_experts
+from moejax.pipeline.check import check_limit, require_original
 from moejax.pipeline.job import (
     Prepared,
-    check,
     plan_within,
     provenance,
-    require_original,
     split_calibration,
 )
 from moejax.pipeline.options import options, order_of_pruning
@@ -76,9 +75,9 @@ def test_every_prediction_before_measuring_is_kept(small: Path, prepared: Prepar
     """`check`, which sees shapes alone, names a budget that the measured plan meets."""
     checkpoint = require_original(open_checkpoint(small))
     with pytest.raises(InputError, match="cannot be met") as error:
-        check(checkpoint, 1000, RECIPE)
+        check_limit(checkpoint, 1000, RECIPE)
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
-    check(checkpoint, named, RECIPE)
+    check_limit(checkpoint, named, RECIPE)
     planned = plan_within(prepared, named, silent)
     assert smallest_bytes <= prepared.shapes.size_of(planned.plan) <= named
 
@@ -92,7 +91,7 @@ def test_the_smallest_budget_named_is_enough_whichever_experts_stay(small: Path,
     """Which they are is measured later, and lists of scattered survivors are longer."""
     checkpoint = require_original(open_checkpoint(small))
     with pytest.raises(InputError, match="cannot be met") as error:
-        check(checkpoint, 1000, recipe)
+        check_limit(checkpoint, 1000, recipe)
     named = int(str(error.value).rpartition("(")[2].split(" ")[0])
     copied = copied_files(checkpoint.path)
     shapes = shapes_for(checkpoint.abstract_model(), recipe.method, checkpoint.raw_config, copied)

@@ -13,7 +13,7 @@ from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, IntFormat, payload_bytes
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
-from moejax.pipeline.job import require_original
+from moejax.pipeline.check import require_original
 from moejax.pipeline.options import (
     allowed_counts,
     limited_counts,

@@ -98,6 +98,17 @@ def test_its_figures_are_complete_and_finite(large: Forecast) -> None:
     assert None not in figures.values()
 
 
+def test_without_a_budget_a_plan_takes_all_that_a_device_holds(small_fp8: Path) -> None:
+    config = small_fp8 / "config.json"
+    limited = plan(config, "600KB", context=512)
+    sized = plan(config, fit=limited.memory.total, context=512)
+    assert sized.budget is None and sized.memory_limit == limited.memory.total
+    assert 0.99 * limited.memory.total < sized.memory.total <= limited.memory.total
+    assert sized.predicted == pytest.approx(limited.predicted, rel=0.02)
+    assert ("budget", "what the device holds") in forecast_rows(sized)
+    assert forecast_figures(sized)["budget_bytes"] is None
+
+
 def test_three_quarters_of_the_experts_are_the_papers_sizes() -> None:
     asked = read_outlook("deepseek_v3", None, Recipe(share_kept=0.75))
     smallest = asked.problem.smallest()

@@ -13,6 +13,7 @@ from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
 from moejax.formats import parse_group_format
 from moejax.pipeline import job
+from moejax.pipeline.check import require_original
 from moejax.pipeline.measure import measure
 from moejax.pipeline.prices import Prices
 from moejax.pipeline.recipe import Recipe
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def rows(tiny: Path, optimized: None) -> list[Row]:
     """Every plan with its predicted and its measured mean KL divergence."""
-    checkpoint = job.require_original(open_checkpoint(tiny))
+    checkpoint = require_original(open_checkpoint(tiny))
     tokenizer = load_tokenizer(tiny)
     calibration, held_out = (
         chunks(tokenizer.encode(text.content), bos_token_id=tokenizer.bos_token_id)

@@ -11,6 +11,7 @@ import pytest
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError, Note
 from moejax.pipeline import job as main_job
+from moejax.pipeline.check import require_original
 from moejax.pipeline.work import Work, work_in
 from moejax.progress import silent
 from native_checkpoint import files
@@ -130,7 +131,7 @@ def test_a_job_goes_on_wherever_it_was_stopped(
 ) -> None:
     """While it measures, while plans are tried and while items are written: nothing is done twice."""
     calibrated, made = prepared.trials.calibrated, dict(prepared.shapes.provenance)
-    checkpoint, output = main_job.require_original(open_checkpoint(small)), tmp_path / "out"
+    checkpoint, output = require_original(open_checkpoint(small)), tmp_path / "out"
 
     def run(work: Work) -> main_job.Result:
         own = main_job.prepare(checkpoint, calibrated, RECIPE, made, silent, work)

@@ -21,8 +21,9 @@ from moejax.checkpoint.source import CheckpointSource
 from moejax.evaluate.text import chunks, read_text
 from moejax.formats import IntFormat
 from moejax.pipeline.calibrated import KeptStatistics
+from moejax.pipeline.check import require_original
 from moejax.pipeline.estimate import gaussian_errors
-from moejax.pipeline.job import require_original, split_calibration
+from moejax.pipeline.job import split_calibration
 from moejax.pipeline.measure import measure
 from moejax.pipeline.prices import Prices
 from moejax.pipeline.recipe import Recipe

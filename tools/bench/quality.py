@@ -34,6 +34,7 @@ from moejax.evaluate.divergence import Predictions, evaluate
 from moejax.evaluate.text import chunks, read_text
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.check import require_original
 from moejax.pipeline.measure import measure
 from moejax.pipeline.prices import Prices
 from moejax.pipeline.recipe import Recipe
@@ -119,7 +120,7 @@ class Case:
 
 def all_rows(texts: Texts, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every recipe at every budget."""
-    checkpoint = job.require_original(open_checkpoint(options.checkpoint))
+    checkpoint = require_original(open_checkpoint(options.checkpoint))
     bases: list[Predictions] = []
     for recipe in options.recipes:
         prepared = job.prepare(checkpoint, texts.calibrated, read_recipe(recipe), {}, progress_bar)
