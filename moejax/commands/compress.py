@@ -86,8 +86,8 @@ def run_compress(
     checkpoint, own_recipe = require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
     dropped = checkpoint.dropped_mtp
     given = None if plan is None else from_json(read_toml(plan))
-    limit = _limit(checkpoint, budget, fit, context, batch)
-    most_bytes = _check(checkpoint, own_recipe, given, limit)
+    asked = _asked(checkpoint, budget, fit, context, batch)
+    limit, most_bytes = _checked(checkpoint, own_recipe, given, asked)
     require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
     texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
@@ -108,18 +108,8 @@ def run_compress(
             )
         else:
             prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar, kept)
-            wanted = most_bytes if limit is None else limit
-            result = job.compress_checkpoint(prepared, output, wanted, texts.evaluated, progress_bar)
-    _report(
-        checkpoint,
-        output,
-        most_bytes if limit is None else limit,
-        result,
-        texts.evaluation,
-        dropped,
-        cost_of_the_run(started),
-        json,
-    )
+            result = job.compress_checkpoint(prepared, output, limit, texts.evaluated, progress_bar)
+    _report(checkpoint, output, limit, result, texts.evaluation, dropped, cost_of_the_run(started), json)
 
 
 def _is_within(path: Path, folder: Path) -> bool:
@@ -157,7 +147,7 @@ def _kept(
             raise
 
 
-def _limit(
+def _asked(
     checkpoint: HuggingFaceCheckpoint, budget: str | None, fit: str | None, context: int | None, batch: int | None
 ) -> Limit | None:
     """What a plan is to keep within, if that is given. Raises InputError for options that do not go together."""
@@ -171,15 +161,19 @@ def _limit(
     return Device(parse_size(fit), context_for(context, sequences, checkpoint.config), sequences)
 
 
-def _check(checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, limit: Limit | None) -> int:
-    """About the bytes that the folder takes at most; raises InputError for what cannot be done."""
+def _checked(
+    checkpoint: HuggingFaceCheckpoint, recipe: Recipe, plan: Plan | None, asked: Limit | None
+) -> tuple[Limit, int]:
+    """The limit, a plan's own bytes if nothing else is asked for, and about the bytes that the folder takes at most.
+    Raises InputError for what cannot be done."""
     if plan is not None:
-        if isinstance(limit, Device):
+        if isinstance(asked, Device):
             raise InputError("--fit says how large a plan is to be and --plan gives one; only one of them is accepted")
-        return check_plan_bytes(checkpoint, plan, limit)
-    if limit is None:
+        size = check_plan_bytes(checkpoint, plan, asked)
+        return size, size
+    if asked is None:
         raise InputError("neither --budget nor --fit nor --plan is given; a budget such as 6x or a plan is needed")
-    return check_limit(checkpoint, limit, recipe)
+    return asked, check_limit(checkpoint, asked, recipe)
 
 
 def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chunks: int, text: Path | None) -> _Texts:
