@@ -62,7 +62,7 @@ class Work:
         arrays = {f"{_STATES}{name}": own for name, own in states.items()}
         with naming(beside):
             with beside.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{_PASSED: np.asarray(passed)}, **arrays)
+                np.savez(file, **{_PASSED: np.asarray(passed)}, **arrays)
             sync(beside)
         beside.replace(self._states_file(stage))
 

@@ -9,7 +9,6 @@ import pytest
 
 from command_line import refused
 from moejax.commands import compress
-from moejax.pipeline import job
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -24,7 +23,7 @@ def test_compress(small: Path, text_options: list[object], tmp_path: Path, monke
         pytest.fail("the texts are read after it is known that the result fits")
 
     monkeypatch.setattr(compress, "_read_texts", nothing_is_read)
-    monkeypatch.setattr(job, "check", lambda *_: None)
+    monkeypatch.setattr(compress, "check_limit", lambda _, limit, __: limit)
     message = refused(tmp_path, "compress", small, "--budget", "600KB", "--output", tmp_path / "out", *text_options)
     assert f"{tmp_path / 'out'}: 600000 bytes are needed and {tmp_path} has 1000 free; make room, or " in message
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from command_line import run
 from moejax.checkpoint.load import abstract_model, open_checkpoint
 from moejax.planning.memory import device_memory
@@ -11,6 +13,7 @@ RECIPE = 'formats = ["int2g128", "int4g128"]\n'
 MEMORY = 1_500_000
 
 
+@pytest.mark.slow
 def test_what_is_written_decodes_in_the_memory_asked_for(
     small: Path, text_options: list[object], tmp_path: Path
 ) -> None:
