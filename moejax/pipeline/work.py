@@ -17,8 +17,6 @@ from moejax.checkpoint.journal import Journal
 from moejax.errors import InputError, note
 
 _FILE = "measured.jsonl"
-# Names of arrays in a file of states.
-_PASSED, _STATES = "passed", "states of "
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,9 @@ class Work:
         if self.folder is None:
             return
         beside = self.folder / f".{stage}.partial"
-        arrays = {f"{_STATES}{name}": own for name, own in states.items()}
         with naming(beside):
             with beside.open("wb") as file:
-                np.savez(file, **{_PASSED: np.asarray(passed)}, **arrays)
+                np.savez(file, np.asarray(passed), np.asarray(list(states)), *states.values())
             sync(beside)
         beside.replace(self._states_file(stage))
 
@@ -72,11 +69,10 @@ class Work:
             return None
         try:
             with self._states_file(stage).open("rb") as stream, np.load(stream) as file:  # which compares checksums
-                arrays = dict(file)
-            passed = int(arrays.pop(_PASSED))
+                passed, names, *arrays = (file[name] for name in file.files)
+            return int(passed), dict(zip(map(str, names), arrays, strict=True))
         except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
             return None
-        return passed, {name.removeprefix(_STATES): own for name, own in arrays.items()}
 
     def drop_states(self, stage: str) -> None:
         """The walk is over."""
