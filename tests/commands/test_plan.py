@@ -41,8 +41,11 @@ def options_of(small_scores: Path) -> list[object]:
 
 @pytest.fixture(
     scope="module",
-    params=[("fast", "512KB"), ("equal_groups", "515KB"), ("rotated", "520KB")],
-    ids=["fast", "equal_groups", "rotated"],
+    params=[
+        pytest.param(("fast", "512KB"), id="fast"),
+        pytest.param(("equal_groups", "515KB"), id="equal_groups"),
+        pytest.param(("rotated", "520KB"), id="rotated", marks=pytest.mark.slow),
+    ],
 )
 def done(
     request: pytest.FixtureRequest,
