@@ -26,6 +26,11 @@ class Device:
     context: int
     batch: int
 
+    @property
+    def sequences(self) -> str:
+        """What it is to decode, in words."""
+        return f"{self.batch} x {self.context} tokens"
+
 
 def context_for(context: int | None, batch: int, config: Config) -> int:
     """The context that is asked for, or the default. Raises InputError as `check_context`."""
@@ -38,17 +43,13 @@ def context_for(context: int | None, batch: int, config: Config) -> int:
 def check_device(device: Device, problem: Problem, shapes: Shapes) -> DeviceMemory:
     """What the smallest plan's model takes. Raises InputError if that is too much for the device, or if the model as it
     is fits."""
-    sequences = f"{device.batch} x {device.context} tokens"
     least = device_memory(shapes.compressed(problem.smallest().plan), device.context, device.batch)
     if least.total > device.memory:
-        raise InputError(
-            f"no plan decodes {sequences} in {format_size(device.memory)}; {format_size(least.total)} "
-            f"({least.total} bytes) would do"
-        )
+        raise _too_small(device, least)
     whole = device_memory(shapes.model, device.context, device.batch)
     if whole.total <= device.memory:
         raise InputError(
-            f"{format_size(device.memory)} leave nothing to do: the original decodes {sequences} in "
+            f"{format_size(device.memory)} leave nothing to do: the original decodes {device.sequences} in "
             f"{format_size(whole.total)} ({whole.total} bytes), a memory below that is needed"
         )
     return least
@@ -77,4 +78,13 @@ def fit_device(
         taken = memory_of(found).total
         if taken <= device.memory:
             return found
-        room -= taken - device.memory
+        if room == least.weights:  # not even the smallest plan, once it was adjusted
+            raise _too_small(device, least)
+        room = max(room - (taken - device.memory), least.weights)
+
+
+def _too_small(device: Device, least: DeviceMemory) -> InputError:
+    return InputError(
+        f"no plan decodes {device.sequences} in {format_size(device.memory)}; {format_size(least.total)} "
+        f"({least.total} bytes) would do"
+    )

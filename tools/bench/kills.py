@@ -41,7 +41,7 @@ def main() -> None:
     started = time.monotonic()
     subprocess.run(command(options, whole), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     takes = time.monotonic() - started
-    print(f"a run takes {takes:.1f} s")
+    print(f"a run takes {takes:.1f} s", flush=True)
     moments, hits, runs = random.Random(options.seed), 0, 0
     while hits < options.kills:
         runs += 1
