@@ -96,7 +96,7 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
     """Everything in ExpertStatistics, one token and expert at a time."""
     assert seen_by.routing is not None
     experts = matrices_by_expert(seen_by.block)
-    fields = [field.name for field in dataclasses.fields(ExpertStatistics)][:-1]
+    fields = [field.name for field in dataclasses.fields(ExpertStatistics)]
     sums = {name: np.zeros([SIZES[axis] for axis in name.rsplit("_")[-1]]) for name in fields if "_" in name}
     experts_TK, weights_TK = map(np.asarray, seen_by.routing)
     inputs_TD = seen_by.inputs["mlp.router"].reshape(-1, SIZES["D"])
@@ -120,8 +120,11 @@ def expert_sums(seen_by: Seen) -> dict[str, Array]:
             sums["peak_E"][e] = max(sums["peak_E"][e], np.abs(f_D).max())
             for field, x in (("x_EDD", x_D), ("hidden_EFF", hidden_F)):
                 sums[field][e] += g**2 * np.outer(x, x)
-    sums["tokens"] = np.asarray(len(inputs_TD))
-    return sums | {"x_DD": sums["x_EDD"].sum(axis=0), "hidden_FF": sums["hidden_EFF"].sum(axis=0)}
+    of_layer = {"count": "count_E", "gate2": "gate2_E", "x2_D": "x2_ED", "hidden2_F": "hidden2_EF"}
+    of_layer |= {"x_DD": "x_EDD", "hidden_FF": "hidden_EFF"}
+    return (
+        sums | {name: sums[own].sum(axis=0) for name, own in of_layer.items()} | {"tokens": np.asarray(len(inputs_TD))}
+    )
 
 
 def matrices_by_expert(block: Block) -> list[tuple[Array, ...]]:

@@ -1,5 +1,7 @@
 """Running a model over calibration text and summing what its weights see, block after block."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,15 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate.products import input_products, products
-from moejax.calibrate.statistics import EXPERT_PRODUCTS_BYTES, BlockStatistics, Inputs, Statistics, expert_statistics
+from moejax.calibrate.statistics import (
+    EXPERT_PRODUCTS_BYTES,
+    BlockStatistics,
+    ExpertStatistics,
+    Inputs,
+    Statistics,
+    expert_statistics,
+    joined,
+)
 from moejax.model.config import Config, require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.finite import require_finite_block, require_finite_mtp
 from moejax.model.hidden_states import HiddenStates
 from moejax.model.leaves import Taps
-from moejax.model.moe import MoE
+from moejax.model.moe import Experts, MoE, Routing
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
+from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, entered, leave, pieces, unjoin
 from moejax.model.source import Source, source_of, walk
 from moejax.progress import Progress, counted, silent
 
@@ -63,36 +74,41 @@ class Calibration(HiddenStates):
         require_tokens(chunks, config)
         batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
         super().__init__(config, batches, jnp.float32, drafts=config.num_nextn_predict_layers > 0)
-        self._chunks, self._max_bytes = chunks, expert_bytes if hessians else None
+        self._chunks, self._hessians = chunks, hessians
+        self._max_bytes_each = expert_bytes // config.n_routed_experts if hessians else None
         self._observed: list[BlockStatistics] = []
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         self._observed.append(self.through(index, block))
 
     def norm(self, gain_D: jax.Array) -> None:
         self.states = [rms_norm(x_BTD, gain_D, self.config.rms_norm_eps) for x_BTD in self.states]
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         self._observed.append(self.observe_mtp(depth, mtp))
 
-    def observe(self, index: int, block: Block) -> BlockStatistics:
+    def observe(self, index: int, block: SlicedBlock) -> BlockStatistics:
         """Of decoder block `index`, before which the states lie; they stay there."""
         return self._observe(index, block)[0]
 
-    def through(self, index: int, block: Block) -> BlockStatistics:
+    def through(self, index: int, block: SlicedBlock) -> BlockStatistics:
         """Of decoder block `index`; the states lie behind it afterwards."""
         statistics, self.states = self._observe(index, block)
         return statistics
 
-    def observe_mtp(self, depth: int, mtp: MtpBlock) -> BlockStatistics:
+    def observe_mtp(self, depth: int, mtp: SlicedMtp) -> BlockStatistics:
         """Of MTP block `depth`, behind the final norm."""
-        total = None
-        for taken in self.mtp_inputs():
-            y_BTD, statistics = _observe_mtp(mtp, *taken, self._max_bytes)
-            require_finite_mtp(f"mtp.{depth}", mtp, *taken, y_BTD)
-            total = statistics if total is None else _merged(total, statistics)
+        taken = list(self.mtp_inputs())
+        joined, total = [], None
+        for own in taken:
+            joined_BTD, statistics = _observe_joined(mtp.outer, *own, self._hessians)
+            joined.append(joined_BTD)
+            total = _plus(total, statistics)
         assert total is not None
-        return total
+        of_block, drafted = self._through(mtp.block, joined, self.mtp_by)
+        for own, y_BTD in zip(taken, drafted, strict=True):
+            require_finite_mtp(f"mtp.{depth}", mtp, *own, self.mtp_by, unjoin(mtp.outer, y_BTD))
+        return total.beside(of_block)
 
     def head_inputs(self) -> Inputs:
         """Of the head, behind the final norm."""
@@ -100,55 +116,101 @@ class Calibration(HiddenStates):
 
     def statistics(self) -> Statistics:
         """Of the blocks that the walk took it through, and, behind the final norm, of the head."""
-        hessians = self._max_bytes is not None
         zeros_D = jnp.zeros(self.config.hidden_size)
         return Statistics(
             blocks=tuple(self._observed),
             tokens=jnp.asarray(self._chunks.size, jnp.float32),
             head_input2=sum((jnp.sum(x_BTD**2, axis=(0, 1)) for x_BTD in self.states), zeros_D),
             count_C=jnp.bincount(jnp.asarray(self._chunks.reshape(-1)), length=self.config.vocab_size),
-            head_products=sum(map(products, self.states[1:]), products(self.states[0])) if hessians else None,
+            head_products=sum(map(products, self.states[1:]), products(self.states[0])) if self._hessians else None,
         )
 
-    def _observe(self, index: int, block: Block) -> tuple[BlockStatistics, list[jax.Array]]:
-        """The block's statistics, merged over the batches, and its outputs."""
-        total, outputs = None, []
-        for x_BTD in self.states:
-            y_BTD, statistics = _observe_block(block, x_BTD, self.by, self._max_bytes)
+    def _observe(self, index: int, block: SlicedBlock) -> tuple[BlockStatistics, list[jax.Array]]:
+        """The block's statistics, over all batches, and its outputs."""
+        statistics, outputs = self._through(block, self.states, self.by)
+        for x_BTD, y_BTD in zip(self.states, outputs, strict=True):
             require_finite_block(f"layers.{index}", block, x_BTD, self.by, y_BTD)
-            outputs.append(y_BTD)
-            total = statistics if total is None else _merged(total, statistics)
+        return statistics, outputs
+
+    def _through(
+        self, block: SlicedBlock, states: Sequence[jax.Array], by: Angles
+    ) -> tuple[BlockStatistics, list[jax.Array]]:
+        """Up to the routed experts, batch by batch; slice by slice through those; and out."""
+        total, insides = None, []
+        for x_BTD in states:
+            inside, statistics = _observe_trunk(block.trunk, x_BTD, by, self._hessians)
+            insides.append(inside)
+            total = _plus(total, statistics)
         assert total is not None
-        return total, outputs
+        if not block.is_moe:
+            return total, insides
+        sums = [inside.nothing_TD for inside in insides]
+        slices = [self._observe_slice(*own, insides, sums) for own in block.slices()]
+        return replace(total, experts=joined(slices, total.tokens)), list(map(leave, insides, sums))
+
+    def _observe_slice(
+        self, members: Sequence[int], experts: Experts, insides: Sequence[Entered], sums: list[jax.Array]
+    ) -> ExpertStatistics:
+        """Of some experts; what they put out comes to the `sums`."""
+        total = None
+        for n, inside in enumerate(insides):
+            # One piece at least, though it may have no rows, so that there are statistics.
+            every = list(pieces(inside.routing, members, self.config.hidden_size)) or [(0, 1)] * (n == 0)
+            for start, rows in every:
+                given = (inside.normed_TD, inside.routing, sums[n])
+                sums[n], own = _observe_piece(
+                    experts, members[0], start, *given, rows=rows, max_bytes_each=self._max_bytes_each
+                )
+                total = own if total is None else _merged_experts(total, own)
+        assert total is not None
+        jax.block_until_ready((sums, total))  # before the next slice is read
+        return total
 
 
-# In place: experts' Hessians can be most of what is in memory.
+def _plus(total: BlockStatistics | None, own: BlockStatistics) -> BlockStatistics:
+    return own if total is None else _merged(total, own)
+
+
+# In place: Hessians can be most of what is in memory.
 _merged = partial(jax.jit, donate_argnums=0)(BlockStatistics.merged)
+_merged_experts = partial(jax.jit, donate_argnums=0)(ExpertStatistics.merged)
 
 
-@partial(jax.jit, static_argnames="max_bytes")
-def _observe_block(
-    block: Block, x_BTD: jax.Array, by: Angles, max_bytes: int | None
+@partial(jax.jit, static_argnames="hessians")
+def _observe_trunk(
+    trunk: Block, x_BTD: jax.Array, by: Angles, hessians: bool
+) -> tuple[jax.Array | Entered, BlockStatistics]:
+    """A dense block's output, or a block's states before its routed experts."""
+    taps: Taps = {}
+    inside = entered(trunk, x_BTD, by, taps) if isinstance(trunk.mlp, MoE) else trunk(x_BTD, by, taps=taps)
+    return inside, _summed(taps, x_BTD, hessians)
+
+
+@partial(jax.jit, static_argnames="hessians")
+def _observe_joined(
+    outer: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, hessians: bool
 ) -> tuple[jax.Array, BlockStatistics]:
     taps: Taps = {}
-    y_BTD = block(x_BTD, by, taps=taps)
-    return y_BTD, _summed(taps, block, x_BTD, max_bytes)
+    joined_BTD = outer.joined(h_BTD, next_BTD, taps)
+    return joined_BTD, _summed(taps, h_BTD, hessians)
 
 
-@partial(jax.jit, static_argnames="max_bytes")
-def _observe_mtp(
-    mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, max_bytes: int | None
-) -> tuple[jax.Array, BlockStatistics]:
-    taps: Taps = {}
-    y_BTD = mtp(h_BTD, next_BTD, by, taps)
-    return y_BTD, _summed({name.removeprefix("block."): x for name, x in taps.items()}, mtp.block, h_BTD, max_bytes)
+@partial(jax.jit, static_argnames=("rows", "max_bytes_each"), donate_argnames="routed_TD")
+def _observe_piece(
+    experts: Experts,
+    first: int,
+    start: int,
+    normed_TD: jax.Array,
+    routing: Routing,
+    routed_TD: jax.Array,
+    rows: int,
+    max_bytes_each: int | None,
+) -> tuple[jax.Array, ExpertStatistics]:
+    run = experts.run(normed_TD, routing, rows, first, start)
+    return run.onto(routed_TD), expert_statistics(run, experts.num_experts, max_bytes_each)
 
 
-def _summed(taps: Taps, block: Block, x_BTD: jax.Array, max_bytes: int | None) -> BlockStatistics:
-    """Hessians left out where `max_bytes`, an upper bound to what experts' own take, is None."""
-    experts, tokens = None, x_BTD.shape[0] * x_BTD.shape[1]
-    if isinstance(block.mlp, MoE):
-        experts = expert_statistics(taps.pop("mlp.experts"), tokens, block.mlp.num_experts, max_bytes)
+def _summed(taps: Taps, x_BTD: jax.Array, hessians: bool) -> BlockStatistics:
+    tokens = jnp.asarray(x_BTD.shape[0] * x_BTD.shape[1], jnp.float32)
     input2 = {name: jnp.sum(x.astype(jnp.float32) ** 2, axis=tuple(range(x.ndim - 1))) for name, x in taps.items()}
-    hessians = None if max_bytes is None else input_products(taps)
-    return BlockStatistics(jnp.asarray(tokens, jnp.float32), input2, experts, hessians)
+    return BlockStatistics(tokens, input2, None, input_products(taps) if hessians else None)

@@ -26,10 +26,10 @@ def products(x: jax.Array) -> jax.Array:
     return product("ti,tj->ij", x_TI, x_TI)
 
 
-def expert_products(x_RI: jax.Array, rows_E: jax.Array, max_bytes: int) -> tuple[jax.Array | None, jax.Array]:
-    """sum x x^T over each expert's rows, (E, I, I), or None where that takes more than `max_bytes`; and over all rows,
-    (I, I). Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on."""
-    if 4 * len(rows_E) * x_RI.shape[1] ** 2 > max_bytes:
+def expert_products(x_RI: jax.Array, rows_E: jax.Array, max_bytes_each: int) -> tuple[jax.Array | None, jax.Array]:
+    """sum x x^T over each expert's rows, (E, I, I), or None where one takes more than `max_bytes_each`; and over all
+    rows, (I, I). Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; the rest are zero."""
+    if 4 * x_RI.shape[1] ** 2 > max_bytes_each:
         return None, products(x_RI)
     own_EII = _products_by_expert(x_RI, rows_E)
     return own_EII, jnp.sum(own_EII, axis=0)

@@ -38,7 +38,7 @@ class HuggingFaceLeaves:
         tensor = hf_name(name, self.config)
         assert tensor is not None
         if row.role == "routed experts":
-            return self._experts(tensor)
+            return self.experts(name, range(self.config.n_routed_experts))
         if row.name in (K_B, V_B):
             return self._split_kv_b(tensor, is_key=row.name == K_B)
         return self._leaf(tensor)
@@ -49,8 +49,11 @@ class HuggingFaceLeaves:
             return values
         return Fp8Blocks(values, jnp.asarray(self.read(tensor + SCALE)), self.block())
 
-    def _experts(self, tensor: str) -> ExpertWeights:
-        names = [tensor.format(e) for e in range(self.config.n_routed_experts)]
+    def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
+        """Of the routed experts' weights that `Layout` calls `name` those of some experts."""
+        tensor = hf_name(name, self.config)
+        assert tensor is not None
+        names = [tensor.format(e) for e in members]
         values = self._stacked(names)
         bucket: Leaf = values
         if values.dtype == jnp.float8_e4m3fn:
@@ -64,7 +67,8 @@ class HuggingFaceLeaves:
         if isinstance(first, jax.Array):
             return jnp.stack([self.read(tensor) for tensor in tensors])
         stacked = _aligned((len(tensors), *first.shape), first.dtype)
-        for e, tensor in enumerate(tensors):
+        stacked[0] = first
+        for e, tensor in enumerate(tensors[1:], start=1):
             stacked[e] = self.read(tensor)
         return jax.device_put(stacked)
 

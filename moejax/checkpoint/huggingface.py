@@ -7,7 +7,7 @@ An unknown, missing or misshapen tensor is an error that names it. Only MTP laye
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,11 @@ from moejax.checkpoint.safetensors_folder import (
     read_config_json,
 )
 from moejax.errors import InputError
+from moejax.formats import ExpertWeights
 from moejax.model import DeepseekV3
 from moejax.model.config import Config
 from moejax.model.leaves import Weight, named_leaves
+from moejax.model.sliced import experts_in_slice
 from moejax.model.weights import Layout, row_of
 
 # Tensors that are no weights, and are left out. Kimi-K2's files hold one in every layer, of (D/H)/2 numbers where the
@@ -70,6 +72,15 @@ class HuggingFaceCheckpoint:
     def leaf(self, name: str) -> Weight:
         """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
         return self._leaves(self._finite)(name)
+
+    def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
+        """Of routed experts' weights of that name those of some experts. Raises InputError as `leaf` does."""
+        return self._leaves(self._finite).experts(name, members)
+
+    @property
+    def experts_in_slice(self) -> int:
+        """How many experts are worth reading together."""
+        return experts_in_slice(self.config)
 
     def fingerprint(self) -> str:
         """A short text that changes with the size or the time of a file that the model is read from."""

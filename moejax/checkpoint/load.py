@@ -1,6 +1,6 @@
 """One way to open a checkpoint, whichever kind it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.native import MANIFEST, open_native
 from moejax.checkpoint.safetensors_folder import resolve_checkpoint
 from moejax.errors import InputError
+from moejax.formats import ExpertWeights
 from moejax.model import Config, DeepseekV3, Layout
 from moejax.model.leaves import Weight
 from moejax.progress import Progress, counted, silent
@@ -38,6 +39,15 @@ class Checkpoint(Protocol):
 
     def leaf(self, name: str) -> Weight:
         """One weight of the model, by the name that `Layout` gives it."""
+        ...
+
+    def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
+        """Of routed experts' weights of that name those of some experts, by rising number."""
+        ...
+
+    @property
+    def experts_in_slice(self) -> int | None:
+        """How many experts are worth reading together; None if all of a layer's are."""
         ...
 
     def abstract_leaves(self) -> Iterable[tuple[str, Weight]]:

@@ -7,7 +7,7 @@ tokenizer.json, ...    copied from the original
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.leaf_checks import check_arrays, check_indices
 from moejax.errors import InputError, brief
-from moejax.formats import abstract_experts, abstract_leaf
+from moejax.formats import ExpertWeights, abstract_experts, abstract_leaf, select_experts
 from moejax.model import Config, Layout, config_from_hf
 from moejax.model.leaves import Weight
 from moejax.model.weights import PER_EXPERT, block_name, row_of
@@ -93,6 +93,15 @@ class NativeCheckpoint:
         weight = jax.tree.unflatten(jax.tree.structure(abstract), restored)
         check_indices(self.path, name, weight, self.config)
         return weight
+
+    def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
+        """Of routed experts' weights of that name those of some experts. Raises InputError as `leaf` does."""
+        every = self.leaf(name)
+        return every if len(members) == every.num_experts else select_experts(every, members)
+
+    @property
+    def experts_in_slice(self) -> None:
+        """All of a layer's, which are packed, are read together: their checksums are of all."""
 
     def arrays(self, name: str) -> list[np.ndarray]:
         """The arrays of the weight called `name`, mapped from the disk. Raises InputError if their bytes are not those

@@ -1,17 +1,18 @@
 """Chunks through a model, all of them through one block before the next one is asked for."""
 
 from collections.abc import Callable, Sequence
+from itertools import tee
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from moejax.model.config import Config
-from moejax.model.deepseek_v3 import MtpBlock
 from moejax.model.finite import require_finite_mtp
 from moejax.model.hidden_states import HiddenStates
+from moejax.model.sliced import SlicedMtp, through_mtp
 from moejax.model.source import Source, walk
-from moejax.model.steps import run_mtp, run_norm
+from moejax.model.steps import run_norm
 
 Tick = Callable[[], object]
 
@@ -58,9 +59,9 @@ class _Final(HiddenStates):
             self.states[n] = normed_BTD
             self.scored.append(normed_BTD[:, self._length // 2 : self._length - 1].copy())
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
-        for taken in self.mtp_inputs():
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
+        taken, given = tee(self.mtp_inputs())
+        for own, y_BTD in zip(taken, through_mtp(mtp, given, self.mtp_by), strict=True):
             self.tick()
-            y_BTD = run_mtp(mtp, *taken)
-            require_finite_mtp(f"mtp.{depth}", mtp, *taken, y_BTD)
+            require_finite_mtp(f"mtp.{depth}", mtp, *own, self.mtp_by, y_BTD)
             self.drafted.append(np.asarray(y_BTD)[:, self._length // 2 : self._length - 2].copy())

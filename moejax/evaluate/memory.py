@@ -16,11 +16,18 @@ from moejax.evaluate.divergence import compare, log_probabilities
 from moejax.formats import Leaf, payload_bytes
 from moejax.formats.arrays import abstract_array
 from moejax.ledger import Ledger
-from moejax.model import DeepseekV3
+from moejax.model import Config, DeepseekV3
 from moejax.model.rope import Angles, angles
-from moejax.model.source import ModelSource, Source
-from moejax.model.steps import run_block, run_mtp
-from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
+from moejax.model.sliced import join, unjoin
+from moejax.model.source import Source
+from moejax.model.workspace import (
+    largest_of_each_kind,
+    reading_bytes,
+    reading_bytes_of_block,
+    sliced_step_bytes,
+    step_bytes,
+    with_margin,
+)
 from moejax.progress import Progress
 
 Read = Callable[[Checkpoint], DeepseekV3 | Source]
@@ -65,9 +72,9 @@ def needs(
 
     Compiles a step of every kind, which then need not be compiled again.
     """
-    models = [ModelSource(own) for own in (model, base) if isinstance(own, DeepseekV3)]
+    models = [own for own in (model, base) if isinstance(own, DeepseekV3)]
     steps = [step for own in models for step in _steps(own, length, batch, dtype)]
-    heads = [own.head() for own in models]
+    heads = [own.head.get_value() for own in models]
     kept = [] if base is None or isinstance(base, DeepseekV3) else [base]
     scoring = _scoring_bytes([*heads, *kept], length, batch, dtype)
     states = length * max(own.config.hidden_size for own in models) * jnp.dtype(dtype).itemsize
@@ -83,19 +90,20 @@ def needs(
     )
 
 
-def _steps(source: Source, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
+def _steps(model: DeepseekV3, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
     """Of the parts that are asked for one by one: bytes while they are read, and of the step each is read for."""
-    config = source.config
+    config = model.config
     x_BTD = abstract_array((batch, length, config.hidden_size), dtype)
-    by = _abstract_rotation(source, length, dtype)
-    yield reading_bytes(source.embedding()), 2 * _array_bytes(x_BTD)
-    blocks = [source.block(index) for index in range(config.num_hidden_layers)]
-    workspace = max(step_bytes(run_block, block, x_BTD, by) for block in largest_of_each_kind(blocks))
-    yield from ((reading_bytes(block), workspace) for block in blocks)
+    by = _abstract_rotation(config, length, dtype)
+    yield reading_bytes(model.embed.get_value()), 2 * _array_bytes(x_BTD)
+    workspace = max(sliced_step_bytes(block, x_BTD, by) for block in largest_of_each_kind(list(model.layers)))
+    yield from ((reading_bytes_of_block(block), workspace) for block in model.layers)
     if config.num_nextn_predict_layers:
         h_BTD = abstract_array((batch, length - 1, config.hidden_size), dtype)
-        mtp, by = source.mtp(0), _abstract_rotation(source, length - 1, dtype)
-        yield reading_bytes(mtp), step_bytes(run_mtp, mtp, h_BTD, h_BTD, by)
+        mtp, by = model.mtp[0], _abstract_rotation(config, length - 1, dtype)
+        outside = payload_bytes(mtp) - payload_bytes(mtp.block)
+        around = max(step_bytes(join, mtp, h_BTD, h_BTD), step_bytes(unjoin, mtp, h_BTD))
+        yield outside + reading_bytes_of_block(mtp.block), max(around, sliced_step_bytes(mtp.block, h_BTD, by))
 
 
 def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typing.DTypeLike) -> int:
@@ -110,9 +118,9 @@ def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typ
     return _array_bytes(log_probs) + max(making, _array_bytes(log_probs) + comparing)
 
 
-def _abstract_rotation(source: Source, length: int, dtype: jax.typing.DTypeLike) -> Angles:
+def _abstract_rotation(config: Config, length: int, dtype: jax.typing.DTypeLike) -> Angles:
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jax.eval_shape(lambda: angles(source.config, jnp.arange(length), wide))
+    return jax.eval_shape(lambda: angles(config, jnp.arange(length), wide))
 
 
 def _array_bytes(array: jax.Array) -> int:

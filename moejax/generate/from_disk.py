@@ -11,10 +11,11 @@ from moejax.generate.decode import Rows, known_token
 from moejax.generate.sampling import Draw, sample
 from moejax.kernels import take
 from moejax.model import Config
-from moejax.model.deepseek_v3 import Block, head_logits
+from moejax.model.deepseek_v3 import head_logits
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
 from moejax.model.rope import angles
+from moejax.model.sliced import SlicedBlock
 from moejax.model.source import Source, Step, walk
 from moejax.model.steps import run_block_cached
 
@@ -54,9 +55,9 @@ class _Decoding(Step):
     def embedding(self, embedding: Leaf) -> None:
         self.x_BTD = take(embedding, self._rows.tokens_BT, self._dtype).block_until_ready()
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         self.x_BTD, self.cache[index] = run_block_cached(
-            block, self.x_BTD, self._by, self.cache[index], self._rows.start_B
+            block.whole(), self.x_BTD, self._by, self.cache[index], self._rows.start_B
         )
         self.x_BTD.block_until_ready()  # before the next block is read
 

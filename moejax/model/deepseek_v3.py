@@ -1,6 +1,7 @@
 """The model: decoder blocks, embedding and head, MTP blocks. Start reading here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from moejax.kernels import hadamard, matmul, take
 from moejax.model.attention import Attention
 from moejax.model.config import Config, require_tokens
 from moejax.model.latent_cache import LatentCache, empty_caches
-from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
+from moejax.model.leaves import Leaves, Taps, Weight, linear, named_leaves, prefixed, under
 from moejax.model.moe import Mlp, MoE
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles, angles
@@ -20,31 +21,56 @@ from moejax.model.rope import Angles, angles
 class Block(nnx.Module):
     """x + attention(norm(x)), then + mlp(norm(.)): one decoder layer, dense or with experts."""
 
-    def __init__(self, config: Config, leaves: Leaves, is_moe: bool, experts_per_token: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        leaves: Leaves,
+        is_moe: bool,
+        experts_per_token: int | None = None,
+        *,
+        has_experts: bool = True,
+    ):
         self.config = config
         self.input_norm = nnx.Param(leaves("input_norm"))
         self.self_attn = Attention(config, under(leaves, "self_attn"))
         self.post_attention_norm = nnx.Param(leaves("post_attention_norm"))
         mlp = under(leaves, "mlp")
-        self.mlp = MoE(config, mlp, experts_per_token) if is_moe else Mlp(config, mlp)
+        self.mlp = MoE(config, mlp, experts_per_token, has_experts=has_experts) if is_moe else Mlp(config, mlp)
 
     @property
     def experts_per_token(self) -> int:
         """K; the config's in a dense block."""
         return self.mlp.experts_per_token if isinstance(self.mlp, MoE) else self.config.num_experts_per_tok
 
+    def with_leaves(self, changed: Mapping[str, Weight], experts_per_token: int | None = None) -> Self:
+        """The block, or trunk, with some other weights, by name within it, and another K if one is given."""
+        is_moe, has_experts = isinstance(self.mlp, MoE), isinstance(self.mlp, MoE) and self.mlp.experts is not None
+        leaves, per_token = named_leaves(self) | dict(changed), experts_per_token or self.experts_per_token
+        return type(self)(self.config, leaves.__getitem__, is_moe, per_token, has_experts=has_experts)
+
     def __call__(
         self, x_BTD: jax.Array, by: Angles, choice_TK: jax.Array | None = None, taps: Taps | None = None
     ) -> jax.Array:
         """x (B, T, D) to (B, T, D). `choice_TK` replays expert choices; `taps` receives every weight's input."""
-        normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
-        attention_taps: Taps | None = None if taps is None else {}
-        x_BTD = x_BTD + self.self_attn(normed, by, attention_taps)
+        x_BTD = self.attended(x_BTD, by, taps)
         mlp_taps: Taps | None = None if taps is None else {}
         x_BTD = x_BTD + self._feed_forward(x_BTD, choice_TK, mlp_taps)
         if taps is not None:
-            taps |= prefixed("self_attn", attention_taps) | prefixed("mlp", mlp_taps)
+            taps |= prefixed("mlp", mlp_taps)
         return x_BTD
+
+    def attended(self, x_BTD: jax.Array, by: Angles, taps: Taps | None = None) -> jax.Array:
+        """x + attention(norm(x)), which the feed-forward part takes."""
+        normed = rms_norm(x_BTD, self.input_norm.get_value(), self.config.rms_norm_eps)
+        attention_taps: Taps | None = None if taps is None else {}
+        x_BTD = x_BTD + self.self_attn(normed, by, attention_taps)
+        if taps is not None:
+            taps |= prefixed("self_attn", attention_taps)
+        return x_BTD
+
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """What the feed-forward part makes of `attended`'s output first: norm(x)."""
+        return rms_norm(x_BTD, self.post_attention_norm.get_value(), self.config.rms_norm_eps)
 
     def attend_cached(
         self,
@@ -61,10 +87,9 @@ class Block(nnx.Module):
         return x_BTD + self._feed_forward(x_BTD, choice_TK, None), cache
 
     def _feed_forward(self, x: jax.Array, choice_TK: jax.Array | None, taps: Taps | None) -> jax.Array:
-        normed = rms_norm(x, self.post_attention_norm.get_value(), self.config.rms_norm_eps)
         if isinstance(self.mlp, MoE):
-            return self.mlp(normed, choice_TK, taps)
-        return self.mlp(normed, taps)
+            return self.mlp(self.normed(x), choice_TK, taps)
+        return self.mlp(self.normed(x), taps)
 
 
 class MtpBlock(nnx.Module):
@@ -80,12 +105,20 @@ class MtpBlock(nnx.Module):
         h = (n R^T) * input_gain, out = (norm(h' R^T) * norm_gain) R, with input_gain = g, norm_gain = own gain / g
     """
 
-    def __init__(self, config: Config, leaves: Leaves, is_moe: bool, experts_per_token: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        leaves: Leaves,
+        is_moe: bool,
+        experts_per_token: int | None = None,
+        *,
+        has_experts: bool = True,
+    ):
         self.config = config
         self.enorm = nnx.Param(leaves("enorm"))
         self.hnorm = nnx.Param(leaves("hnorm"))
         self.eh_proj = nnx.Param(leaves("eh_proj"))
-        self.block = Block(config, under(leaves, "block"), is_moe, experts_per_token)
+        self.block = Block(config, under(leaves, "block"), is_moe, experts_per_token, has_experts=has_experts)
         self.norm = nnx.Param(leaves("norm"))
         if config.residual_rotation:
             self.signs = nnx.Param(leaves("signs"))
@@ -93,28 +126,30 @@ class MtpBlock(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, taps: Taps | None = None) -> jax.Array:
         """h_t after the model's final norm and the next token's embedding, both (B, T, D), to the normed h'."""
-        joined = self._joined(h_BTD, next_BTD, taps)
+        joined = self.joined(h_BTD, next_BTD, taps)
         block_taps: Taps | None = None if taps is None else {}
         drafted = self.block(joined, by, taps=block_taps)
         if taps is not None:
             taps |= prefixed("block", block_taps)
-        return self._normed(drafted)
+        return self.normed(drafted)
 
     def attend_cached(
         self, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
     ) -> tuple[jax.Array, LatentCache]:
         """The same for T tokens of each sequence behind a cache of the block's own."""
-        drafted, cache = self.block.attend_cached(self._joined(h_BTD, next_BTD, None), by, cache, start_B)
-        return self._normed(drafted), cache
+        drafted, cache = self.block.attend_cached(self.joined(h_BTD, next_BTD), by, cache, start_B)
+        return self.normed(drafted), cache
 
-    def _joined(self, h_BTD: jax.Array, next_BTD: jax.Array, taps: Taps | None) -> jax.Array:
+    def joined(self, h_BTD: jax.Array, next_BTD: jax.Array, taps: Taps | None = None) -> jax.Array:
+        """What the block inside takes."""
         eps = self.config.rms_norm_eps
         if self.config.residual_rotation:
             h_BTD = unrotated(h_BTD, self.signs.get_value()) * self.input_gain.get_value().astype(h_BTD.dtype)
         both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
         return linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
 
-    def _normed(self, drafted_BTD: jax.Array) -> jax.Array:
+    def normed(self, drafted_BTD: jax.Array) -> jax.Array:
+        """h' of what the block inside puts out."""
         gain, eps = self.norm.get_value(), self.config.rms_norm_eps
         if not self.config.residual_rotation:
             return rms_norm(drafted_BTD, gain, eps)

@@ -1,7 +1,8 @@
 """Numbers that are not finite: seen behind every block, and traced to the matrix that put them out first."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from moejax.errors import InputError
 from moejax.formats import reshape_outputs
 from moejax.kernels import matmul
 from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.leaves import Taps, named_leaves
-from moejax.model.moe import ExpertRun
+from moejax.model.leaves import Taps, Weight, named_leaves
+from moejax.model.moe import ExpertRun, Experts, MoE, Routing
 from moejax.model.rope import Angles
+from moejax.model.sliced import SlicedBlock, SlicedMtp, entered, pieces
 
-_ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "experts", "gate", "up", "down")
+_ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "gate", "up", "down")
 _NEEDED = "a checkpoint whose weights are sound is needed"
 
 
@@ -36,19 +38,19 @@ def require_finite(name: str, x: jax.Array) -> None:
         raise InputError(_sentence(f"the output of {name}", x))
 
 
-def require_finite_block(name: str, block: Block, x_BTD: jax.Array, by: Angles, y_BTD: jax.Array) -> None:
+def require_finite_block(name: str, block: SlicedBlock, x_BTD: jax.Array, by: Angles, y_BTD: jax.Array) -> None:
     """Raise InputError unless y, which block `name` made of x, is all finite: a sentence with the matrix, and of
     which expert, that made of finite numbers what is not. Traced ones pass."""
     if _is_known_not_to_be(y_BTD):
-        _refuse(name, block, _block_taps(block, x_BTD, by))
+        _refuse(name, lambda: _block_steps("", block, x_BTD, by))
 
 
 def require_finite_mtp(
-    name: str, mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, y_BTD: jax.Array
+    name: str, mtp: SlicedMtp, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles, y_BTD: jax.Array
 ) -> None:
     """`require_finite_block` for an MTP block, which made y of h and the next tokens' embeddings."""
     if _is_known_not_to_be(y_BTD):
-        _refuse(name, mtp, _mtp_taps(mtp, h_BTD, next_BTD, by))
+        _refuse(name, lambda: _mtp_steps(mtp, h_BTD, next_BTD, by))
 
 
 def refuse_head() -> NoReturn:
@@ -60,26 +62,19 @@ def _is_known_not_to_be(x: jax.Array) -> bool:
     return not isinstance(x, jax.core.Tracer) and not all_finite(x)
 
 
-@jax.jit
-def _block_taps(block: Block, x_BTD: jax.Array, by: Angles) -> Taps:
-    taps: Taps = {}
-    block(x_BTD, by, taps=taps)
-    return taps
+class _Step(NamedTuple):
+    """A matrix, what it took and what it put out."""
+
+    name: str
+    taken: jax.Array
+    output: jax.Array
 
 
-@jax.jit
-def _mtp_taps(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles) -> Taps:
-    taps: Taps = {}
-    mtp(h_BTD, next_BTD, by, taps)
-    return taps
-
-
-def _refuse(name: str, module: Block | MtpBlock, taps: Taps) -> NoReturn:
-    steps = list(_steps(module, taps))
-    for step in steps:
+def _refuse(name: str, steps: Callable[[], Iterator[_Step]]) -> NoReturn:
+    for step in steps():
         if all_finite(step.taken) and not all_finite(step.output):
             raise InputError(f"{name}: {_sentence(f'the output of {step.name}', step.output)}")
-    for step in steps:  # a norm or attention made it
+    for step in steps():  # a norm or attention made it
         if not all_finite(step.taken):
             raise InputError(f"{name}: {_sentence(f'the input of {step.name}', step.taken)}")
     raise InputError(f"{name}: its output is not finite, though those of its matrices are; {_NEEDED}")
@@ -92,29 +87,33 @@ def _sentence(what: str, found: jax.Array) -> str:
     return f"{what} reaches {numbers.max():.3g}, too much to be squared and summed in float32; {_NEEDED}"
 
 
-class _Step(NamedTuple):
-    """A matrix, what it took and what it put out."""
-
-    name: str
-    taken: jax.Array
-    output: jax.Array
+def _mtp_steps(mtp: SlicedMtp, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles) -> Iterator[_Step]:
+    joined_BTD, taps = _mtp_taps(mtp.outer, h_BTD, next_BTD)
+    yield from _matrix_steps("", named_leaves(mtp.outer), taps)
+    yield from _block_steps("block.", mtp.block, joined_BTD, by)
 
 
-def _steps(module: Block | MtpBlock, taps: Taps) -> Iterator[_Step]:
+def _block_steps(prefix: str, block: SlicedBlock, x_BTD: jax.Array, by: Angles) -> Iterator[_Step]:
     """In the order in which they are computed; what is compiled gives taps in that of their names."""
-    leaves = named_leaves(module)
+    inside, taps = _block_taps(block.trunk, x_BTD, by)
+    leaves = named_leaves(block.trunk)
+    shared = {name: x for name, x in taps.items() if name.startswith("mlp.shared")}
+    yield from _matrix_steps(prefix, leaves, {name: x for name, x in taps.items() if name not in shared})
+    for members, experts in block.slices():
+        for start, rows in pieces(inside.routing, members, x_BTD.shape[-1]):
+            run = _run(experts, members[0], start, inside.normed_TD, inside.routing, rows=rows)
+            yield from _expert_steps(f"{prefix}mlp.experts", members, run)
+    yield from _matrix_steps(prefix, leaves, shared)
+
+
+def _matrix_steps(prefix: str, leaves: Mapping[str, Weight], taps: Taps) -> Iterator[_Step]:
     for name in sorted(taps, key=lambda name: _ORDER.index(name.rpartition(".")[2])):
-        x = taps[name]
-        if isinstance(x, ExpertRun):
-            yield from _expert_steps(name, x)
-        else:
-            leaf = leaves[name]
-            yield _Step(
-                name, x, matmul(x, leaf if leaf.ndim == 2 else reshape_outputs(leaf, leaf.size // leaf.shape[-1]))
-            )
+        x, leaf = taps[name], leaves[name]
+        y = matmul(x, leaf if leaf.ndim == 2 else reshape_outputs(leaf, leaf.size // leaf.shape[-1]))
+        yield _Step(f"{prefix}{name}", x, y)
 
 
-def _expert_steps(name: str, run: ExpertRun) -> Iterator[_Step]:
+def _expert_steps(name: str, members: Sequence[int], run: ExpertRun) -> Iterator[_Step]:
     """By projection and expert; of gate and up together it is their product, which `down` takes."""
     both_R2F = jnp.concatenate([run.gate_RF, run.up_RF], axis=-1)
     projections = {
@@ -125,5 +124,25 @@ def _expert_steps(name: str, run: ExpertRun) -> Iterator[_Step]:
     }
     expert_R = np.asarray(run.expert_R)
     for projection, (taken, output) in projections.items():
-        for e in np.unique(expert_R):
-            yield _Step(f"{name}.{projection} of expert {e}", taken[expert_R == e], output[expert_R == e])
+        for k, e in enumerate(members):
+            if np.any(expert_R == k):
+                yield _Step(f"{name}.{projection} of expert {e}", taken[expert_R == k], output[expert_R == k])
+
+
+@jax.jit
+def _block_taps(trunk: Block, x_BTD: jax.Array, by: Angles) -> tuple[Any, Taps]:
+    taps: Taps = {}
+    if isinstance(trunk.mlp, MoE):
+        return entered(trunk, x_BTD, by, taps), taps
+    return trunk(x_BTD, by, taps=taps), taps
+
+
+@jax.jit
+def _mtp_taps(outer: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array) -> tuple[jax.Array, Taps]:
+    taps: Taps = {}
+    return outer.joined(h_BTD, next_BTD, taps), taps
+
+
+@partial(jax.jit, static_argnames="rows")
+def _run(experts: Experts, first: int, start: int, normed_TD: jax.Array, routing: Routing, rows: int) -> ExpertRun:
+    return experts.run(normed_TD, routing, rows, first, start)

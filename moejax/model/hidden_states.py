@@ -10,11 +10,10 @@ import numpy as np
 from moejax.formats import Leaf
 from moejax.kernels import take
 from moejax.model.config import Config
-from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
 from moejax.model.rope import Angles, angles
+from moejax.model.sliced import SlicedBlock, through
 from moejax.model.source import Source, Step, walk
-from moejax.model.steps import run_block
 
 # An array (B, T, D), a `jax.Array` or what `kept` makes of one.
 State = Any
@@ -53,26 +52,32 @@ class HiddenStates(Step):
         if self._drafts:
             self.embedded = list(self.states)
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         """Raises InputError as `run` does."""
         self.run(index, block)
 
-    def run(self, index: int, block: Block) -> None:
+    def run(self, index: int, block: SlicedBlock) -> None:
         """The states through decoder block `index`. Raises InputError, naming the matrix, where an output is not
         finite."""
-        for n, state_BTD in enumerate(self.states):
-            self.tick()
-            x_BTD = jnp.asarray(state_BTD)
-            y_BTD = run_block(block, x_BTD, self.by)
-            require_finite_block(f"layers.{index}", block, x_BTD, self.by, y_BTD)
+        for n, y_BTD in enumerate(through(block, self._begun(), self.by)):
+            require_finite_block(f"layers.{index}", block, jnp.asarray(self.states[n]), self.by, y_BTD)
             self.states[n] = self._kept(y_BTD)
 
-    def mtp_inputs(self) -> Iterator[tuple[jax.Array, jax.Array, Angles]]:
+    def _begun(self) -> Iterator[jax.Array]:
+        for state_BTD in list(self.states):
+            self.tick()
+            yield jnp.asarray(state_BTD)
+
+    def mtp_inputs(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """What an MTP block takes behind the final norm, batch by batch: the states of tokens t and the embeddings of
-        tokens t+1, (B, T-1, D), and the angles of positions t."""
-        by = jax.tree.map(lambda angle_TR: angle_TR[:-1], self.by)
+        tokens t+1, (B, T-1, D)."""
         for h_BTD, e_BTD in zip(self.states, self.embedded, strict=True):
-            yield jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:]), by
+            yield jnp.asarray(h_BTD[:, :-1]), jnp.asarray(e_BTD[:, 1:])
+
+    @property
+    def mtp_by(self) -> Angles:
+        """The angles of the positions t of `mtp_inputs`."""
+        return jax.tree.map(lambda angle_TR: angle_TR[:-1], self.by)
 
 
 def require_finite_blocks(source: Source, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> None:

@@ -1,15 +1,16 @@
 """Feed-forward layers: the dense SwiGLU, the router, and the mixture of experts."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import ExpertWeights
-from moejax.kernels import expert_matmul, hadamard, matmul, product
+from moejax.kernels import expert_matmul, hadamard, matmul
 from moejax.model.config import Config
-from moejax.model.leaves import Leaves, Taps, linear, prefixed, under
+from moejax.model.leaves import Leaves, Taps, Weight, linear, named_leaves, prefixed, under
 
 
 class Mlp(nnx.Module):
@@ -39,11 +40,13 @@ class Routing(NamedTuple):
 
 
 class ExpertRun(NamedTuple):
-    """What happened inside the routed experts, rows sorted by expert (R = T*K): for calibration.
+    """What happened inside some routed experts, rows sorted by expert, token by token.
 
-    hidden_RF is what `down` takes.
+    There may be more rows than these experts were chosen for: R is what was made room for. The rows behind are zeros of
+    no token and no expert: theirs are T and E, the numbers of both. hidden_RF is what `down` takes.
     """
 
+    token_R: jax.Array
     expert_R: jax.Array
     weight_R: jax.Array
     x_RD: jax.Array
@@ -52,9 +55,15 @@ class ExpertRun(NamedTuple):
     hidden_RF: jax.Array
     y_RD: jax.Array
 
+    def onto(self, y_TD: jax.Array) -> jax.Array:
+        """y_t + sum_k weight_tk * expert_{e(t,k)}(x_t), a token's terms in the order of its experts: the sum over all
+        is the same, however many runs it is made in."""
+        terms_RD = self.y_RD.astype(y_TD.dtype) * self.weight_R[:, None].astype(y_TD.dtype)
+        return y_TD.at[self.token_R].add(terms_RD, mode="drop")
+
 
 class Experts(nnx.Module):
-    """The routed experts' weights: gate and up (E, F, D), down (E, D, F)."""
+    """Routed experts' weights: gate and up (E, F, D), down (E, D, F); all of a layer's, or some."""
 
     def __init__(self, config: Config, leaves: Leaves):
         self.config = config
@@ -62,25 +71,47 @@ class Experts(nnx.Module):
         self.up = nnx.Param(leaves("up"))
         self.down = nnx.Param(leaves("down"))
 
+    @property
+    def num_experts(self) -> int:
+        return self.gate.get_value().num_experts
+
     def __call__(self, x_TD: jax.Array, routing: Routing) -> tuple[jax.Array, ExpertRun]:
-        """y_t = sum_k weight_tk * expert_{e(t,k)}(x_t), visiting only the experts that some token chose."""
+        """y_t = sum_k weight_tk * expert_{e(t,k)}(x_t) of all of a layer's experts."""
+        run = self.run(x_TD, routing, routing.experts_TK.size)
+        return run.onto(jnp.zeros_like(x_TD, wide_dtype(x_TD))).astype(x_TD.dtype), run
+
+    def run(
+        self, x_TD: jax.Array, routing: Routing, rows: int, first: jax.Array | int = 0, start: jax.Array | int = 0
+    ) -> ExpertRun:
+        """Tokens x (T, D) through those of these experts, numbers `first`, first + 1 and so on of the layer, that they
+        go to; others are not visited. R = `rows` of those choices, sorted by expert, from number `start` on."""
         T, K = routing.experts_TK.shape
-        order_R = jnp.argsort(routing.experts_TK.reshape(-1), stable=True)
-        rows_E = jnp.bincount(routing.experts_TK.reshape(-1), length=self.gate.get_value().num_experts)
-        x_RD = x_TD[order_R // K]
+        E = self.num_experts
+        local_TK = routing.experts_TK - first
+        expert_R = jnp.where((local_TK >= 0) & (local_TK < E), local_TK, E).reshape(-1)
+        if rows < len(expert_R):
+            expert_R = jnp.pad(expert_R, (0, rows), constant_values=E)  # so that there are rows to take from `start` on
+        order_R = jax.lax.dynamic_slice_in_dim(jnp.argsort(expert_R, stable=True), start, rows)
+        expert_R = expert_R[order_R]
+        is_own_R = expert_R < E
+        rows_E = jnp.bincount(expert_R, length=E + 1)[:E]
+        token_R = order_R // K
+        x_RD = jnp.where(is_own_R[:, None], x_TD[token_R], 0)
         gate_RF = self._project(x_RD, self.gate, rows_E)
         up_RF = self._project(x_RD, self.up, rows_E)
         hidden_RF = _down_input(jax.nn.silu(gate_RF) * up_RF, self.config)
         y_RD = self._project(hidden_RF, self.down, rows_E)
-        y_TKD = jnp.zeros_like(y_RD).at[order_R].set(y_RD, unique_indices=True).reshape(T, K, -1)
-        wide = jnp.promote_types(y_TKD.dtype, jnp.float32)
-        y_TD = product("tkd,tk->td", y_TKD.astype(wide), routing.weights_TK.astype(wide)).astype(y_TKD.dtype)
-        expert_R, weight_R = routing.experts_TK.reshape(-1)[order_R], routing.weights_TK.reshape(-1)[order_R]
-        return y_TD, ExpertRun(expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
+        weight_R = jnp.where(is_own_R, routing.weights_TK.reshape(-1)[order_R], 0)
+        return ExpertRun(jnp.where(is_own_R, token_R, T), expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
 
     @staticmethod
     def _project(x_RI: jax.Array, weights: nnx.Param[ExpertWeights], rows_E: jax.Array) -> jax.Array:
         return expert_matmul(x_RI, weights.get_value(), rows_E)
+
+
+def wide_dtype(x: jax.Array) -> jnp.dtype:
+    """What sums over experts are made in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 class MoE(nnx.Module):
@@ -93,33 +124,52 @@ class MoE(nnx.Module):
         y = sum_k weight_k * expert_k(x) + shared(x)
 
     Groups are ragged: `group_id` says to which group each surviving expert belongs. `experts_per_token` is K, and
-    `routing_scale` what experts_per_token's transform fits when K is lowered; 1 in an original model.
+    `routing_scale` what experts_per_token's transform fits when K is lowered; 1 in an original model. `experts` is None
+    in a trunk (see `sliced`).
     """
 
-    def __init__(self, config: Config, leaves: Leaves, experts_per_token: int | None = None):
+    def __init__(
+        self, config: Config, leaves: Leaves, experts_per_token: int | None = None, *, has_experts: bool = True
+    ):
         self.config = config
         self.experts_per_token = experts_per_token or config.num_experts_per_tok
         self.router = nnx.Param(leaves("router"))
         self.bias = nnx.Param(leaves("bias"))
         self.group_id = nnx.Param(leaves("group_id"))
         self.routing_scale = nnx.Param(leaves("routing_scale"))
-        self.experts = Experts(config, under(leaves, "experts"))
+        self.experts = Experts(config, under(leaves, "experts")) if has_experts else None
         self.shared = Mlp(config, under(leaves, "shared"))
 
     @property
     def num_experts(self) -> int:
         return self.router.get_value().shape[0]
 
+    def with_leaves(self, changed: Mapping[str, Weight], experts_per_token: int | None = None) -> Self:
+        """The layer, or trunk, with some other weights, by name within it, and another K if one is given."""
+        leaves, has_experts = named_leaves(self) | dict(changed), self.experts is not None
+        return type(self)(
+            self.config, leaves.__getitem__, experts_per_token or self.experts_per_token, has_experts=has_experts
+        )
+
     def __call__(self, x_BTD: jax.Array, choice_TK: jax.Array | None = None, taps: Taps | None = None) -> jax.Array:
         """x (B, T, D) to the layer's output. `choice_TK` (B*T, K) replays given experts instead of choosing."""
+        assert self.experts is not None, "a trunk is not run by itself"
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.route(x_TD, choice_TK)
+        routing, shared_TD = self.enter(x_TD, choice_TK, taps)
         routed_TD, run = self.experts(x_TD, routing)
-        shared_taps: Taps | None = None if taps is None else {}
-        y_TD = routed_TD + self.shared(x_TD, shared_taps)
         if taps is not None:
-            taps |= {"router": x_TD, "experts": run} | prefixed("shared", shared_taps)
-        return y_TD.reshape(x_BTD.shape)
+            taps["experts"] = run
+        return (routed_TD + shared_TD).reshape(x_BTD.shape)
+
+    def enter(
+        self, x_TD: jax.Array, choice_TK: jax.Array | None = None, taps: Taps | None = None
+    ) -> tuple[Routing, jax.Array]:
+        """All but the routed experts: where tokens go, and what the shared experts put out, (T, D)."""
+        shared_taps: Taps | None = None if taps is None else {}
+        shared_TD = self.shared(x_TD, shared_taps)
+        if taps is not None:
+            taps |= {"router": x_TD} | prefixed("shared", shared_taps)
+        return self.route(x_TD, choice_TK), shared_TD
 
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """sigmoid(x W_router) in at least float32, (T, E)."""

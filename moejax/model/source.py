@@ -9,7 +9,8 @@ import jax
 from moejax.formats import Leaf
 from moejax.model.config import Config
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
-from moejax.model.leaves import Weight, named_leaves
+from moejax.model.leaves import Weight, named_leaves, prefixed
+from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced, sliced_mtp
 
 
 class Source(Protocol):
@@ -22,8 +23,8 @@ class Source(Protocol):
         """(C, D)."""
         ...
 
-    def block(self, index: int) -> Block:
-        """Decoder layer `index`, with its own K."""
+    def block(self, index: int) -> SlicedBlock:
+        """Decoder layer `index`, with its own K. Its routed experts are read when they are asked for."""
         ...
 
     def norm(self) -> jax.Array:
@@ -34,7 +35,7 @@ class Source(Protocol):
         """(C, D)."""
         ...
 
-    def mtp(self, depth: int) -> MtpBlock:
+    def mtp(self, depth: int) -> SlicedMtp:
         """MTP block `depth`, with its own K."""
         ...
 
@@ -52,8 +53,8 @@ class ModelSource:
     def embedding(self) -> Leaf:
         return self.model.embed.get_value()
 
-    def block(self, index: int) -> Block:
-        return self.model.layers[index]
+    def block(self, index: int) -> SlicedBlock:
+        return sliced(self.model.layers[index])
 
     def norm(self) -> jax.Array:
         return self.model.norm.get_value()
@@ -61,8 +62,8 @@ class ModelSource:
     def head(self) -> Leaf:
         return self.model.head.get_value()
 
-    def mtp(self, depth: int) -> MtpBlock:
-        return self.model.mtp[depth]
+    def mtp(self, depth: int) -> SlicedMtp:
+        return sliced_mtp(self.model.mtp[depth])
 
 
 def source_of(model: DeepseekV3 | Source) -> Source:
@@ -77,13 +78,13 @@ class Step:
     def embedding(self, embedding: Leaf) -> None:
         """What `Source.embedding` gives."""
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         """What `Source.block` gives."""
 
     def norm(self, gain_D: jax.Array) -> None:
         """What `Source.norm` gives."""
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         """What `Source.mtp` gives."""
 
     def head(self, head: Leaf) -> None:
@@ -124,18 +125,18 @@ class _Collecting(Step):
     def embedding(self, embedding: Leaf) -> None:
         self.leaves["embed"] = embedding
 
-    def block(self, index: int, block: Block) -> None:
-        self._add(f"layers.{index}", block, block)
+    def block(self, index: int, block: SlicedBlock) -> None:
+        self._add(f"layers.{index}", block.whole())
 
     def norm(self, gain_D: jax.Array) -> None:
         self.leaves["norm"] = gain_D
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
-        self._add(f"mtp.{depth}", mtp, mtp.block)
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
+        self._add(f"mtp.{depth}", mtp.whole())
 
     def head(self, head: Leaf) -> None:
         self.leaves["head"] = head
 
-    def _add(self, name: str, part: Block | MtpBlock, block: Block) -> None:
-        self.leaves |= {f"{name}.{own}": leaf for own, leaf in named_leaves(part).items()}
-        self.experts_per_token.append(block.experts_per_token)
+    def _add(self, name: str, part: Block | MtpBlock) -> None:
+        self.leaves |= prefixed(name, named_leaves(part))
+        self.experts_per_token.append((part if isinstance(part, Block) else part.block).experts_per_token)

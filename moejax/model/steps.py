@@ -4,12 +4,11 @@ Evaluation and calibration go through the layers in Python, so that no more than
 blocks share one compilation.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.deepseek_v3 import Block
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
@@ -29,18 +28,5 @@ def run_block_cached(
     return block.attend_cached(x_BTD, by, cache, start_B)
 
 
-@jax.jit
-def run_mtp(mtp: MtpBlock, h_BTD: jax.Array, next_BTD: jax.Array, by: Angles) -> jax.Array:
-    """One MTP block, compiled: the model's normed output and the next tokens' embeddings to what its head takes."""
-    return mtp(h_BTD, next_BTD, by)
-
-
 # The final norm, compiled.
 run_norm = partial(jax.jit, static_argnames="eps")(rms_norm)
-
-
-def run_blocks(blocks: Sequence[Block], x_BTD: jax.Array, by: Angles) -> jax.Array:
-    """Blocks one behind the other."""
-    for block in blocks:
-        x_BTD = run_block(block, x_BTD, by)
-    return x_BTD

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from moejax.formats import ExpertWeights, payload_bytes
 from moejax.model.deepseek_v3 import Block
+from moejax.model.moe import Experts, MoE
+from moejax.model.rope import Angles
+from moejax.model.sliced import add_piece, enter, leave, most_rows, sliced, some_of
+from moejax.model.steps import run_block
 
 # What allocators lose, libraries set aside and compilers take beside all that is counted: 130 MB were measured on two
 # cores, of a checkpoint of 4 GB.
@@ -23,6 +28,35 @@ def largest_of_each_kind(blocks: Sequence[Block]) -> list[Block]:
     """A dense block and one with experts, as far as there are any."""
     by_kind = {type(block.mlp): block for block in sorted(blocks, key=payload_bytes)}
     return list(by_kind.values())
+
+
+def reading_bytes_of_block(block: Block) -> int:
+    """`reading_bytes` of an abstract block of which a slice of the experts is there at a time."""
+    own = sliced(block)
+    return reading_bytes(own.trunk) + (reading_bytes(_largest_slice(block)) if own.is_moe else 0)
+
+
+def sliced_step_bytes(block: Block, x_BTD: jax.Array, by: Angles) -> int:
+    """What states x (B, T, D) take on their way through an abstract block, slice by slice, beside x and the block:
+    workspace, results, and what waits for the next slice."""
+    own = sliced(block)
+    if not own.is_moe:
+        return step_bytes(run_block, block, x_BTD, by)
+    inside = jax.eval_shape(enter, own.trunk, x_BTD, by)
+    routed_TD = jax.eval_shape(lambda given: given.nothing_TD, inside)
+    rows = most_rows(inside.routing, x_BTD.shape[-1])
+    given = (inside.normed_TD, inside.routing, routed_TD)
+    waiting = payload_bytes([inside, routed_TD])
+    return max(
+        step_bytes(enter, own.trunk, x_BTD, by),
+        waiting + step_bytes(add_piece, _largest_slice(block), 0, 0, *given, rows=rows),
+        waiting + step_bytes(leave, inside, routed_TD),
+    )
+
+
+def _largest_slice(block: Block) -> Experts:
+    assert isinstance(block.mlp, MoE)
+    return jax.eval_shape(partial(some_of, members=sliced(block).ranges[0]), block.mlp.experts)
 
 
 def reading_bytes(part: Any) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 from moejax.calibrate import BlockStatistics, Inputs, Statistics
 from moejax.formats import Leaf, payload_bytes
 from moejax.model import Config
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.deepseek_v3 import Block
+from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.planning import BlockPlan, Method
 from moejax.transforms.on_the_way import Known, Observed, StatisticsOnTheWay, observed
 
@@ -59,10 +60,10 @@ class _Keeping(StatisticsOnTheWay):
     def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
         self._made.embedding(embedding, compressed)
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
         return self._keep(self._made.block(index, block, plan))
 
-    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
         if self._blocks is None:
             self._made.pass_by(index, block, compressed)
         else:
@@ -71,7 +72,7 @@ class _Keeping(StatisticsOnTheWay):
     def norm(self, gain_D: jax.Array) -> None:
         self._made.norm(gain_D)
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
         return self._keep(self._made.mtp(depth, mtp, plan))
 
     def head(self, head: Leaf) -> Inputs:

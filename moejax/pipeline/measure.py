@@ -6,8 +6,9 @@ how much of the block's own output one format of each weight spoils, and so many
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -17,33 +18,37 @@ import numpy as np
 from moejax.calibrate import BlockStatistics
 from moejax.formats import Leaf
 from moejax.model import Config, Layout, named_leaves
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Weight
-from moejax.model.moe import MoE
+from moejax.model.moe import Experts, MoE, Routing
+from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, experts_in_slice, leave, slices_of
 from moejax.model.source import Source, Step, walk
-from moejax.model.steps import run_block
-from moejax.model.weights import IN_BLOCK, row_of
+from moejax.model.weights import PER_EXPERT, row_of
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.crossing import AlternativeOf, Inside, Run
 from moejax.pipeline.measured import Measured, block_measures
 from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_count
 from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, changes_of, family_of, probed_format
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.rounded import ExpertsInFormats, InFormats, block_in_formats
-from moejax.pipeline.variants import Variants
+from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
+from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.work import Work
-from moejax.pipeline.working_copy import dense_block, with_leaves
+from moejax.pipeline.working_copy import dense_experts, dense_trunk
 from moejax.planning import BlockPlan
 from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import Rounder, experts_together
 from moejax.transforms.on_the_way import StatisticsOnTheWay
-from moejax.transforms.prune import masked_bias, pruning_error, pruning_scores
+from moejax.transforms.prune import lost, masked_bias, pruning_error, pruning_scores, rerouted
 
 _STAGE = "measuring"
 # Of the probes' sequences one in so many, at least one, shows how much of an output is spoiled.
 _ONE_IN = 4
 # So many numbers of pruned experts are tried in a layer, spread evenly.
 _PRUNED = 6
+
+# Gives experts of a block, whose numbers in the layer these are, in every format, by projection.
+ExpertsIn = Callable[[Sequence[int], Experts], Mapping[str, ExpertsInFormats]]
 
 
 def measure(
@@ -106,28 +111,36 @@ class _Measuring(Step):
         if self.passed < 0:
             self.variants.embedding(embedding, self._changed("embed", own))
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         if index <= self.passed:
-            self.statistics.pass_by(index, block, lambda: block)
+            self.statistics.pass_by(index, block, block.whole)
             return
-        sums = self.statistics.block(index, block, BlockPlan())
-        weights = self._in_formats(f"layers.{index}", named_leaves(block), sums)
-        layer = _Layer(self.recipe, weights, dense_block(block), self.variants, sums)
-        self._find(index, lambda: layer.measures(self.tick))
-        self.variants.block(index, layer.dense, layer.changed(index, self.changes))
+        name, sums = f"layers.{index}", self.statistics.block(index, block, BlockPlan())
+        weights = self._in_formats(name, named_leaves(block.trunk), sums)
+        dense = replace(block, trunk=dense_trunk(block.trunk))
+        in_formats = self._experts_in_formats(name, sums)
+        layer = _Layer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, self.tick)
+        layer.errors.add(weights)
+        self.variants.block(index, dense, chain(layer.runs(), layer.changed(index, self.changes)), layer.alternatives)
+        self._find(index, layer.measures)
         self.work.keep_states(_STAGE, index, self.variants.arrays())
 
     def norm(self, gain_D: jax.Array) -> None:
         self.statistics.norm(gain_D)
         self.gain_D = gain_D
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
-        sums = self.statistics.mtp(depth, mtp, BlockPlan())
-        leaves = {name.removeprefix("block."): leaf for name, leaf in named_leaves(mtp).items()}
-        weights = self._in_formats(f"mtp.{depth}", leaves, sums)
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
+        name, sums = f"mtp.{depth}", self.statistics.mtp(depth, mtp, BlockPlan())
+        around = {own: leaf for own, leaf in named_leaves(mtp.outer).items() if not own.startswith("block.")}
 
         def found() -> dict[str, Any]:
-            return {"errors": _errors(weights, self.tick), "spoiled": {}, **_scores(sums, self.recipe), "pruned": []}
+            errors = _Errors(self.tick)
+            errors.add(self._in_formats(name, around, sums))
+            errors.add(self._in_formats(f"{name}.block", named_leaves(mtp.block.trunk), sums))
+            in_formats = self._experts_in_formats(f"{name}.block", sums)
+            for members, experts in mtp.block.slices():
+                errors.add_slice(members, in_formats(members, experts))
+            return {"errors": errors.measured(), "spoiled": {}, **_scores(sums, self.recipe), "pruned": []}
 
         self._find(self.config.num_hidden_layers + depth, found)
 
@@ -144,93 +157,177 @@ class _Measuring(Step):
             if family_of(name) in change.families:
                 yield change.name, own.rounded(int(change.level))
 
-    def _in_formats(
-        self, part: str, leaves: Mapping[str, Weight], sums: BlockStatistics
-    ) -> dict[str, InFormats | ExpertsInFormats]:
-        inside = f"{part}.block" if part.startswith("mtp") else part
-        return block_in_formats(
-            lambda own: f"{part if IN_BLOCK[own].role == 'mtp' else inside}.{own}",
-            leaves,
-            sums,
-            self.recipe.formats,
-            self.rounder,
-            self.config.down_input_transform,
-        )
+    def _in_formats(self, part: str, leaves: Mapping[str, Weight], sums: BlockStatistics) -> dict[str, InFormats]:
+        return matrices_in_formats(part, leaves, sums, self.recipe.formats, self.rounder)
+
+    def _experts_in_formats(self, block: str, sums: BlockStatistics) -> ExpertsIn:
+        def of(members: Sequence[int], experts: Experts) -> Mapping[str, ExpertsInFormats]:
+            assert sums.experts is not None
+            return experts_in_formats(block, members, experts, sums.experts, self.recipe.formats, self.rounder)
+
+        return of
 
     def _find(self, part: str | int, find: Callable[[], Any]) -> None:
         self.found[_name(part)] = self.work.once(_name(part), find)
 
 
-@dataclass(frozen=True)
+class _Errors:
+    """By weight, of every format, (F,), or of every expert and format, (E, F); experts come slice by slice. `tick` is
+    called for every matrix, and as many experts as are rounded together."""
+
+    def __init__(self, tick: Callable[[], object]):
+        self._tick = tick
+        self._found: dict[str, list[Any]] = {}
+        self._seen: set[int] = set()
+
+    def add(self, weights: Mapping[str, InFormats]) -> None:
+        for own, weight in weights.items():
+            self._tick()
+            self._found[own] = weight.errors().tolist()
+
+    def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:
+        """Unless it has been added."""
+        if members[0] not in self._seen:
+            self._seen.add(members[0])
+            for own, weight in weights.items():
+                self._found.setdefault(own, []).extend(weight.errors(self._tick).tolist())
+
+    def measured(self) -> dict[str, list[Any]]:
+        """As JSON holds them."""
+        return self._found
+
+
 class _Layer:
-    """A decoder block that is measured: what its weights are in every format, and, dense, what it puts out."""
+    """A decoder block that is measured: what its weights are in every format, and what it puts out with some of them.
 
-    recipe: Recipe
-    weights: Mapping[str, InFormats | ExpertsInFormats]
-    dense: Block
-    variants: Variants
-    statistics: BlockStatistics
+    weights: of its trunk, which is dense. in_formats: gives some of its experts in every format.
+    """
 
-    def measures(self, tick: Callable[[], object]) -> dict[str, Any]:
-        """`BlockMeasures`, as JSON holds it."""
-        errors = _errors(self.weights, tick)
-        compared = max(1, len(self.variants.tokens_BT) // _ONE_IN)
-        x_BTD = self.variants.original[:compared]
-        y_BTD = run_block(self.dense, x_BTD, self.variants.by)
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: Mapping[str, InFormats],
+        trunk: Block,
+        variants: Variants,
+        statistics: BlockStatistics,
+        in_formats: ExpertsIn,
+        tick: Callable[[], object],
+    ):
+        self.errors = _Errors(tick)
+        self._recipe, self._weights, self._trunk, self._variants = recipe, weights, trunk, variants
+        self._statistics, self._in_formats = statistics, in_formats
+        self._spoiled: dict[str, float] = {}
+        self._pruned: list[Any] = []
+        self._compared = max(1, len(variants.tokens_BT) // _ONE_IN)
 
-        def spoiled(changed: Block) -> float:
-            return float(_spoiled(y_BTD, run_block(changed, x_BTD, self.variants.by)))
-
-        formats = self.recipe.formats
-        rounded = {
-            own: spoiled(with_leaves(self.dense, {own: weight.rounded(probed_format(family_of(own), formats))}))
-            for own, weight in self.weights.items()
-            if formats
+    def measures(self) -> dict[str, Any]:
+        """`BlockMeasures`, as JSON holds it, once all runs have ended."""
+        return {
+            "errors": self.errors.measured(),
+            "spoiled": self._spoiled,
+            **self._scores,
+            "pruned": self._pruned,
         }
-        return {"errors": errors, "spoiled": rounded, **self._scores, "pruned": self._pruned(spoiled)}
 
-    def changed(self, index: int, changes: Sequence[Change]) -> Iterator[tuple[str, Block]]:
-        """The block of every variant that has another in its place."""
+    def alternatives(self, members: Sequence[int], experts: Experts) -> AlternativeOf:
+        """Of some experts: those in which projections, by their names, are in formats, by their numbers."""
+        weights = self._in_formats(members, experts)
+        self.errors.add_slice(members, weights)
+
+        def of(alternative: Any) -> Experts:
+            new = {own.rpartition(".")[2]: weights[own].rounded(f) for own, f in alternative or ()}
+            return dense_experts(experts, new)
+
+        return of
+
+    def runs(self) -> Iterator[Run]:
+        """Of a few sequences with one weight, or a projection of all experts, in the format of its family's probes, and
+        of all with experts pruned."""
+        x_BTD, formats = self._variants.original[: self._compared], self._recipe.formats
+        for own in [*self._weights, *self._projections] if formats else []:
+            change = self._rounded([own], probed_format(family_of(own), formats))
+            yield self._variants.run(x_BTD, change, self._trunk, partial(self._spoil, own))
+        if isinstance(self._trunk.mlp, MoE):
+            for count in tried_counts(self._allowed):
+                yield from self._pruning(count, self._trunk.mlp)
+
+    def changed(self, index: int, changes: Sequence[Change]) -> Iterator[tuple[str, Changed]]:
+        """What every variant that has another block in its place has there."""
         for change in changes:
             if index not in change.layers:
                 continue
-            new: dict[str, Weight] = {
-                own: weight.rounded(int(change.level))
-                for own, weight in self.weights.items()
-                if family_of(own) in change.families
-            }
-            if PRUNING in change.families and isinstance(self.dense.mlp, MoE):
-                new["mlp.bias"] = self._masked(self._order[: pruned_count(self._allowed, change.level)])
-            if new:
-                yield change.name, with_leaves(self.dense, new)
+            if PRUNING in change.families:
+                if isinstance(self._trunk.mlp, MoE):
+                    yield change.name, Changed(partial(self._masked, pruned_count(self._allowed, change.level)))
+                continue
+            own = [name for name in (*self._weights, *self._projections) if family_of(name) in change.families]
+            if own:
+                yield change.name, self._rounded(own, int(change.level))
 
-    def _pruned(self, spoiled: Callable[[Block], float]) -> list[Any]:
-        """Of the numbers that may be pruned a few: how many, the layer's errors, and how much is spoiled."""
-        mlp, found = self.dense.mlp, []
-        if not isinstance(mlp, MoE):
-            return []
-        x_TD = self.variants.experts_input(self.dense)
-        for count in tried_counts(self._allowed):
-            error = pruning_error(mlp, x_TD, jnp.isin(jnp.arange(mlp.num_experts), self._order[:count]))
-            masked = with_leaves(self.dense, {"mlp.bias": self._masked(self._order[:count])})
-            found.append((count, list(map(float, error)), spoiled(masked)))
-        return found
+    @property
+    def _projections(self) -> list[str]:
+        """The routed experts' weights, by their names in the block."""
+        return [row.name for row in PER_EXPERT if row.role == "routed experts"] if self._statistics.experts else []
+
+    def _rounded(self, names: Sequence[str], f: int) -> Changed:
+        """Those weights in format number f."""
+        of_experts = tuple((own, f) for own in names if own not in self._weights)
+        of_trunk = [own for own in names if own in self._weights]
+
+        def trunk() -> Block:
+            return self._trunk.with_leaves({own: self._weights[own].rounded(f) for own in of_trunk})
+
+        return Changed(trunk if of_trunk else None, of_experts or None)
+
+    def _spoil(self, own: str, y_BTD: jax.Array) -> None:
+        self._spoiled[own] = float(_spoiled(self._variants.output[: self._compared], y_BTD))
+
+    def _pruning(self, count: int, mlp: MoE) -> Iterator[Run]:
+        """Of so many experts pruned: what is lost, then where that goes instead."""
+        pruned_E = jnp.isin(jnp.arange(mlp.num_experts), self._order[:count])
+        found: dict[str, jax.Array] = {}
+
+        def by(route: Callable[[Entered], Routing]) -> Entered:
+            within = self._variants.within
+            assert isinstance(within, Entered)
+            return within._replace(routing=route(within))
+
+        def keep_lost(inside: Inside, lost_TD: jax.Array | None) -> None:
+            assert lost_TD is not None
+            found["lost"] = lost_TD
+
+        def end(inside: Inside, rerouted_TD: jax.Array | None) -> None:
+            own, y_TD = self._variants.within, self._variants.routed_TD
+            assert isinstance(own, Entered) and y_TD is not None and rerouted_TD is not None
+            error = pruning_error(own.routing, pruned_E, y_TD, found["lost"], rerouted_TD)
+            y_BTD, other_BTD = (own[: self._compared] for own in (self._variants.output, leave(inside, rerouted_TD)))
+            self._pruned.append((count, list(map(float, error)), float(_spoiled(y_BTD, other_BTD))))
+
+        yield Run(lambda: by(lambda own: _lost(own.routing, pruned_E)), keep_lost)
+        yield Run(lambda: by(lambda own: _rerouted(mlp, own.normed_TD, pruned_E)), end)
+
+    def _masked(self, count: int) -> Block:
+        """The trunk whose tokens go past so many experts."""
+        mlp = self._trunk.mlp
+        assert isinstance(mlp, MoE)
+        pruned_E = np.isin(np.arange(mlp.num_experts), self._order[:count])
+        return self._trunk.with_leaves({"mlp.bias": masked_bias(mlp.bias.get_value(), pruned_E)})
 
     @cached_property
     def _scores(self) -> dict[str, Any]:
-        return _scores(self.statistics, self.recipe)
+        return _scores(self._statistics, self._recipe)
 
     @cached_property
     def _order(self) -> np.ndarray:
-        return order_of_pruning(np.asarray(self._scores["scores_E"]), self.dense.config, self.recipe)
+        return order_of_pruning(np.asarray(self._scores["scores_E"]), self._trunk.config, self._recipe)
 
     @cached_property
     def _allowed(self) -> np.ndarray:
-        return allowed_counts(self._order, self.dense.config, self.recipe)
+        return allowed_counts(self._order, self._trunk.config, self._recipe)
 
-    def _masked(self, pruned: np.ndarray) -> jax.Array:
-        bias_E = named_leaves(self.dense)["mlp.bias"]
-        return masked_bias(bias_E, np.isin(np.arange(len(bias_E)), pruned))
+
+# For every choice of experts one program.
+_lost, _rerouted = jax.jit(lost), jax.jit(rerouted)
 
 
 def tried_counts(allowed: np.ndarray) -> list[int]:
@@ -239,17 +336,6 @@ def tried_counts(allowed: np.ndarray) -> list[int]:
     counts = counts[counts > 0]
     spread = counts[np.linspace(0, len(counts) - 1, min(_PRUNED, len(counts))).round().astype(int)]
     return sorted({*spread.tolist(), *(pruned_count(allowed, share) for share in PRUNED_SHARES)} - {0})
-
-
-def _errors(weights: Mapping[str, InFormats | ExpertsInFormats], tick: Callable[[], object]) -> dict[str, Any]:
-    found = {}
-    for own, weight in weights.items():
-        if isinstance(weight, ExpertsInFormats):
-            found[own] = weight.errors(tick).tolist()
-        else:
-            tick()
-            found[own] = weight.errors().tolist()
-    return found
 
 
 def _scores(statistics: BlockStatistics, recipe: Recipe) -> dict[str, Any]:
@@ -273,4 +359,5 @@ def _steps(config: Config) -> int:
     in_blocks = [
         name for name in shapes if row_of(name).may_be_rounded and row_of(name).role not in ("embedding", "head")
     ]
-    return len(in_blocks) + sum(-(-shape[0] // experts_together(shape)) for shape in experts if len(shape) == 3)
+    slices = [len(own) for own in slices_of(config.n_routed_experts, experts_in_slice(config))] if experts else []
+    return len(in_blocks) + sum(-(-own // experts_together(shape)) for shape in experts for own in slices)

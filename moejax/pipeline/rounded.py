@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Inputs
+from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes
 from moejax.kernels import hadamard
-from moejax.model.leaves import Weight
+from moejax.model.leaves import Weight, named_leaves
+from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
 from moejax.transforms.compress_block import Rounder, experts_together, requantize_experts, requantize_once
 from moejax.transforms.rounding import rounding_error, to_float32
+
+_EXPERTS = "mlp.experts"
 
 
 class RoundedWeights:
@@ -79,53 +82,58 @@ class InFormats:
 
 @dataclass(frozen=True)
 class ExpertsInFormats:
-    """A projection of all experts of a block in each of some formats; `down` is the block's, by which errors of gate
-    and up count (`ExpertStatistics.output_weight`)."""
+    """A projection of some experts of a block in each of some formats.
+
+    name: of all experts' in the model. members: their numbers in the layer. statistics: these experts'. down: their
+    `down`, by which errors of gate and up count (`ExpertStatistics.output_weight`).
+    """
 
     formats: Sequence[GroupFormat]
     rounder: Rounder
     name: str
-    projection: str
+    members: Sequence[int]
     weights: ExpertWeights
-    statistics: BlockStatistics
+    statistics: ExpertStatistics
     down: ExpertWeights
     down_input_transform: str | None
+
+    @property
+    def projection(self) -> str:
+        return self.name.rpartition(".")[2]
 
     def rounded(self, f: int) -> ExpertWeights:
         """In format number f, in float32."""
         every = range(self.weights.num_experts)
-        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._members(every, f)]))
+        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._some(every, f)]))
 
     def errors(self, tick: Callable[[], object] = lambda: None) -> np.ndarray:
         """The error of every expert's outputs in every format, (E, F). `tick` is called for as many experts as are
         rounded together."""
-        sums = self.statistics.experts
-        assert sums is not None
+        sums = self.statistics
         output_EO = jnp.broadcast_to(sums.output_weight(self.projection, self._down_norm2()), self.weights.shape[:2])
         every, together = range(self.weights.num_experts), experts_together(self.weights.shape)
         error_EF = np.zeros((len(every), len(self.formats)))
         for start in every[::together]:
             tick()
-            members = every[start : start + together]
-            dense = [to_float32(self.weights.expert(e)) for e in members]
+            some = every[start : start + together]
+            dense = [to_float32(self.weights.expert(e)) for e in some]
             for f in range(len(self.formats)):
-                each = map(to_float32, self._members(members, f))
-                for e, matrix, rounded in zip(members, dense, each, strict=True):
+                each = map(to_float32, self._some(some, f))
+                for e, matrix, rounded in zip(some, dense, each, strict=True):
                     inputs = sums.inputs(self.projection, e)
                     error_EF[e, f] = rounding_error(matrix, rounded, inputs, output_EO[e])
-            for e, matrix in zip(members, dense, strict=True):
-                _require_finite(f"{self.name} of expert {e}", matrix, error_EF[e])
+            for e, matrix in zip(some, dense, strict=True):
+                _require_finite(f"{self.name} of expert {self.members[e]}", matrix, error_EF[e])
         return error_EF
 
-    def _members(self, members: Sequence[int], f: int) -> list[Leaf]:
-        sums, target = self.statistics.experts, self.formats[f].name
-        assert sums is not None
+    def _some(self, some: Sequence[int], f: int) -> list[Leaf]:
+        target = self.formats[f].name
 
-        def afresh(some: Sequence[int]) -> list[Leaf]:
-            own = [members[k] for k in some]
-            return requantize_experts(self.weights, sums, self.projection, target, own, own)
+        def afresh(unknown: Sequence[int]) -> list[Leaf]:
+            own = [some[k] for k in unknown]
+            return requantize_experts(self.weights, self.statistics, self.projection, target, own)
 
-        return self.rounder([f"{self.name}.{e}" for e in members], target, afresh)
+        return self.rounder([f"{self.name}.{self.members[e]}" for e in some], target, afresh)
 
     def _down_norm2(self) -> jax.Array:
         """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
@@ -135,26 +143,40 @@ class ExpertsInFormats:
         return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
 
-def block_in_formats(
-    name_of: Callable[[str], str],
+def matrices_in_formats(
+    part: str,
     leaves: Mapping[str, Weight],
     statistics: BlockStatistics,
     formats: Sequence[GroupFormat],
     rounder: Rounder,
-    down_input_transform: str | None,
-) -> dict[str, InFormats | ExpertsInFormats]:
-    """Every weight of a block, or of an MTP block, that gets formats, by its name within; in the model `name_of`."""
+) -> dict[str, InFormats]:
+    """Every weight of a trunk, or around one, that gets formats, by its name within; that part's name in the model is
+    `part`."""
 
-    def of(own: str, leaf: Weight) -> InFormats | ExpertsInFormats:
-        name = name_of(own)
-        if isinstance(leaf, ExpertWeights):
-            projection, down = own.rpartition(".")[2], leaves["mlp.experts.down"]
-            assert isinstance(down, ExpertWeights)
-            return ExpertsInFormats(formats, rounder, name, projection, leaf, statistics, down, down_input_transform)
-        return InFormats(formats, rounder, name, leaf, statistics.inputs(own), jnp.ones(leaf.shape[:-1]))
+    def of(own: str, leaf: Leaf) -> InFormats:
+        ones = jnp.ones(leaf.shape[:-1])
+        return InFormats(formats, rounder, f"{part}.{own}", leaf, statistics.inputs(own), ones)
 
-    rows = ((own, IN_BLOCK[own]) for own in leaves)
-    return {own: of(own, leaves[own]) for own, row in rows if row.may_be_rounded or row.role == "routed experts"}
+    return {own: of(own, leaf) for own, leaf in leaves.items() if IN_BLOCK[own].may_be_rounded}
+
+
+def experts_in_formats(
+    block: str,
+    members: Sequence[int],
+    experts: Experts,
+    statistics: ExpertStatistics,
+    formats: Sequence[GroupFormat],
+    rounder: Rounder,
+) -> dict[str, ExpertsInFormats]:
+    """Every projection of the experts `members` of a block of that name in the model, by its name within; the
+    statistics are all experts'."""
+    leaves, sums, transform = named_leaves(experts), statistics.of(members), experts.config.down_input_transform
+    return {
+        f"{_EXPERTS}.{own}": ExpertsInFormats(
+            formats, rounder, f"{block}.{_EXPERTS}.{own}", members, weights, sums, leaves["down"], transform
+        )
+        for own, weights in leaves.items()
+    }
 
 
 def _require_finite(name: str, matrix: jax.Array, error_F: np.ndarray) -> None:

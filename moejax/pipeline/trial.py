@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,28 @@ import numpy as np
 
 from moejax.calibrate import BlockStatistics, Inputs
 from moejax.formats import Leaf
-from moejax.model import Config
+from moejax.model import Config, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.moe import MoE
+from moejax.model.moe import Experts, MoE
+from moejax.model.sliced import Entered, SlicedBlock
 from moejax.model.source import Source, Step, walk
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
-from moejax.pipeline.variants import Variants
+from moejax.pipeline.crossing import AlternativeOf, Inside, Run
+from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.work import Work
-from moejax.pipeline.working_copy import dense_block, in_original_slots, with_leaves
+from moejax.pipeline.working_copy import dense_experts, dense_trunk, in_slots
 from moejax.planning import BlockPlan, Plan
 from moejax.planning.plan import digest
 from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
-from moejax.transforms.compress_block import Rounder, compress_block, requantize_once, within
+from moejax.transforms.compress_block import (
+    Rounder,
+    compressed_slice,
+    only_survivors,
+    requantize_once,
+    rounded_leaves,
+    within,
+)
 from moejax.transforms.experts_per_token import fit_routing_scale
 from moejax.transforms.on_the_way import StatisticsOnTheWay
 
@@ -42,9 +51,13 @@ class Try:
     is_scaled: bool
 
     @cached_property
+    def plan_digest(self) -> str:
+        return digest(self.plan)
+
+    @cached_property
     def name(self) -> str:
         per_token = ",".join(map(str, self.experts_per_token))
-        return f"plan {digest(self.plan)} with {per_token} experts per token{', scaled' * self.is_scaled}"
+        return f"plan {self.plan_digest} with {per_token} experts per token{', scaled' * self.is_scaled}"
 
 
 class Tried(NamedTuple):
@@ -115,13 +128,16 @@ class _Trying(Step):
             rounded = partial(self._outer, "embed", embedding, embedding_inputs(self._variants.config))
             self._variants.embedding(embedding, ((own.name, rounded(own.plan.embed)) for own in self._tries))
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         if index <= self._passed:
-            self._statistics.pass_by(index, block, lambda: block)
+            self._statistics.pass_by(index, block, block.whole)
             return
         sums = self._statistics.block(index, block, BlockPlan())
-        original = dense_block(block)
-        self._variants.block(index, original, self._changed(index, block, original, sums))
+        rounder = partial(within, self._rounder, f"layers.{index}")
+        layer = _Layer(index, block, self._tries, sums, rounder, self._variants)
+        self._variants.block(index, layer.dense, layer.changed(), layer.alternatives)
+        for own in self._tries:
+            self.scales[own.name].append(layer.scale_of(own))
         states = {**self._variants.arrays(), _SCALES: np.asarray([self.scales[own.name] for own in self._tries])}
         self._work.keep_states(self._stage, index, states)
 
@@ -137,28 +153,80 @@ class _Trying(Step):
     def _outer(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         return requantize_once(self._rounder, name, leaf, inputs, target)
 
-    def _changed(self, index: int, block: Block, original: Block, sums: BlockStatistics) -> Iterator[tuple[str, Block]]:
-        """The block of every try, dense, in the original's shapes; each plan's is compressed once."""
-        x_TD = self._variants.experts_input(original) if isinstance(original.mlp, MoE) else None
-        rounder = partial(within, self._rounder, f"layers.{index}")
-        for plan in {digest(own.plan): own.plan for own in self._tries}.values():
-            compressed = compress_block(block, plan.blocks[index], sums, rounder)
-            dense = in_original_slots(original, compressed, plan.blocks[index].keep)
-            for own in (own for own in self._tries if own.plan == plan):
-                per_token, scale = own.experts_per_token[index], 1.0
-                if own.is_scaled and x_TD is not None:
-                    scale = _fitted_scale(original, dense, x_TD, per_token)
-                self.scales[own.name].append(scale)
-                yield own.name, _adjusted(dense, per_token, scale)
+
+class _Layer:
+    """A decoder block as tries have it, dense, in the original's shapes; each plan's is compressed once.
+
+    An alternative of its experts is what a plan makes of them, by the plan's digest.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        block: SlicedBlock,
+        tries: Sequence[Try],
+        statistics: BlockStatistics,
+        rounder: Rounder,
+        variants: Variants,
+    ):
+        self.dense = replace(block, trunk=dense_trunk(block.trunk))
+        self._index, self._block, self._tries, self._variants = index, block, tries, variants
+        self._statistics, self._rounder = statistics, rounder
+        self._plans = {own.plan_digest: own.plan.blocks[index] for own in tries}
+        self._fitted: dict[tuple[str, int], float] = {}
+        self._trunks: dict[str, Block] = {}
+
+    def alternatives(self, members: Sequence[int], experts: Experts) -> AlternativeOf:
+        """What plans make of some experts."""
+
+        def of(plan: Any) -> Experts:
+            if plan is None:
+                return dense_experts(experts)
+            compressed = compressed_slice(members, experts, self._plans[plan], self._statistics, self._rounder)
+            return in_slots(experts, members[0], compressed)
+
+        return of
+
+    def changed(self) -> Iterator[tuple[str, Changed] | Run]:
+        """The block of every try, plan by plan; first, of those that are scaled, the runs that the scales are fitted
+        by: of the model's own states through the try's experts."""
+        for plan in self._plans:
+            tries = [own for own in self._tries if own.plan_digest == plan]
+            alternative = plan if self._block.is_moe else None
+            if self._block.is_moe:
+                for per_token in dict.fromkeys(self._per_token(own) for own in tries if own.is_scaled):
+                    yield Run(partial(self._routed, plan, per_token), partial(self._fit, plan, per_token), alternative)
+            for own in tries:
+                trunk = partial(self._trunk, plan, self._per_token(own))
+                yield own.name, Changed(trunk, alternative, partial(self.scale_of, own))
+
+    def scale_of(self, own: Try) -> float:
+        """The routing scale of a try, 1 in dense layers."""
+        return self._fitted.get((own.plan_digest, self._per_token(own)), 1.0) if own.is_scaled else 1.0
+
+    def _per_token(self, own: Try) -> int:
+        return own.experts_per_token[self._index]
+
+    def _trunk(self, plan: str, per_token: int) -> Block:
+        """Dense, its pruned experts never chosen; what its experts put out is not scaled."""
+        if plan not in self._trunks:
+            survivors, own = only_survivors(self._block, self._plans[plan]).trunk, self._plans[plan]
+            rounded = rounded_leaves(named_leaves(survivors), own, self._statistics, self._rounder)
+            self._trunks = {plan: dense_trunk(survivors.with_leaves(rounded))}
+        trunk = self._trunks[plan]
+        if not self._block.is_moe:
+            return trunk
+        return trunk.with_leaves({"mlp.routing_scale": jnp.ones((), jnp.float32)}, per_token)
+
+    def _routed(self, plan: str, per_token: int) -> Entered:
+        within, mlp = self._variants.within, self._trunk(plan, per_token).mlp
+        assert isinstance(within, Entered) and isinstance(mlp, MoE)
+        return within._replace(routing=_route(mlp, within.normed_TD))
+
+    def _fit(self, plan: str, per_token: int, inside: Inside, fewer_TD: jax.Array | None) -> None:
+        y_TD = self._variants.routed_TD
+        assert y_TD is not None and fewer_TD is not None
+        self._fitted[plan, per_token] = round(float(fit_routing_scale(y_TD, fewer_TD)), 4)
 
 
-def _adjusted(block: Block, experts_per_token: int, scale: float) -> Block:
-    if not isinstance(block.mlp, MoE):
-        return block
-    return with_leaves(block, {"mlp.routing_scale": jnp.float32(scale)}, experts_per_token)
-
-
-def _fitted_scale(original: Block, block: Block, x_TD: jax.Array, experts_per_token: int) -> float:
-    fewer = _adjusted(block, experts_per_token, 1.0).mlp
-    assert isinstance(original.mlp, MoE) and isinstance(fewer, MoE)
-    return round(float(fit_routing_scale(original.mlp, fewer, x_TD)), 4)
+_route = jax.jit(MoE.route)

@@ -1,7 +1,10 @@
 """Models that differ from one in some of their weights, run beside it: all of them through a block before the next."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +12,55 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.evaluate.divergence import compare, head_log_probabilities
-from moejax.formats import Leaf
+from moejax.formats import Leaf, payload_bytes
 from moejax.kernels import take
 from moejax.machine import return_freed
 from moejax.model import Config, require_tokens
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
-from moejax.model.leaves import Taps
-from moejax.model.rope import Angles, angles
-from moejax.model.steps import run_block, run_norm
+from moejax.model.rope import angles
+from moejax.model.sliced import Entered, SlicedBlock, leave
+from moejax.model.steps import run_norm
+from moejax.pipeline.crossing import Alternative, Alternatives, Inside, Run, cross, run_of, unchanged
 from moejax.transforms.rounding import to_float32
 
 # Of the model itself, among its variants.
 _ORIGINAL = ""
+# What may be within a block with several slices.
+_MOST_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Changed:
+    """How a variant's block differs: what makes its trunk, dense, which alternative of the experts it has, and what the
+    sum over them is multiplied by, asked for once they are through."""
+
+    trunk: Callable[[], Block] | None = None
+    alternative: Alternative = None
+    scale: Callable[[], float] = lambda: 1.0
 
 
 class Variants:
     """Hidden states (B, T, D) in float32 of a model, and of variants of it by name, on the same tokens (B, T).
 
-    A variant that has not differed so far has the model's own states. Raises InputError for tokens that are not the
-    model's, and where what the model puts out is not finite.
+    A variant that has not differed so far has the model's own states. While they pass a block with experts in several
+    slices, what is within it takes about `most_bytes`. Raises InputError for tokens that are not the model's, and where
+    what the model puts out is not finite.
+
+    within, routed_TD, output: of the model itself, in the block that is passed: what its experts take, once its run has
+    begun; their sum, and what the block puts out, once it has ended.
     """
 
-    def __init__(self, config: Config, tokens_BT: np.ndarray):
+    within: Inside
+    routed_TD: jax.Array | None
+    output: jax.Array
+
+    def __init__(self, config: Config, tokens_BT: np.ndarray, most_bytes: int = _MOST_BYTES):
         require_tokens(tokens_BT, config)
         self.config, self.tokens_BT = config, jnp.asarray(tokens_BT)
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())
+        self._most_bytes = most_bytes
         self.changed: dict[str, jax.Array] = {}
 
     def embedding(self, embedding: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> None:
@@ -44,17 +69,53 @@ class Variants:
         require_finite("embed", self.original)
         self.changed = {name: take(own, self.tokens_BT, jnp.float32).block_until_ready() for name, own in changed}
 
-    def block(self, index: int, block: Block, changed: Iterable[tuple[str, Block]] = ()) -> None:
-        """Through decoder block `index`, and through those that variants have in its place, asked for one by one."""
-        x_BTD, behind = self.original, {}
-        self.original = run_block(block, x_BTD, self.by)
-        require_finite_block(f"layers.{index}", block, x_BTD, self.by, self.original)
-        for name, own in changed:
-            behind[name] = run_block(own, self.changed.pop(name, x_BTD), self.by).block_until_ready()
-        for name in list(self.changed):
-            behind[name] = run_block(block, self.changed.pop(name), self.by).block_until_ready()
-        self.changed = behind
+    def block(
+        self,
+        index: int,
+        block: SlicedBlock,
+        changed: Iterable[tuple[str, Changed] | Run] = (),
+        alternatives: Alternatives = unchanged,
+    ) -> None:
+        """Through decoder block `index`, whose trunk is dense, and through those that variants have in its place, asked
+        for one by one behind the model's own run; runs of others among them take part."""
+        behind: dict[str, jax.Array] = {}
+        runs = chain([self._own(block)], self._others(block.trunk, changed, behind))
+        each = 4 * payload_bytes(self.original)
+        cross(block, runs, alternatives, self._most_bytes // each)
+        require_finite_block(f"layers.{index}", block, self.original, self.by, self.output)
+        self.original, self.changed = self.output, behind
+        del self.within, self.routed_TD, self.output
         return_freed()  # the states before this block, and what rounding and running it took
+
+    def run(self, x_BTD: jax.Array, change: Changed, trunk: Block, end: Callable[[jax.Array], object]) -> Run:
+        """Of states x (B, T, D), through a block with that trunk changed."""
+        return run_of(change.trunk or (lambda: trunk), x_BTD, self.by, end, change.alternative, change.scale)
+
+    def _own(self, block: SlicedBlock) -> Run:
+        """The model's."""
+        plain = self.run(self.original, Changed(), block.trunk, lambda y_BTD: None)
+
+        def begin() -> Inside:
+            self.within = plain.begin()
+            return self.within
+
+        def end(inside: Inside, routed_TD: jax.Array | None) -> None:
+            self.routed_TD = routed_TD
+            self.output = leave(inside, routed_TD) if isinstance(inside, Entered) else inside
+
+        return Run(begin, end)
+
+    def _others(
+        self, trunk: Block, changed: Iterable[tuple[str, Changed] | Run], behind: dict[str, jax.Array]
+    ) -> Iterator[Run]:
+        """Those that differ from the model here, then the variants that have before."""
+        for own in changed:
+            yield own if isinstance(own, Run) else self._variant(trunk, *own, behind)
+        for name in list(self.changed):
+            yield self._variant(trunk, name, Changed(), behind)
+
+    def _variant(self, trunk: Block, name: str, change: Changed, behind: dict[str, jax.Array]) -> Run:
+        return self.run(self.changed.pop(name, self.original), change, trunk, partial(_put, behind, name))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `restore` goes on from."""
@@ -65,10 +126,6 @@ class Variants:
         states = {name: jnp.asarray(own) for name, own in arrays.items()}
         self.original = states.pop(_ORIGINAL)
         self.changed = states
-
-    def experts_input(self, block: Block) -> jax.Array:
-        """What the router and the experts of the block that comes next take in, of the model, (B*T, D)."""
-        return _experts_input(block, self.original, self.by)
 
     def divergences(self, gain_D: jax.Array, head: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> dict[str, float]:
         """Mean KL(model | variant) in nats over the scored positions, behind the last block, by the final norm's gain
@@ -91,8 +148,5 @@ class Variants:
         return head_log_probabilities(normed_BTD, to_float32(head))
 
 
-@jax.jit
-def _experts_input(block: Block, x_BTD: jax.Array, by: Angles) -> jax.Array:
-    taps: Taps = {}
-    block(x_BTD, by, taps=taps)
-    return taps["mlp.router"]
+def _put(behind: dict[str, jax.Array], name: str, y_BTD: jax.Array) -> None:
+    behind[name] = y_BTD.block_until_ready()

@@ -1,70 +1,56 @@
-"""A dense float32 copy of a model, one block at a time, in which probes try things out.
+"""Dense float32 copies of a block's trunk and of some of its experts, in which probes try things out.
 
 Whatever is tried (rounded weights, masked experts), arrays keep their shapes, so that blocks of a kind compile once.
 """
 
 from collections.abc import Mapping
-from operator import itemgetter
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.moe import MoE
-from moejax.model.weights import PER_EXPERT
-from moejax.transforms.prune import masked_bias
+from moejax.model.moe import Experts
 from moejax.transforms.rounding import to_float32
 
-
-def dense_block(block: Block) -> Block:
-    """The block with every packed weight unpacked to float32, experts in one bucket."""
-    return with_leaves(block, {})
+_NOTHING: Mapping[str, ExpertWeights] = MappingProxyType({})
 
 
-def with_leaves(block: Block, new: Mapping[str, Leaf | ExpertWeights], experts_per_token: int | None = None) -> Block:
-    """A dense copy of the block in which the weights `new`, by name, replace its own."""
-    leaves = {name: _dense(leaf) for name, leaf in (named_leaves(block) | dict(new)).items()}
-    own = block.mlp.experts_per_token if isinstance(block.mlp, MoE) else None
-    return Block(block.config, leaves.__getitem__, isinstance(block.mlp, MoE), experts_per_token or own)
+def dense_trunk(trunk: Block) -> Block:
+    """A trunk, or a dense block, with every packed weight unpacked to float32."""
+    return trunk.with_leaves({name: _dense(leaf) for name, leaf in named_leaves(trunk).items()})
 
 
-def in_original_slots(original: Block, compressed: Block, keep: tuple[int, ...] | None) -> Block:
-    """A dense copy of a compressed block in the original's shapes: pruned experts are there, but never chosen."""
-    leaves = named_leaves(compressed)
-    if keep is None or not isinstance(compressed.mlp, MoE):
-        return with_leaves(original, leaves)
-    kept = np.asarray(keep)
-    before = named_leaves(original)
-    pruned_E = np.isin(np.arange(len(before["mlp.bias"])), kept, invert=True)
-    for row in PER_EXPERT:
-        if row.role == "routed experts":
-            survivors = _dense_experts(leaves[row.name])
-            leaves[row.name] = one_bucket(jnp.zeros((len(pruned_E), *survivors.shape[1:])).at[kept].set(survivors))
-        else:
-            leaves[row.name] = before[row.name]
-    leaves["mlp.bias"] = masked_bias(before["mlp.bias"], pruned_E)
-    return with_leaves(original, leaves, compressed.mlp.experts_per_token)
+def dense_experts(experts: Experts, new: Mapping[str, ExpertWeights] = _NOTHING) -> Experts:
+    """Experts with every packed weight unpacked to float32, in one bucket, those of the projections `new` replaced."""
+    leaves = {name: one_bucket(_stacked(own)) for name, own in (named_leaves(experts) | dict(new)).items()}
+    return Experts(experts.config, leaves.__getitem__)
 
 
-def _dense(leaf: Leaf | ExpertWeights) -> Leaf | ExpertWeights:
-    if isinstance(leaf, ExpertWeights):
-        return one_bucket(_dense_experts(leaf))
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.integer):
-        return leaf
-    return to_float32(leaf)
+def in_slots(original: Experts, first: int, survivors: Mapping[str, Mapping[int, Leaf]]) -> Experts:
+    """What has become of the experts `first`, `first` + 1 and so on, by projection and number, dense, in the original's
+    shapes: those that have not survived are zeros."""
+
+    def every(name: str, own: ExpertWeights) -> ExpertWeights:
+        nothing, left = jnp.zeros(own.shape[1:]), survivors[name]
+        numbers = range(first, first + own.num_experts)
+        return one_bucket(jnp.stack([to_float32(left[e]) if e in left else nothing for e in numbers]))
+
+    return Experts(
+        original.config, {name: every(name, own) for name, own in named_leaves(original).items()}.__getitem__
+    )
 
 
-def _dense_experts(weights: ExpertWeights) -> jax.Array:
-    """Every expert's matrix, (E, O, I)."""
-    if len(weights.buckets) == 1:
-        return to_float32(weights.buckets[0])[weights.index_E]
-    # One by one, because buckets are of any size and every other would be compiled.
-    buckets, bucket_E, index_E = jax.device_get((weights.buckets, weights.bucket_E, weights.index_E))
-    each = [jax.tree.map(itemgetter(i), buckets[b]) for b, i in zip(bucket_E, index_E, strict=True)]
-    return jnp.stack([to_float32(leaf) for leaf in each])
+def _dense(leaf: Leaf) -> Leaf:
+    return leaf if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.integer) else to_float32(leaf)
+
+
+def _stacked(weights: ExpertWeights) -> jax.Array:
+    """Every expert's matrix, (E, O, I), of experts of one format."""
+    (bucket,) = weights.buckets
+    return to_float32(bucket)[weights.index_E]
 
 
 def one_bucket(experts_EOI: jax.Array) -> ExpertWeights:

@@ -14,7 +14,7 @@ from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statisti
 from moejax.calibrate.statistics import PRIOR_TOKENS_PER_INPUT
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced, sliced_mtp
 from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
@@ -50,7 +50,7 @@ def choose_damping(
     The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
     statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that.
     """
-    blocks: list[Block | MtpBlock] = [*model.layers, *model.mtp]
+    blocks: list[SlicedBlock | SlicedMtp] = [*map(sliced, model.layers), *map(sliced_mtp, model.mtp)]
     cases = list(zip(blocks, statistics.blocks, held_out.blocks, strict=True))
     steps = sum(len(_matrices(sums)) + len(PROJECTIONS) * (sums.experts is not None) for sums in statistics.blocks)
     with counted(progress, steps + 1, "choosing damping") as tick:
@@ -65,24 +65,21 @@ def _matrices(sums: BlockStatistics) -> list[str]:
 
 
 def choose_damping_of_block(
-    block: Block | MtpBlock,
+    part: SlicedBlock | SlicedMtp,
     sums: BlockStatistics,
     held_out: BlockStatistics,
     tick: Callable[[], object] = lambda: None,
 ) -> BlockStatistics:
     """One block's statistics as `choose_damping` has them; `tick` is called before every matrix and projection."""
-    leaves = {name.removeprefix("block."): leaf for name, leaf in named_leaves(block).items()}
-    own, each = {}, {}
+    block = part if isinstance(part, SlicedBlock) else part.block
+    outside = {} if isinstance(part, SlicedBlock) else named_leaves(part.outer)
+    leaves, own = outside | named_leaves(block.trunk), {}
     for name in _matrices(sums):
         tick()
         own[name] = choose_damping_of_matrix(leaves[name], sums.inputs(name), held_out.inputs(name))
     experts = sums.experts
     if experts is not None and held_out.experts is not None:
-        for projection in PROJECTIONS:
-            tick()
-            weights = leaves[f"mlp.experts.{projection}"]
-            each[projection] = _of_experts(weights, experts, held_out.experts, projection)
-        experts = replace(experts, damping=_known(each))
+        experts = replace(experts, damping=_known(_of_experts(block, experts, held_out.experts, tick)))
     return replace(sums, damping=_known(own), experts=experts)
 
 
@@ -99,15 +96,31 @@ def choose_damping_of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> ja
 
 
 def _of_experts(
+    block: SlicedBlock, sums: ExpertStatistics, held_out: ExpertStatistics, tick: Callable[[], object]
+) -> dict[str, jax.Array | None]:
+    """By projection; the experts with most tokens are asked for once."""
+    wide = (block.num_experts, block.config.moe_intermediate_size, block.config.hidden_size)
+    most = max(map(experts_together, (wide, (wide[0], wide[2], wide[1]))))
+    members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[:most]
+    few = {projection: _experts_have_few(sums, projection) for projection in PROJECTIONS}
+    experts = named_leaves(block.experts_of(members.tolist())) if any(few.values()) else {}
+    sums, held_out = sums.of(members), held_out.of(members)
+    chosen = {}
+    for projection in PROJECTIONS:
+        tick()
+        own = _of_projection(experts[projection], sums, held_out, projection) if few[projection] else None
+        chosen[projection] = own
+    return chosen
+
+
+def _of_projection(
     weights: ExpertWeights, sums: ExpertStatistics, held_out: ExpertStatistics, projection: str
 ) -> jax.Array | None:
-    if not _experts_have_few(sums, projection):
-        return None
-    members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[: experts_together(weights.shape)]
+    members = range(min(weights.num_experts, experts_together(weights.shape)))
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})
-        return requantize_experts(weights, damped, projection, _FORMAT, members, members)
+        return requantize_experts(weights, damped, projection, _FORMAT, members)
 
     return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
 

@@ -11,8 +11,9 @@ import numpy as np
 from moejax.calibrate import Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, named_leaves
-from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.leaves import Weight
+from moejax.model.deepseek_v3 import Block
+from moejax.model.leaves import Weight, prefixed
+from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource, Source, Step, walk
 from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
@@ -132,7 +133,7 @@ class _Compression(Step):
         self._statistics.embedding(embedding, compressed)
         self._parts.add({"embed": compressed})
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         name, plan = f"layers.{index}", self.plan.blocks[index]
         known = self._parts.known(name)
         if known is not None:
@@ -147,14 +148,14 @@ class _Compression(Step):
         self._statistics.norm(gain_D)
         self._parts.add({"norm": gain_D})
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         name, plan = f"mtp.{depth}", self.plan.blocks[self._config.num_hidden_layers + depth]
         if self._parts.known(name) is not None:
             return
         sums = self._statistics.mtp(depth, mtp, plan)
-        outer = compress_mtp(mtp, plan, sums, partial(within, self._rounder, name))
+        outer = compress_mtp(mtp.outer, plan, sums, partial(within, self._rounder, name))
         compressed = compress_block(mtp.block, plan, sums, partial(within, self._rounder, f"{name}.block"))
-        self._finish(f"{name}.block", compressed, {f"{name}.{own}": leaf for own, leaf in outer.items()})
+        self._finish(f"{name}.block", compressed, prefixed(name, outer))
 
     def head(self, head: Leaf) -> None:
         inputs = self._statistics.head(head)
@@ -162,7 +163,7 @@ class _Compression(Step):
 
     def _finish(self, name: str, block: Block, beside: Mapping[str, Weight]) -> None:
         self.experts_per_token.append(block.experts_per_token)
-        self._parts.add({**beside, **{f"{name}.{own}": leaf for own, leaf in named_leaves(block).items()}})
+        self._parts.add({**beside, **prefixed(name, named_leaves(block))})
 
 
 def embedding_inputs(config: Config) -> Inputs:

@@ -1,6 +1,7 @@
 """One block as a plan wants it, matrix by matrix."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -13,20 +14,20 @@ from moejax.formats import (
     Leaf,
     experts_in_buckets,
     format_name,
+    gather_experts,
     parse_group_format,
     select_experts,
 )
 from moejax.model import named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock
-from moejax.model.leaves import Weight
-from moejax.model.moe import MoE
+from moejax.model.leaves import Weight, prefixed
+from moejax.model.moe import Experts, MoE
+from moejax.model.sliced import SlicedBlock
 from moejax.planning import KEEP, BlockPlan
+from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import masked_bias, prune
 from moejax.transforms.rounding import round_weight, to_float32
-
-# The inputs of one projection of the expert whose number is `e`.
-InputsOf = Callable[..., Inputs]
 
 # Gives matrices of one shape, by their names, in the format of a name. The last argument rounds those at some positions
 # of the list, should they not be known already. Experts are numbered as in the original.
@@ -41,54 +42,81 @@ def afresh(names: Sequence[str], target: str, rounded: Callable[[Sequence[int]],
     return rounded(range(len(names)))
 
 
-def compress_block(block: Block, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder = afresh) -> Block:
-    """One decoder block as `plan` wants it."""
-    mlp = block.mlp
-    if isinstance(mlp, MoE) and plan.keep is not None:
-        mlp = adjust(prune(mlp, plan.keep), plan.experts_per_token or mlp.experts_per_token, plan.routing_scale)
-    leaves: dict[str, Weight] = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
-    for name, target in plan.formats.items():
-        if name in leaves:  # an MTP block's eh_proj lies outside its decoder block
-            leaves[name] = requantize_once(rounder, name, leaves[name], statistics.inputs(name), target)
-    for projection, formats in plan.experts.items():
-        name = f"mlp.experts.{projection}"
-        leaves[name] = _quantize_experts(
-            leaves[name], formats, projection, plan, statistics, partial(within, rounder, name)
-        )
+def compress_block(
+    block: SlicedBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder = afresh
+) -> Block:
+    """One decoder block as `plan` wants it, whole: its experts are asked for slice by slice."""
+    mlp = block.trunk.mlp
+    leaves: dict[str, Weight] = named_leaves(block.trunk)
+    if isinstance(mlp, MoE):
+        mlp = _planned_routing(prune(mlp, _survivors(block, plan)), plan)
+        leaves |= prefixed("mlp", named_leaves(mlp))
+    leaves |= rounded_leaves(leaves, plan, statistics, rounder)
+    if isinstance(mlp, MoE):
+        leaves |= prefixed("mlp.experts", _compressed_experts(block, plan, statistics, rounder))
     experts_per_token = mlp.experts_per_token if isinstance(mlp, MoE) else None
     return Block(block.config, leaves.__getitem__, isinstance(mlp, MoE), experts_per_token)
 
 
-def as_planned(block: Block, plan: BlockPlan, leaves: Mapping[str, Weight]) -> Block:
+def rounded_leaves(
+    leaves: Mapping[str, Weight], plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder
+) -> dict[str, Leaf]:
+    """Those of a trunk's weights that the plan names, in the format that it gives them."""
+    # An MTP block's eh_proj lies outside its decoder block.
+    formats = {name: target for name, target in plan.formats.items() if name in leaves}
+    return {
+        name: requantize_once(rounder, name, leaves[name], statistics.inputs(name), target)
+        for name, target in formats.items()
+    }
+
+
+def compressed_slice(
+    members: Sequence[int], experts: Experts, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder
+) -> dict[str, dict[int, Leaf]]:
+    """What the plan makes of the experts `members` of a block: by projection, the survivors among them by number."""
+    assert statistics.experts is not None
+    sums, kept = statistics.experts.of(members), np.asarray(members if plan.keep is None else plan.keep)
+    is_here, found = np.isin(kept, members), {}
+    for name, weights in named_leaves(experts).items():
+        formats = np.asarray(plan.experts.get(name, (KEEP,) * len(kept)))[is_here]
+        within_name = partial(within, rounder, f"mlp.experts.{name}")
+        found[name] = _rounded_slice(weights, sums, name, formats, kept[is_here], members[0], within_name)
+    return found
+
+
+def as_planned(block: SlicedBlock, plan: BlockPlan, leaves: Mapping[str, Weight]) -> Block:
     """What `compress_block` made of the block, from its weights by name."""
     per_token = plan.experts_per_token or block.experts_per_token
-    return Block(block.config, leaves.__getitem__, isinstance(block.mlp, MoE), per_token)
+    return Block(block.config, leaves.__getitem__, block.is_moe, per_token)
 
 
-def compress_mtp(mtp: MtpBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder) -> dict[str, Weight]:
+def compress_mtp(outer: MtpBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder) -> dict[str, Weight]:
     """The leaves of an MTP block that lie outside its decoder block."""
-    leaves = {name: leaf for name, leaf in named_leaves(mtp).items() if not name.startswith("block.")}
+    leaves = {name: leaf for name, leaf in named_leaves(outer).items() if not name.startswith("block.")}
     target = plan.formats.get("eh_proj", KEEP)
     inputs = statistics.inputs("eh_proj")
     return leaves | {"eh_proj": requantize_once(rounder, "eh_proj", leaves["eh_proj"], inputs, target)}
 
 
-def only_survivors(block: Block, plan: BlockPlan) -> Block:
+def only_survivors(block: SlicedBlock, plan: BlockPlan) -> SlicedBlock:
     """The block with its pruned experts never chosen and the plan's routing, every matrix as it was."""
-    if not isinstance(block.mlp, MoE) or plan.keep is None:
+    mlp = block.trunk.mlp
+    if not isinstance(mlp, MoE) or plan.keep is None:
         return block
-    mlp = adjust(block.mlp, plan.experts_per_token or block.mlp.experts_per_token, plan.routing_scale)
-    leaves = named_leaves(block) | {f"mlp.{name}": leaf for name, leaf in named_leaves(mlp).items()}
+    mlp = _planned_routing(mlp, plan)
     pruned_E = np.isin(np.arange(mlp.num_experts), plan.keep, invert=True)
-    leaves["mlp.bias"] = masked_bias(leaves["mlp.bias"], pruned_E)
-    return Block(block.config, leaves.__getitem__, True, mlp.experts_per_token)
+    leaves = prefixed("mlp", named_leaves(mlp)) | {"mlp.bias": masked_bias(mlp.bias.get_value(), pruned_E)}
+    return replace(block, trunk=block.trunk.with_leaves(leaves, mlp.experts_per_token))
 
 
-def around(mtp: MtpBlock, block: Block) -> MtpBlock:
-    """The MTP block with another decoder block in it."""
-    leaves = named_leaves(mtp) | {f"block.{name}": leaf for name, leaf in named_leaves(block).items()}
-    per_token = block.mlp.experts_per_token if isinstance(block.mlp, MoE) else None
-    return MtpBlock(mtp.config, leaves.__getitem__, isinstance(block.mlp, MoE), per_token)
+def _planned_routing(mlp: MoE, plan: BlockPlan) -> MoE:
+    if plan.keep is None:
+        return mlp
+    return adjust(mlp, plan.experts_per_token or mlp.experts_per_token, plan.routing_scale)
+
+
+def _survivors(block: SlicedBlock, plan: BlockPlan) -> Sequence[int]:
+    return range(block.num_experts) if plan.keep is None else plan.keep
 
 
 def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
@@ -110,18 +138,17 @@ def requantize_experts(
     projection: str,
     target: str,
     members: Sequence[int] | np.ndarray,
-    originals: Sequence[int] | np.ndarray,
 ) -> list[Leaf]:
-    """The matrices of the experts `members`, whose numbers in the original were `originals`, in the format named
-    `target`. Several are rounded together; the last of them beside some that were rounded already, so that the number
-    of experts compiles nothing anew."""
+    """The matrices of some of these experts in the format named `target`; the statistics are the same experts'.
+    Several are rounded together; the last of them beside some that were rounded already, so that the number of experts
+    compiles nothing anew."""
     if target == KEEP:
         return [weights.expert(e) for e in members]
     rounded_together = jax.vmap(partial(round_weight, to=parse_group_format(target)))
     together, leaves = experts_together(weights.shape), []
     for start in range(0, len(members), together):
-        some, original = (np.resize(list(e)[start : start + together], together) for e in (members, originals))
-        rounded = jax.device_get(rounded_together(*_matrices_and_inputs(weights, experts, some, original, projection)))
+        some = np.resize(list(members)[start : start + together], together)
+        rounded = jax.device_get(rounded_together(*_matrices_and_inputs(weights, experts, some, projection)))
         own = range(min(together, len(members) - start))
         leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in own]
     return leaves
@@ -133,56 +160,63 @@ def experts_together(shape: tuple[int, ...]) -> int:
     return max(1, min(_EXPERTS_TOGETHER, _BYTES_TOGETHER // (4 * inputs * (outputs + inputs))))
 
 
-def _quantize_experts(
+def _compressed_experts(
+    block: SlicedBlock, plan: BlockPlan, statistics: BlockStatistics, rounder: Rounder
+) -> dict[str, ExpertWeights]:
+    """Every projection's survivors; those of one format lie in one bucket. Each is rounded by itself."""
+    if _is_traced(block):
+        every = named_leaves(block.experts_of(range(block.num_experts)))
+        return {name: _rounded_traced(own, name, plan, statistics) for name, own in every.items()}
+    compressed: dict[str, list[Leaf]] = {name: [] for name in PROJECTIONS}
+    for members, experts in block.slices():
+        for name, survivors in compressed_slice(members, experts, plan, statistics, rounder).items():
+            compressed[name] += survivors.values()
+    return {name: gather_experts(compressed.pop(name)) for name in PROJECTIONS}
+
+
+def _rounded_slice(
     weights: ExpertWeights,
-    formats: Sequence[str],
+    sums: ExpertStatistics,
     projection: str,
-    plan: BlockPlan,
-    statistics: BlockStatistics,
+    formats: np.ndarray,
+    kept: np.ndarray,
+    first: int,
     rounder: Rounder,
+) -> dict[int, Leaf]:
+    """The survivors `kept` among experts of which the first has that number, each in its format."""
+    each: dict[int, Leaf] = {}
+    for target in sorted(set(formats)):
+        own = kept[formats == target]
+
+        def rounded(some: Sequence[int], own: np.ndarray = own, target: str = target) -> list[Leaf]:
+            return requantize_experts(weights, sums, projection, target, own[list(some)] - first)
+
+        each |= zip(own.tolist(), rounder([str(e) for e in own], target, rounded), strict=True)
+    return {e: each[e] for e in kept.tolist()}
+
+
+def _is_traced(block: SlicedBlock) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(block.trunk))
+
+
+def _rounded_traced(
+    weights: ExpertWeights, projection: str, plan: BlockPlan, statistics: BlockStatistics
 ) -> ExpertWeights:
-    """Survivors of one format lie in one bucket; each is rounded by itself."""
-    assert statistics.experts is not None and plan.keep is not None
-    own_name = format_name(weights.buckets[0])  # an original's experts are of one format
-    names = [own_name if target == KEEP else target for target in formats]
-    members_of = [np.flatnonzero(np.asarray(names) == name) for name in sorted(set(names))]
-    targets = [formats[members[0]] for members in members_of]
-    keep, experts = np.asarray(plan.keep), statistics.experts
-    if isinstance(weights.index_E, jax.core.Tracer):
-        inputs_of = partial(experts.inputs, projection)
-        buckets = _round_each_traced(weights, inputs_of, keep, members_of, targets)
-        return experts_in_buckets(buckets, members_of)
-    buckets = []
-    for members, target in zip(members_of, targets, strict=True):
-
-        def rounded(some: Sequence[int], members: np.ndarray = members, target: str = target) -> list[Leaf]:
-            own = members[list(some)]
-            return requantize_experts(weights, experts, projection, target, own, keep[own])
-
-        each = rounder([str(e) for e in keep[members]], target, rounded)
-        buckets.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *each))
-    return experts_in_buckets(buckets, members_of)
-
-
-def _round_each_traced(
-    weights: ExpertWeights,
-    inputs_of: InputsOf,
-    keep: np.ndarray,
-    members_of: Sequence[np.ndarray],
-    targets: Sequence[str],
-) -> list[Leaf]:
     """A bucket of every format in a trace: one loop each, so that what is traced does not grow with the experts."""
-    order = np.concatenate(members_of)
-    (matrices,), original = select_experts(weights, order).buckets, jnp.asarray(keep[order])
-    buckets, start = [], 0
-    for members, target in zip(members_of, targets, strict=True):
-        cut = partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + len(members))
-        own = jax.tree.map(cut, matrices)
+    assert statistics.experts is not None
+    keep = np.arange(weights.num_experts) if plan.keep is None else np.asarray(plan.keep)
+    formats = plan.experts.get(projection, (KEEP,) * len(keep))
+    # An original's experts are of one format, which those that are kept have.
+    names = np.asarray([format_name(weights.buckets[0]) if target == KEEP else target for target in formats])
+    members_of = [np.flatnonzero(names == name) for name in sorted(set(names))]
+    inputs_of, buckets = partial(statistics.experts.inputs, projection), []
+    for members in members_of:
+        target, original = formats[members[0]], jnp.asarray(keep[members])
+        (own,) = select_experts(weights, keep[members]).buckets
         if target != KEEP:
-            own = jax.lax.map(lambda one, to=target: _requantize(one[0], inputs_of(e=one[1]), to), (own, cut(original)))
+            own = jax.lax.map(lambda one, to=target: _requantize(one[0], inputs_of(e=one[1]), to), (own, original))
         buckets.append(own)
-        start += len(members)
-    return buckets
+    return experts_in_buckets(buckets, members_of)
 
 
 # For traces, which then see every shape and format once.
@@ -198,9 +232,9 @@ def within(
 
 @partial(jax.jit, static_argnames="projection")
 def _matrices_and_inputs(
-    weights: ExpertWeights, experts: ExpertStatistics, member_B: jax.Array, original_B: jax.Array, projection: str
+    weights: ExpertWeights, experts: ExpertStatistics, member_B: jax.Array, projection: str
 ) -> tuple[jax.Array, Inputs]:
     """Matrices (B, O, I) of some experts of an original, and their inputs."""
     (bucket,) = weights.buckets
     matrices = jax.tree.map(lambda a: a[weights.index_E[member_B]], bucket)
-    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(original_B)
+    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(member_B)

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from moejax.model.leaves import named_leaves
 from moejax.model.moe import MoE
 
 
@@ -14,17 +13,12 @@ def paper_rule(experts_per_token: int, share_kept: float) -> int:
 
 def adjust(moe: MoE, experts_per_token: int, routing_scale: jax.Array | float = 1.0) -> MoE:
     """The layer choosing `experts_per_token` experts, their weights times `routing_scale` and their scale so far."""
-    leaves = named_leaves(moe)
-    leaves["routing_scale"] = leaves["routing_scale"] * jnp.asarray(routing_scale, jnp.float32)
-    return MoE(moe.config, leaves.__getitem__, experts_per_token)
+    scale = moe.routing_scale.get_value() * jnp.asarray(routing_scale, jnp.float32)
+    return moe.with_leaves({"routing_scale": scale}, experts_per_token)
 
 
 @jax.jit
-def fit_routing_scale(full: MoE, fewer: MoE, x_TD: jax.Array) -> jax.Array:
-    """The s that minimizes sum_t |s*y'_t - y_t|^2, y and y' the routed outputs of `full` and `fewer` on x (T, D).
-
-    s = sum_t <y_t, y'_t> / sum_t |y'_t|^2.
-    """
-    y_TD, _ = full.experts(x_TD, full.route(x_TD))
-    fewer_TD, _ = fewer.experts(x_TD, fewer.route(x_TD))
+def fit_routing_scale(y_TD: jax.Array, fewer_TD: jax.Array) -> jax.Array:
+    """The s that minimizes sum_t |s*y'_t - y_t|^2, y and y' (T, D) the routed outputs of a layer's full and of fewer
+    experts: s = sum_t <y_t, y'_t> / sum_t |y'_t|^2."""
     return jnp.sum(y_TD * fewer_TD) / jnp.maximum(jnp.sum(fewer_TD * fewer_TD), 1e-30)

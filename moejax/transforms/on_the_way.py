@@ -5,7 +5,7 @@ out, from sequential calibration, on what the compressed ones do.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -14,10 +14,11 @@ import numpy as np
 from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.deepseek_v3 import Block
+from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced
 from moejax.planning import BlockPlan
 from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix, has_few_tokens
-from moejax.transforms.compress_block import around, only_survivors
+from moejax.transforms.compress_block import only_survivors
 
 
 class StatisticsOnTheWay:
@@ -27,20 +28,20 @@ class StatisticsOnTheWay:
     def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
         """The embedding, and what it has become."""
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
         """Of decoder block `index`, which comes next."""
         raise NotImplementedError
 
     def behind(self, index: int, compressed: Block) -> None:
         """What the block has become."""
 
-    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
         """In place of both: a block that an earlier run has compressed, and how that is read."""
 
     def norm(self, gain_D: jax.Array) -> None:
         """The final norm's gain."""
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
         """Of MTP block `depth`."""
         raise NotImplementedError
 
@@ -55,10 +56,10 @@ class Known(StatisticsOnTheWay):
 
     statistics: Statistics
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
         return self.statistics.blocks[index]
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
         return self.statistics.blocks[mtp.config.num_hidden_layers + depth]
 
     def head(self, head: Leaf) -> Inputs:
@@ -76,10 +77,10 @@ class Observed(StatisticsOnTheWay):
         for own in self._all():
             own.embedding(embedding)
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
         return self._damped(block, lambda own: own.through(index, block))
 
-    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
         for own in self._all():
             own.through(index, block)  # as in `block`: what another compilation puts out may differ in its last bits
 
@@ -87,7 +88,7 @@ class Observed(StatisticsOnTheWay):
         for own in self._all():
             own.norm(gain_D)
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
         return self._damped(mtp, lambda own: own.observe_mtp(depth, mtp))
 
     def head(self, head: Leaf) -> Inputs:
@@ -97,7 +98,9 @@ class Observed(StatisticsOnTheWay):
         damping = choose_damping_of_matrix(head, inputs, self.held_out.head_inputs())
         return inputs if damping is None else inputs._replace(damping=damping)
 
-    def _damped(self, part: Block | MtpBlock, observe: Callable[[Calibration], BlockStatistics]) -> BlockStatistics:
+    def _damped(
+        self, part: SlicedBlock | SlicedMtp, observe: Callable[[Calibration], BlockStatistics]
+    ) -> BlockStatistics:
         sums = observe(self.calibration)
         return sums if self.held_out is None else choose_damping_of_block(part, sums, observe(self.held_out))
 
@@ -124,15 +127,15 @@ class Followed(StatisticsOnTheWay):
         if self.original is not None:
             self.original.embedding(embedding, compressed)
 
-    def block(self, index: int, block: Block, plan: BlockPlan) -> BlockStatistics:
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
         damped = None if self.original is None else self.original.block(index, block, plan).without_hessians()
         sums = self.calibration.observe(index, only_survivors(block, plan))
         return sums if damped is None else sums.damped_as(damped)
 
     def behind(self, index: int, compressed: Block) -> None:
-        self.calibration.run(index, compressed)
+        self.calibration.run(index, sliced(compressed))
 
-    def pass_by(self, index: int, block: Block, compressed: Callable[[], Block]) -> None:
+    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
         self.behind(index, compressed())
         if self.original is not None:
             self.original.pass_by(index, block, compressed)
@@ -142,9 +145,9 @@ class Followed(StatisticsOnTheWay):
         if self.original is not None:
             self.original.norm(gain_D)
 
-    def mtp(self, depth: int, mtp: MtpBlock, plan: BlockPlan) -> BlockStatistics:
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
         damped = None if self.original is None else self.original.mtp(depth, mtp, plan).without_hessians()
-        sums = self.calibration.observe_mtp(depth, around(mtp, only_survivors(mtp.block, plan)))
+        sums = self.calibration.observe_mtp(depth, replace(mtp, block=only_survivors(mtp.block, plan)))
         return sums if damped is None else sums.damped_as(damped)
 
     def head(self, head: Leaf) -> Inputs:

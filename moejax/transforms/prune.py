@@ -11,7 +11,7 @@ from moejax.calibrate.statistics import ExpertStatistics
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model.config import Config
-from moejax.model.leaves import named_leaves
+from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import MoE, Routing
 from moejax.model.weights import IN_BLOCK
 
@@ -106,16 +106,17 @@ def masked_bias(bias_E: jax.Array, pruned_E: jax.Array | np.ndarray) -> jax.Arra
 
 
 def prune(moe: MoE, keep: Sequence[int]) -> MoE:
-    """The layer with only the experts `keep`, in ascending order; survivors stay in their groups.
+    """The layer, or trunk, with only the experts `keep`, in ascending order; survivors stay in their groups.
 
     E becomes len(keep) in the experts' weights, the router, its bias and `group_id`.
     """
     kept = np.asarray(keep, np.int32)
-    leaves = named_leaves(moe)
-    for name in [name for name in leaves if IN_BLOCK[f"mlp.{name}"].is_per_expert]:
-        own = leaves[name]
-        leaves[name] = select_experts(own, keep) if isinstance(own, ExpertWeights) else jnp.take(own, kept, axis=0)
-    return MoE(moe.config, leaves.__getitem__, moe.experts_per_token)
+
+    def survivors(own: Weight) -> Weight:
+        return select_experts(own, keep) if isinstance(own, ExpertWeights) else jnp.take(own, kept, axis=0)
+
+    leaves = named_leaves(moe).items()
+    return moe.with_leaves({name: survivors(own) for name, own in leaves if IN_BLOCK[f"mlp.{name}"].is_per_expert})
 
 
 class PruningError(NamedTuple):
@@ -134,29 +135,32 @@ class PruningError(NamedTuple):
     gate_lost: jax.Array
 
 
-@jax.jit
-def pruning_error(moe: MoE, x_TD: jax.Array, pruned_E: jax.Array) -> PruningError:
-    """The error on inputs x (T, D) of pruning the experts where pruned_E (E,) is true; the shared expert is left out.
+def lost(routing: Routing, pruned_E: jax.Array) -> Routing:
+    """What goes to the experts where pruned_E (E,) is true: to others with a weight of 0."""
+    return Routing(routing.experts_TK, jnp.where(pruned_E[routing.experts_TK], routing.weights_TK, 0.0))
 
-    Every group keeps at least `min_per_group` experts, or the re-routed tokens find fewer than K.
+
+def rerouted(moe: MoE, x_TD: jax.Array, pruned_E: jax.Array) -> Routing:
+    """Where tokens x (T, D) go without the experts where pruned_E (E,) is true. `moe` may be a trunk.
+
+    Every group keeps at least `min_per_group` experts, or tokens find fewer than K.
     """
-    routing = moe.route(x_TD)
-    lost_TK = pruned_E[routing.experts_TK]
-    lost_weights_TK = jnp.where(lost_TK, routing.weights_TK, 0.0)
-    y_TD, _ = moe.experts(x_TD, routing)
-    lost_TD, _ = moe.experts(x_TD, Routing(routing.experts_TK, lost_weights_TK))
-    rerouted_TD, _ = moe.experts(x_TD, _masked_layer(moe, pruned_E).route(x_TD))
+    return moe.with_leaves({"bias": masked_bias(moe.bias.get_value(), pruned_E)}).route(x_TD)
+
+
+@jax.jit
+def pruning_error(
+    routing: Routing, pruned_E: jax.Array, y_TD: jax.Array, lost_TD: jax.Array, rerouted_TD: jax.Array
+) -> PruningError:
+    """The error of pruning the experts where pruned_E (E,) is true, from a layer's routed outputs (T, D): by its
+    `routing`, by what is `lost`, and `rerouted`. The shared expert is left out."""
+    lost_weights_TK = lost(routing, pruned_E).weights_TK
     return PruningError(
         rerouted=_share(jnp.sum((rerouted_TD - y_TD) ** 2), jnp.sum(y_TD**2)),
         dropped=_share(jnp.sum(lost_TD**2), jnp.sum(y_TD**2)),
         gate2_lost=_share(jnp.sum(lost_weights_TK**2), jnp.sum(routing.weights_TK**2)),
         gate_lost=_share(jnp.sum(lost_weights_TK), jnp.sum(routing.weights_TK)),
     )
-
-
-def _masked_layer(moe: MoE, pruned_E: jax.Array) -> MoE:
-    bias = {"bias": masked_bias(moe.bias.get_value(), pruned_E)}
-    return MoE(moe.config, (named_leaves(moe) | bias).__getitem__, moe.experts_per_token)
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

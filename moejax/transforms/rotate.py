@@ -6,6 +6,7 @@ arXiv:2404.00456; SliceGPT, arXiv:2401.15024; signs as in QuIP#, arXiv:2402.0439
 compiled once per shape.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,8 +18,9 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Leaf, dense, matrix, take_rows
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block, MtpBlock, rotated
-from moejax.model.leaves import Weight
-from moejax.model.moe import MoE
+from moejax.model.leaves import Weight, prefixed
+from moejax.model.moe import Experts
+from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource, Source, model_of
 from moejax.model.weights import IN_BLOCK
 
@@ -97,7 +99,7 @@ class RotatedSource:
     def embedding(self) -> Leaf:
         return _turn_rows(self.source.embedding(), None, self.signs.residual_D, self.dtype)
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int) -> SlicedBlock:
         return rotate_block(self.source.block(index), self.config, self.signs, self.dtype)
 
     def norm(self) -> jax.Array:
@@ -106,33 +108,44 @@ class RotatedSource:
     def head(self) -> Leaf:
         return _turn_rows(self.source.head(), self.source.norm(), self.signs.residual_D, self.dtype)
 
-    def mtp(self, depth: int) -> MtpBlock:
+    def mtp(self, depth: int) -> SlicedMtp:
         return rotate_mtp(self.source.mtp(depth), self.config, self.source.norm(), self.signs, self.dtype)
 
 
-def rotate_block(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) -> Block:
+def rotate_block(block: SlicedBlock, config: Config, signs: Signs, dtype: jnp.dtype) -> SlicedBlock:
     """A block that takes and gives x R where `block` takes and gives x. `config` is the rotated model's."""
-    leaves = named_leaves(block) | _attention(block, signs, dtype) | _feed_forward(block, config, signs, dtype)
+    trunk = block.trunk
+    gain_D = trunk.post_attention_norm.get_value()
+    leaves = named_leaves(trunk) | _attention(trunk, signs, dtype)
+    leaves |= prefixed("mlp", _feed_forward(named_leaves(trunk.mlp), "mlp", gain_D, config, signs, dtype))
     for norm in ("input_norm", "post_attention_norm"):
         leaves[norm] = _ones(leaves[norm], dtype)
-    is_moe = isinstance(block.mlp, MoE)
-    return Block(config, leaves.__getitem__, is_moe, block.experts_per_token)
+
+    def experts_of(members: Sequence[int]) -> Experts:
+        own = named_leaves(block.experts_of(members))
+        turned = _feed_forward(own, "mlp.experts", gain_D, config, signs, dtype)
+        return Experts(config, turned.__getitem__)
+
+    per_token = trunk.experts_per_token
+    turned = Block(config, leaves.__getitem__, block.is_moe, per_token, has_experts=False)
+    return replace(block, trunk=turned, experts_of=experts_of)
 
 
-def rotate_mtp(mtp: MtpBlock, config: Config, gain_D: jax.Array, signs: Signs, dtype: jnp.dtype) -> MtpBlock:
+def rotate_mtp(mtp: SlicedMtp, config: Config, gain_D: jax.Array, signs: Signs, dtype: jnp.dtype) -> SlicedMtp:
     """The same for an MTP block, whose `MtpBlock` says how it undoes R; `gain_D` is the model's final norm's."""
-    leaves: dict[str, Weight] = _named("block", rotate_block(mtp.block, config, signs, dtype))
-    enorm_D, hnorm_D, norm_D = (own.get_value() for own in (mtp.enorm, mtp.hnorm, mtp.norm))
+    block, outer = rotate_block(mtp.block, config, signs, dtype), mtp.outer
+    enorm_D, hnorm_D, norm_D = (own.get_value() for own in (outer.enorm, outer.hnorm, outer.norm))
     wide = _wide(dtype)
-    leaves |= {
-        "eh_proj": _turn_eh_proj(mtp.eh_proj.get_value(), enorm_D, hnorm_D, signs.residual_D, dtype),
+    leaves = prefixed("block", named_leaves(block.trunk)) | {
+        "eh_proj": _turn_eh_proj(outer.eh_proj.get_value(), enorm_D, hnorm_D, signs.residual_D, dtype),
         "enorm": _ones(enorm_D, dtype),
         "hnorm": _ones(hnorm_D, dtype),
         "norm": norm_D.astype(wide) / gain_D.astype(wide),
         "signs": signs.residual_D,
         "input_gain": gain_D.astype(wide),
     }
-    return MtpBlock(config, leaves.__getitem__, isinstance(mtp.block.mlp, MoE), mtp.block.experts_per_token)
+    turned = MtpBlock(config, leaves.__getitem__, block.is_moe, block.experts_per_token, has_experts=False)
+    return SlicedMtp(turned, block)
 
 
 def _attention(block: Block, signs: Signs, dtype: jnp.dtype) -> dict[str, Leaf]:
@@ -158,18 +171,20 @@ def _attention(block: Block, signs: Signs, dtype: jnp.dtype) -> dict[str, Leaf]:
     return {f"self_attn.{name}": leaf for name, leaf in leaves.items()}
 
 
-def _feed_forward(block: Block, config: Config, signs: Signs, dtype: jnp.dtype) -> dict[str, Weight]:
-    leaves, gain_D = named_leaves(block.mlp), block.post_attention_norm.get_value()
+def _feed_forward(
+    leaves: Mapping[str, Weight], part: str, gain_D: jax.Array, config: Config, signs: Signs, dtype: jnp.dtype
+) -> dict[str, Weight]:
+    """Of the weights of a feed-forward layer, or of some experts, those that are turned; by their names within."""
     turned: dict[str, Weight] = {}
     for name, leaf in leaves.items():
-        row, turn = IN_BLOCK[f"mlp.{name}"], _turn_experts if isinstance(leaf, ExpertWeights) else _turn
+        row, turn = IN_BLOCK[f"{part}.{name}"], _turn_experts if isinstance(leaf, ExpertWeights) else _turn
         if row.takes_hidden:
             to = _wide(dtype) if row.role == "router" else dtype
             turned[name] = turn(leaf, gain_D, signs.residual_D, None, to)
         elif row.takes_product:
             inputs = jnp.ones(leaf.shape[-1], jnp.bfloat16) if config.down_input_transform else None
             turned[name] = turn(leaf, None, inputs, signs.residual_D, dtype)
-    return {f"mlp.{name}": leaf for name, leaf in turned.items()}
+    return turned
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -267,7 +282,3 @@ def _ones(gain: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
     """What is computed in."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _named(prefix: str, module: Block | MtpBlock) -> dict[str, Weight]:
-    return {f"{prefix}.{name}": leaf for name, leaf in named_leaves(module).items()}

@@ -10,6 +10,7 @@ import pytest
 from moejax.calibrate import BlockStatistics, Calibration, Statistics, calibrate
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
+from moejax.model.sliced import sliced, sliced_mtp
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, small_model
 
@@ -25,7 +26,7 @@ def started(model: DeepseekV3, hessians: bool = True) -> Calibration:
 
 def behind_all_layers(model: DeepseekV3, calibration: Calibration) -> Calibration:
     for i, layer in enumerate(model.layers):
-        calibration.run(i, layer)
+        calibration.run(i, sliced(layer))
     calibration.norm(model.norm.get_value())
     return calibration
 
@@ -42,16 +43,16 @@ def test_behind_a_model_that_nothing_changed_everything_is_as_calibrated() -> No
     expected, model = statistics_with_hessians(), small_model()
     following = started(model)
     for i, layer in enumerate(model.layers):
-        assert_alike(following.observe(i, layer), expected.blocks[i])
-        following.run(i, layer)
+        assert_alike(following.observe(i, sliced(layer)), expected.blocks[i])
+        following.run(i, sliced(layer))
     following.norm(model.norm.get_value())
-    assert_alike(following.observe_mtp(0, model.mtp[0]), expected.blocks[LAYERS])
+    assert_alike(following.observe_mtp(0, sliced_mtp(model.mtp[0])), expected.blocks[LAYERS])
     assert_alike(following.head_inputs(), expected.head_inputs())
 
 
 def test_without_hessians_there_are_none() -> None:
     following = started(small_model(), hessians=False)
-    sums = following.observe(0, small_model().layers[0])
+    sums = following.observe(0, sliced(small_model().layers[0]))
     assert sums.products is None
     behind_all_layers(small_model(), following)
     assert following.head_inputs().hessian is None
@@ -73,8 +74,8 @@ def rougher() -> tuple[DeepseekV3, Statistics]:
 def test_a_block_sees_what_the_changed_parts_before_it_put_out(rougher: tuple[DeepseekV3, Statistics]) -> None:
     changed, expected = rougher
     following = started(changed)
-    following.run(0, changed.layers[0])
-    sums = following.observe(1, small_model().layers[1])
+    following.run(0, sliced(changed.layers[0]))
+    sums = following.observe(1, sliced(small_model().layers[1]))
     assert_alike(sums, expected.blocks[1])
     assert not_alike(sums, statistics_with_hessians().blocks[1])
 
@@ -82,7 +83,7 @@ def test_a_block_sees_what_the_changed_parts_before_it_put_out(rougher: tuple[De
 def test_the_mtp_block_sees_the_changed_embedding_too(rougher: tuple[DeepseekV3, Statistics]) -> None:
     changed, expected = rougher
     following = behind_all_layers(changed, started(changed))
-    assert_alike(following.observe_mtp(0, small_model().mtp[0]), expected.blocks[LAYERS])
+    assert_alike(following.observe_mtp(0, sliced_mtp(small_model().mtp[0])), expected.blocks[LAYERS])
 
 
 def not_alike(found: BlockStatistics, other: BlockStatistics) -> bool:

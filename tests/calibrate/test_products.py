@@ -43,7 +43,7 @@ def test_fewer_rows_than_a_block() -> None:
 
 def check_products(x_RI: Array, rows_E: Array) -> None:
     """Experts' own and the sum of all; the latter alone where the former take a byte too much."""
-    x_RI, bytes_of_own = x_RI.astype(np.float32), 4 * len(rows_E) * x_RI.shape[1] ** 2
+    x_RI, bytes_of_own = x_RI.astype(np.float32), 4 * x_RI.shape[1] ** 2
     own_EII, all_II = by_expert(x_RI, rows_E, bytes_of_own)
     parts = np.split(x_RI.astype(np.float64), np.cumsum(rows_E)[:-1])
     assert own_EII is not None

@@ -11,13 +11,15 @@ import pytest
 
 from leaf_oracle import to_numpy
 from moejax.calibrate import ExpertStatistics, calibrate
-from moejax.calibrate.calibration import _observe_block
+from moejax.calibrate.calibration import _observe_trunk
 from moejax.calibrate.statistics import (
     EXPERT_PRODUCTS_BYTES,
     PRIOR_TOKENS,
     PRIOR_TOKENS_PER_INPUT,
+    LayerSums,
     _shrunk_hessian,
     expert_statistics,
+    joined,
 )
 from moejax.formats import ExpertWeights
 from moejax.formats.arrays import abstract_array
@@ -83,9 +85,13 @@ def test_expert_sums_are_those_of_a_loop_over_tokens(name: str) -> None:
     assert sums is not None
     expected = expert_sums(seen()[0][name])
     assert expected["count_E"].sum() == sums.count_E.sum() == measured(name).tokens * CONFIG.num_experts_per_tok
-    for field in FIELDS:
+    found = {name: getattr(sums, name) for name in FIELDS if name != "layer"}
+    found |= {name: found[name][0] for name in ("x_EDD", "hidden_EFF")}
+    found |= {name: getattr(sums.layer, name) for name in ("tokens", "count", "gate2", "x2_D", "hidden2_F")}
+    found |= {name: getattr(sums.layer, name) for name in ("x_DD", "hidden_FF")}
+    for field in found:
         atol = 1e-6 * max(1, np.abs(expected[field]).max())
-        np.testing.assert_allclose(getattr(sums, field), expected[field], rtol=1e-4, atol=atol, err_msg=field)
+        np.testing.assert_allclose(found[field], expected[field], rtol=1e-4, atol=atol, err_msg=field)
 
 
 def test_a_dense_block_has_no_expert_sums() -> None:
@@ -93,10 +99,10 @@ def test_a_dense_block_has_no_expert_sums() -> None:
 
 
 def test_batches_do_not_change_the_sums_and_the_last_may_be_smaller() -> None:
-    compiled = _observe_block._cache_size()  # type: ignore[attr-defined]
+    compiled = _observe_trunk._cache_size()  # type: ignore[attr-defined]
     one_by_one, two_and_one = (calibrate(first_layers(1), CHUNKS[:3], batch, hessians=True) for batch in (1, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), one_by_one, two_and_one)
-    assert _observe_block._cache_size() == compiled + 2  # type: ignore[attr-defined]
+    assert _observe_trunk._cache_size() == compiled + 2  # type: ignore[attr-defined]
 
 
 def test_without_hessians_none_is_collected_and_the_rest_is_the_same() -> None:
@@ -106,9 +112,9 @@ def test_without_hessians_none_is_collected_and_the_rest_is_the_same() -> None:
         assert own.products is None
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), own.input2, other.input2)
         if own.experts is not None:
-            none = {name for name in FIELDS if getattr(own.experts, name) is None}
-            assert none == {"x_EDD", "hidden_EFF", "x_DD", "hidden_FF"}
-            for name in set(FIELDS) - none:
+            assert own.experts.x_EDD == own.experts.hidden_EFF == ()
+            assert own.experts.layer.x_DD is None and own.experts.layer.hidden_FF is None
+            for name in set(FIELDS) - {"x_EDD", "hidden_EFF", "layer"}:
                 np.testing.assert_allclose(getattr(own.experts, name), getattr(other.experts, name), rtol=1e-5)
 
 
@@ -116,7 +122,8 @@ def random_run(experts: list[int], seed: int) -> ExpertRun:
     """Rows for these experts, D = 4 and F = 3."""
     random, rows = np.random.RandomState(seed), len(experts)
     inside = (jnp.asarray(random.randn(rows, size), jnp.float32) for size in (4, 3, 3, 3, 4))
-    return ExpertRun(jnp.asarray(experts), jnp.asarray(random.rand(rows), jnp.float32), *inside)
+    tokens, chosen = jnp.arange(rows), jnp.asarray(experts)
+    return ExpertRun(tokens, chosen, jnp.asarray(random.rand(rows), jnp.float32), *inside)
 
 
 def test_statistics_of_two_batches_merge_into_those_of_both() -> None:
@@ -124,11 +131,9 @@ def test_statistics_of_two_batches_merge_into_those_of_both() -> None:
     runs = random_run([0, 0, 1, 2, 3, 3, 3], 0), random_run([0, 1, 1, 2, 4], 1)
     in_order = np.argsort(np.concatenate([run.expert_R for run in runs]), kind="stable")
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts)[in_order], *runs)
-    both = expert_statistics(together, 10, 6, EXPERT_PRODUCTS_BYTES)
-    first, second = (
-        expert_statistics(run, tokens, 6, EXPERT_PRODUCTS_BYTES) for run, tokens in zip(runs, (6, 4), strict=True)
-    )
-    assert both.x_EDD is not None and both.hidden_EFF is not None
+    both = expert_statistics(together, 6, EXPERT_PRODUCTS_BYTES)
+    first, second = (expert_statistics(run, 6, EXPERT_PRODUCTS_BYTES) for run in runs)
+    assert both.x_EDD and both.hidden_EFF
     for merged in (first.merged(second), second.merged(first)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), merged, both)
     for e in range(5):
@@ -179,14 +184,17 @@ def random_sums(count_E: Array, seed: int = 0) -> ExpertStatistics:
     """Sums of experts with so many tokens each; gate weights lie near 0.3."""
     random = np.random.RandomState(seed)
     gate2_E = count_E * random.uniform(0.05, 0.15, len(count_E))
-    sums: dict[str, Array] = {name: count_E for name in FIELDS} | {"tokens": count_E.sum(), "gate2_E": gate2_E}
+    sums: dict[str, Any] = {name: count_E for name in FIELDS if name.endswith("_E")} | {"gate2_E": gate2_E}
+    sums |= {"gate_slope2_EF": count_E, "up_slope2_EF": count_E}
+    layer: dict[str, Any] = {"tokens": count_E.sum(), "count": count_E.sum(), "gate2": gate2_E.sum()}
     for name, axis, size in (("x", "D", 5), ("hidden", "F", 4)):
         roots_EII = random.randn(len(count_E), size, size)
         own_EII = gate2_E[:, None, None] * (roots_EII @ roots_EII.swapaxes(1, 2))
-        sums |= {f"{name}_E{axis}{axis}": own_EII, f"{name}_{axis}{axis}": own_EII.sum(axis=0)}
-        sums[f"{name}2_E{axis}"] = np.diagonal(own_EII, axis1=1, axis2=2)
-    arrays: dict[str, Any] = {name: jnp.asarray(own, jnp.float32) for name, own in sums.items()}
-    return ExpertStatistics(**arrays)
+        diagonal_EI = np.diagonal(own_EII, axis1=1, axis2=2)
+        sums |= {f"{name}_E{axis}{axis}": (own_EII,), f"{name}2_E{axis}": diagonal_EI}
+        layer |= {f"{name}_{axis}{axis}": own_EII.sum(axis=0), f"{name}2_{axis}": diagonal_EI.sum(axis=0)}
+    float32 = partial(jax.tree.map, partial(jnp.asarray, dtype=jnp.float32))
+    return ExpertStatistics(layer=LayerSums(**float32(layer)), **float32(sums))
 
 
 @pytest.mark.parametrize(("projection", "field"), [("gate", "x2_ED"), ("up", "x2_ED"), ("down", "hidden2_EF")])
@@ -225,7 +233,7 @@ def test_a_layer_that_no_token_reached_has_finite_moments() -> None:
 def test_few_tokens_draw_a_hessian_toward_the_layer_s(projection: str, field: str) -> None:
     sums = random_sums(np.asarray([0.0, 4, 32, 1e6]))
     hessian_EII = np.stack([np.asarray(sums.input_hessian(projection, e), np.float64) for e in range(4)])
-    sums_EII, gate2_E = np.asarray(getattr(sums, field), np.float64), np.asarray(sums.gate2_E, np.float64)
+    sums_EII, gate2_E = np.asarray(getattr(sums, field)[0], np.float64), np.asarray(sums.gate2_E, np.float64)
     layer_II = sums_EII.sum(axis=0) / gate2_E.sum()
     np.testing.assert_allclose(hessian_EII[0], layer_II, rtol=1e-5)
     np.testing.assert_allclose(hessian_EII[3], sums_EII[3] / gate2_E[3], rtol=1e-3)
@@ -272,19 +280,19 @@ def test_a_layer_that_no_token_reached_has_finite_hessians() -> None:
 
 
 def test_experts_share_their_layer_s_products_where_their_own_take_too_much() -> None:
-    """Of 6 experts, x takes 6*4*4 and hidden 6*3*3 numbers of four bytes."""
+    """Of an expert, x takes 4*4 and hidden 3*3 numbers of four bytes."""
     run = random_run([0, 0, 1, 2, 3, 3, 3], 0)
     own, one, none = (
-        expert_statistics(run, 5, 6, max_bytes) for max_bytes in (4 * 6 * 16, 4 * 6 * 16 - 1, 4 * 6 * 9 - 1)
+        joined([expert_statistics(run, 6, max_bytes)], jnp.float32(5)) for max_bytes in (4 * 16, 4 * 16 - 1, 4 * 9 - 1)
     )
-    assert own.x_EDD is not None and own.hidden_EFF is not None
-    assert one.x_EDD is None and one.hidden_EFF is not None
-    assert none.x_EDD is None and none.hidden_EFF is None
-    assert none.x_DD is not None and none.hidden_FF is not None
-    np.testing.assert_allclose(none.x_DD, jnp.sum(own.x_EDD, axis=0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(none.hidden_FF, jnp.sum(own.hidden_EFF, axis=0), rtol=1e-5, atol=1e-6)
+    assert own.x_EDD and own.hidden_EFF
+    assert not one.x_EDD and one.hidden_EFF
+    assert not none.x_EDD and not none.hidden_EFF
+    assert none.layer.x_DD is not None and none.layer.hidden_FF is not None
+    np.testing.assert_allclose(none.layer.x_DD, jnp.sum(own.x_EDD[0], axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(none.layer.hidden_FF, jnp.sum(own.hidden_EFF[0], axis=0), rtol=1e-5, atol=1e-6)
     for e in range(6):
-        np.testing.assert_allclose(none.input_hessian("up", e), none.x_DD / jnp.sum(none.gate2_E), rtol=1e-6)
+        np.testing.assert_allclose(none.input_hessian("up", e), none.layer.x_DD / jnp.sum(none.gate2_E), rtol=1e-6)
         np.testing.assert_allclose(one.input_hessian("down", e), own.input_hessian("down", e), rtol=1e-5, atol=1e-6)
     # A Hessian is of its expert's own tokens and as many of the layer's as it has inputs, or of all that came.
     np.testing.assert_array_equal(one.input_tokens("down"), jnp.asarray([2, 1, 1, 3, 0, 0]) + 3)
@@ -295,7 +303,8 @@ def test_experts_share_their_layer_s_products_where_their_own_take_too_much() ->
 def test_deepseek_v3_s_experts_have_hessians_of_their_own_for_down_alone() -> None:
     rows, experts, D, F = 8 * 512, 256, 7168, 2048
     inside = (abstract_array((rows, size), jnp.float32) for size in (D, F, F, F, D))
-    run = ExpertRun(abstract_array((rows,), jnp.int32), abstract_array((rows,), jnp.float32), *inside)
-    sums = jax.eval_shape(lambda run: expert_statistics(run, rows // 8, experts, EXPERT_PRODUCTS_BYTES), run)
-    assert sums.x_EDD is None and sums.x_DD is not None and sums.x_DD.shape == (D, D)
-    assert sums.hidden_EFF is not None and sums.hidden_EFF.shape == (experts, F, F)
+    index_R = abstract_array((rows,), jnp.int32)
+    run = ExpertRun(index_R, index_R, abstract_array((rows,), jnp.float32), *inside)
+    sums = jax.eval_shape(lambda run: expert_statistics(run, experts, EXPERT_PRODUCTS_BYTES // experts), run)
+    assert not sums.x_EDD and sums.layer.x_DD is not None and sums.layer.x_DD.shape == (D, D)
+    assert [own.shape for own in sums.hidden_EFF] == [(experts, F, F)]

@@ -1,7 +1,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,9 +196,13 @@ class InMemory:
     experts_per_token: tuple[int, ...] = (3, 3, 3, 3)
     path: Path = Path("nowhere")
     num_elements: int = 0
+    experts_in_slice: int | None = None
 
     def leaf(self, name: str) -> Any:
         return self.leaves[name]
+
+    def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
+        return select_experts(self.leaves[name], members)
 
     def abstract_leaves(self) -> Iterable[tuple[str, Any]]:
         return self.leaves.items()

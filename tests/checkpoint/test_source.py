@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from model_cases import CASES, write_hf_checkpoint
 from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.safetensors_folder import TensorInfo
 from moejax.checkpoint.source import CheckpointSource
 from moejax.formats import describe
-from moejax.model import DeepseekV3, named_leaves
+from moejax.model import DeepseekV3, named_leaves, sliced
+from moejax.model.moe import MoE
 
 PER_TOKEN = (3, 1, 2, 1)
 
@@ -37,10 +40,41 @@ def test_every_part_is_the_loaded_models(tmp_path: Path) -> None:
         same(source.norm(), model.norm.get_value())
         same(source.head(), model.head.get_value())
         blocks = [source.block(index) for index in range(len(model.layers))]
-        for block, layer in zip([*blocks, source.mtp(0)], [*model.layers, *model.mtp], strict=True):
-            same(block, layer)
-        own = [getattr(block.mlp, "experts_per_token", per_token[0]) for block in [*blocks, source.mtp(0).block]]
-        assert own == list(per_token)
+        for block, layer in zip(blocks, model.layers, strict=True):
+            same(block.whole(), layer)
+        same(source.mtp(0).whole(), model.mtp[0])
+        own = [block.experts_per_token for block in [*blocks[1:], source.mtp(0).block]]
+        assert own == list(per_token[1:])
+
+
+def test_experts_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an original those alone that are asked for, in that order; a compressed layer's, which are few bytes, lie
+    together."""
+    case = CASES["mtp"]
+    write_hf_checkpoint(tmp_path / "hf", case.config, case.tensors())
+    original = open_checkpoint(tmp_path / "hf")
+    config, whole = original.config, load_model(original)
+    write_native(whole, tmp_path / "native", Description(case.config, {}, {}), [], 10**9)
+    monkeypatch.setattr(sliced, "MOST_NUMBERS", 5 * 3 * config.hidden_size * config.moe_intermediate_size)
+    every, read, load = config.n_routed_experts, list[TensorInfo](), TensorInfo.load
+
+    def watched(own: TensorInfo) -> np.ndarray:
+        read.append(own)
+        return load(own)
+
+    monkeypatch.setattr(TensorInfo, "load", watched)
+    block = CheckpointSource(original).block(1)
+    assert not any(".experts." in str(own) for own in read)
+    assert [*map(len, block.ranges)] == [5] * (every // 5) + [every % 5] * (every % 5 > 0)
+    mlp = whole.layers[1].mlp
+    assert isinstance(mlp, MoE) and mlp.experts is not None
+    for members in (block.ranges[-1], [3, 0]):
+        read.clear()
+        same(block.experts_of(members), sliced.some_of(mlp.experts, members))
+        assert len(read) in (3 * len(members), 6 * len(members))  # with scales, or without
+    native = CheckpointSource(open_checkpoint(tmp_path / "native")).block(1)
+    assert native.ranges == [range(every)]
+    same(native.experts_of([3, 0]), sliced.some_of(mlp.experts, [3, 0]))
 
 
 def test_the_abstract_model_is_the_loaded_one_in_shapes_alone(small_fp8: Path) -> None:

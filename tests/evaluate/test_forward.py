@@ -2,7 +2,8 @@
 
 import gc
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 from moejax.evaluate.forward import final_states
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.moe import Experts
+from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource
 from small_models import CHUNKS, CONFIG, small_model
 
@@ -38,8 +40,15 @@ class Watched:
     def embedding(self) -> Leaf:
         return self._lend("embedding", self.source.embedding())
 
-    def block(self, index: int) -> Block:
-        return self._lend(f"block {index}", self.source.block(index))
+    def block(self, index: int) -> SlicedBlock:
+        block = self.source.block(index)
+
+        def experts_of(members: Sequence[int]) -> Experts:
+            own = jax.tree.map(jnp.copy, block.experts_of(members))
+            self.lent += [(f"experts of {index}", weakref.ref(array)) for array in jax.tree.leaves(own)]
+            return own
+
+        return replace(block, trunk=self._lend(f"block {index}", block.trunk), experts_of=experts_of)
 
     def norm(self) -> jax.Array:
         return self._lend("norm", self.source.norm())
@@ -47,8 +56,9 @@ class Watched:
     def head(self) -> Leaf:
         return self._lend("head", self.source.head())
 
-    def mtp(self, index: int) -> MtpBlock:
-        return self._lend(f"mtp {index}", self.source.mtp(index))
+    def mtp(self, depth: int) -> SlicedMtp:
+        mtp = self.source.mtp(depth)
+        return replace(mtp, outer=self._lend(f"mtp {depth}", mtp.outer))
 
     def _lend(self, name: str, part: Any) -> Any:
         alive = [own for own, array in self.lent if array() is not None]

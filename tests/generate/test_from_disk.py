@@ -9,7 +9,7 @@ from moejax.generate import from_disk
 from moejax.generate.decode import Decoding, generate, generate_batch
 from moejax.generate.from_disk import PartByPart
 from moejax.generate.sampling import Sampling
-from moejax.model.deepseek_v3 import Block
+from moejax.model.sliced import SlicedBlock
 from moejax.model.source import ModelSource
 from small_models import first_layers
 
@@ -26,7 +26,7 @@ class Counted(ModelSource):
         self.reads["embedding"] = self.reads.get("embedding", 0) + 1
         return super().embedding()
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int) -> SlicedBlock:
         self.reads[f"block {index}"] = self.reads.get(f"block {index}", 0) + 1
         return super().block(index)
 

@@ -19,6 +19,7 @@ from moejax.generate.from_disk import PartByPart
 from moejax.generate.speculative import Speculation
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.finite import all_finite
+from moejax.model.sliced import sliced
 from moejax.model.source import ModelSource
 from moejax.pipeline.variants import Variants
 from small_models import CHUNKS, CONFIG, small_model
@@ -101,7 +102,7 @@ def run_along(model: DeepseekV3) -> None:
     variants = Variants(CONFIG, CHUNKS)
     variants.embedding(model.embed.get_value())
     for index, layer in enumerate(model.layers):
-        variants.block(index, layer)
+        variants.block(index, sliced(layer))
 
 
 def test_embedding_and_head_are_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 from moejax.calibrate import BlockStatistics, Inputs, calibrate
 from moejax.checkpoint.load import open_checkpoint
 from moejax.formats import Leaf, payload_bytes
-from moejax.model.deepseek_v3 import Block, MtpBlock
+from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource, Step, walk
 from moejax.pipeline import job as main_job
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
@@ -38,16 +38,16 @@ class Asking(Step):
     def embedding(self, embedding: Leaf) -> None:
         self._statistics.embedding(embedding, embedding)
 
-    def block(self, index: int, block: Block) -> None:
+    def block(self, index: int, block: SlicedBlock) -> None:
         if index < self._passed:
-            self._statistics.pass_by(index, block, lambda: block)
+            self._statistics.pass_by(index, block, block.whole)
         else:
             self.blocks.append(self._statistics.block(index, block, BlockPlan()))
 
     def norm(self, gain_D: jax.Array) -> None:
         self._statistics.norm(gain_D)
 
-    def mtp(self, depth: int, mtp: MtpBlock) -> None:
+    def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         self.blocks.append(self._statistics.mtp(depth, mtp, BlockPlan()))
 
     def head(self, head: Leaf) -> None:

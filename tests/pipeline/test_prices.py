@@ -26,7 +26,7 @@ from moejax.pipeline.prices import LayerPruning, Prices, PruningProbe, _interpol
 from moejax.pipeline.probes import EXPERTS_DOWN, EXPERTS_WIDE, QUERIES, VALUES, changes_of, family_of, rounding_probes
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.work import NOT_KEPT
-from moejax.pipeline.working_copy import dense_block, one_bucket, with_leaves
+from moejax.pipeline.working_copy import one_bucket
 from moejax.planning import KEEP, BlockPlan, Plan
 from moejax.planning.menus import Menu, Menus
 from moejax.planning.plan import PROJECTIONS
@@ -146,15 +146,15 @@ def test_within_a_family_a_weight_costs_what_it_spoils_of_the_blocks_output(
     names = ["layers.1.self_attn.kv_a", "layers.1.self_attn.v_b", "layers.1.self_attn.o"]
     x_BTD = embedded = named_leaves(original)["embed"][jnp.asarray(prepared.trials.calibrated.held_out)]
     by = original.angles(jnp.arange(embedded.shape[1]), jnp.dtype(jnp.float32))
-    x_BTD = run_block(dense_block(original.layers[0]), jnp.asarray(x_BTD, jnp.float32), by)
+    x_BTD = run_block(original.layers[0], jnp.asarray(x_BTD, jnp.float32), by)
 
     def output(block: Block) -> np.ndarray:
         return np.asarray(run_block(block, x_BTD, by), np.float64)
 
-    y_BTD, spoiled = output(dense_block(original.layers[1])), {}
+    y_BTD, spoiled = output(original.layers[1]), {}
     for name in names:
         new = {name.split(".", 2)[2]: rounded(prepared, original, name, "int3g128")}
-        error_BTD = output(with_leaves(original.layers[1], new)) - y_BTD
+        error_BTD = output(original.layers[1].with_leaves(new)) - y_BTD
         spoiled[name] = np.mean(np.sum(error_BTD**2, -1) / np.sum(y_BTD**2, -1))
     for name in names[1:]:
         ratio = cost_of(prepared.costs, name, "int3g128") / cost_of(prepared.costs, names[0], "int3g128")
@@ -173,7 +173,7 @@ def test_mtp_blocks_take_the_last_layers_scales(costs: Menus) -> None:
 
 
 def test_what_is_measured_is_not_changed(prepared: Prepared) -> None:
-    for name, leaf in named_leaves(prepared.trials.source.block(1)).items():
+    for name, leaf in named_leaves(prepared.trials.source.block(1).whole()).items():
         jax.tree.map(np.testing.assert_array_equal, leaf, prepared.checkpoint.leaf(f"layers.1.{name}"))
 
 
@@ -216,17 +216,18 @@ def test_a_layers_errors_are_those_of_its_outputs(prepared: Prepared, original: 
     x_BTD = jnp.asarray(named_leaves(original)["embed"][jnp.asarray(prepared.trials.calibrated.held_out)], jnp.float32)
     by = original.angles(jnp.arange(x_BTD.shape[1]), jnp.dtype(jnp.float32))
     taps: Taps = {}
-    block = dense_block(original.layers[1])
-    block(run_block(dense_block(original.layers[0]), x_BTD, by), by, taps=taps)
+    block = original.layers[1]
+    block(run_block(original.layers[0], x_BTD, by), by, taps=taps)
     x_TD, mlp = taps["mlp.router"], block.mlp
     assert isinstance(mlp, MoE)
     for probe in prepared.pruning[1].probes[::3]:
         pruned = prepared.pruning[1].order[: probe.pruned]
         bias = masked(original, 1, pruned)["layers.1.mlp.bias"]
-        without = with_leaves(block, {"mlp.bias": bias}).mlp
-        assert isinstance(without, MoE)
+        without = mlp.with_leaves({"bias": bias})
+        assert mlp.experts is not None
         routing = mlp.route(x_TD)
-        y_TD, changed_TD = (np.asarray(moe.experts(x_TD, moe.route(x_TD))[0], np.float64) for moe in (mlp, without))
+        outputs = (mlp.experts(x_TD, moe.route(x_TD))[0] for moe in (mlp, without))
+        y_TD, changed_TD = (np.asarray(own, np.float64) for own in outputs)
         lost_TK = np.isin(routing.experts_TK, pruned)
         weights_TK = np.asarray(routing.weights_TK, np.float64)
         assert probe.error.rerouted == pytest.approx(np.sum((changed_TD - y_TD) ** 2) / np.sum(y_TD**2), rel=1e-3)

@@ -1,4 +1,6 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,13 @@ import numpy as np
 import pytest
 
 from moejax.model import DeepseekV3, named_leaves
-from moejax.model.deepseek_v3 import Block
+from moejax.model import sliced as slices
+from moejax.model.moe import Experts
+from moejax.model.sliced import SlicedBlock, sliced
+from moejax.pipeline.crossing import AlternativeOf, Inside, Run
 from moejax.pipeline.job import Prepared
-from moejax.pipeline.variants import Variants
-from moejax.pipeline.working_copy import dense_block
+from moejax.pipeline.variants import Changed, Variants
+from moejax.pipeline.working_copy import dense_experts, dense_trunk
 
 # By variant, what is off in it.
 OFF = {
@@ -51,11 +56,25 @@ def begin(variants: Variants, original: DeepseekV3, models: dict[str, DeepseekV3
 
 
 def pass_block(variants: Variants, index: int, original: DeepseekV3, models: dict[str, DeepseekV3]) -> None:
-    def changed(model: DeepseekV3) -> Block:
-        return dense_block(model.layers[index])
+    def changed(name: str) -> Changed:
+        trunk = sliced(models[name].layers[index]).trunk
+        return Changed(lambda: dense_trunk(trunk), name if differs(name, f"layers.{index}.mlp.experts") else None)
 
-    own = ((name, changed(model)) for name, model in models.items() if differs(name, f"layers.{index}."))
-    variants.block(index, dense_block(original.layers[index]), own)
+    def alternatives(members: Sequence[int], experts: Experts) -> AlternativeOf:
+        def of(name: Any) -> Experts:
+            if name is None:
+                return dense_experts(experts)
+            return dense_experts(sliced(models[name].layers[index]).experts_of(members))
+
+        return of
+
+    own = ((name, changed(name)) for name in models if differs(name, f"layers.{index}."))
+    variants.block(index, dense(original, index), own, alternatives)
+
+
+def dense(model: DeepseekV3, index: int) -> SlicedBlock:
+    block = sliced(model.layers[index])
+    return replace(block, trunk=dense_trunk(block.trunk))
 
 
 def end(variants: Variants, original: DeepseekV3, models: dict[str, DeepseekV3]) -> dict[str, float]:
@@ -80,6 +99,28 @@ def test_variants_diverge_as_evaluation_measures(
         assert own == pytest.approx(divergence(models[name]), rel=0.01) and own > 1e-3, name
 
 
+@pytest.mark.parametrize("most_bytes", [1, 1 << 30], ids=["one at a time", "all together"])
+def test_neither_slices_nor_how_many_go_together_change_them(
+    prepared: Prepared,
+    original: DeepseekV3,
+    models: dict[str, DeepseekV3],
+    most_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, tokens_BT = original.config, prepared.trials.calibrated.held_out
+    found = []
+    for most_numbers in (slices.MOST_NUMBERS, 5 * 3 * config.hidden_size * config.moe_intermediate_size):
+        monkeypatch.setattr(slices, "MOST_NUMBERS", most_numbers)
+        variants = Variants(config, tokens_BT, most_bytes)
+        begin(variants, original, models)
+        for index in range(3):
+            pass_block(variants, index, original, models)
+        found.append(end(variants, original, models))
+    assert len(sliced(original.layers[1]).ranges) == 3
+    for name, own in found[0].items():
+        assert found[1][name] == pytest.approx(own, rel=1e-3), name
+
+
 def test_they_go_on_from_what_was_kept(prepared: Prepared, original: DeepseekV3, models: dict[str, DeepseekV3]) -> None:
     some = {name: models[name] for name in ("experts", "embedding", "the last layer")}
     unbroken, broken = (Variants(original.config, prepared.trials.calibrated.held_out) for _ in range(2))
@@ -95,11 +136,25 @@ def test_they_go_on_from_what_was_kept(prepared: Prepared, original: DeepseekV3,
     assert results[0] == results[1] and len(results[0]) == 3
 
 
-def test_what_the_experts_take_in_is_asked_before_the_block(prepared: Prepared, original: DeepseekV3) -> None:
+def test_other_runs_see_what_the_model_has_within_the_block(prepared: Prepared, original: DeepseekV3) -> None:
+    """What its experts take when they begin, what it puts out when they end."""
     variants = Variants(original.config, prepared.trials.calibrated.held_out)
     variants.embedding(original.embed.get_value())
-    variants.block(0, dense_block(original.layers[0]))
-    x_TD = variants.experts_input(dense_block(original.layers[1]))
+    variants.block(0, dense(original, 0))
+    seen: dict[str, Any] = {}
+
+    def begin() -> Inside:
+        seen["x_TD"] = variants.within.normed_TD  # type: ignore[union-attr]
+        return variants.within
+
+    def end(inside: Inside, routed_TD: jax.Array | None) -> None:
+        assert variants.routed_TD is not None and routed_TD is not None
+        np.testing.assert_array_equal(routed_TD, variants.routed_TD)
+        seen["y_BTD"] = variants.output
+
+    variants.block(1, dense(original, 1), [Run(begin, end)])
+    np.testing.assert_array_equal(seen["y_BTD"], variants.original)
+    x_TD = seen["x_TD"]
     assert x_TD.shape == (512, 128)
     norm2_T = np.mean(np.square(np.asarray(x_TD) / np.asarray(original.layers[1].post_attention_norm.get_value())), -1)
     np.testing.assert_allclose(norm2_T, 1, rtol=0.02)

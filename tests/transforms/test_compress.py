@@ -286,9 +286,15 @@ def test_one_block_at_a_time_is_in_memory() -> None:
     class Lending(ModelSource):
         def block(self, index: int) -> Any:
             assert not [own for own in lent if own() is not None], f"alive when block {index} was asked for"
-            block = jax.tree.map(jnp.copy, super().block(index))
-            lent.extend(weakref.ref(array) for array in jax.tree.leaves(named_leaves(block)))
-            return block
+            block = super().block(index)
+
+            def lend(part: Any) -> Any:
+                copy = jax.tree.map(jnp.copy, part)
+                lent.extend(weakref.ref(array) for array in jax.tree.leaves(copy))
+                return copy
+
+            trunk = lend(block.trunk)
+            return dataclasses.replace(block, trunk=trunk, experts_of=lambda members: lend(block.experts_of(members)))
 
     class Named(Collected):
         def add(self, leaves: Mapping[str, Any]) -> None:

@@ -281,6 +281,6 @@ def of_expert(own: BlockStatistics, held_out: BlockStatistics, name: str) -> tup
     few = statistics(SHORT.start, SHORT.stop).blocks[1].experts
     assert isinstance(weights, ExpertWeights) and own.experts and held_out.experts and few
     e = int(np.argmin(np.abs(np.asarray(few.count_E) - weights.shape[-1] / 2)))
-    products = held_out.experts.hidden_EFF if projection == "down" else held_out.experts.x_EDD
+    (products,) = held_out.experts.hidden_EFF if projection == "down" else held_out.experts.x_EDD
     assert products is not None
     return dense(weights.expert(e), jnp.float32), own.experts.inputs(projection, e), np.asarray(products[e], np.float64)

@@ -15,6 +15,7 @@ X_TD = np.random.RandomState(0).randn(50, CONFIG.hidden_size).astype(np.float32)
 
 @jax.jit
 def routed(moe: MoE, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
+    assert moe.experts is not None
     routing = moe.route(x_TD)
     return moe.experts(x_TD, routing)[0], routing
 
@@ -64,7 +65,7 @@ def test_the_fitted_scale_is_that_of_least_squares(scale_so_far: float) -> None:
     full, fewer = moe_layer(), adjust(moe_layer(), 2, scale_so_far)
     y, y_fewer = (np.asarray(routed(moe, X_TD)[0], np.float64).reshape(-1) for moe in (full, fewer))
     expected = np.linalg.lstsq(y_fewer[:, None], y)[0][0]
-    fitted = fit_routing_scale(full, fewer, X_TD)
+    fitted = fit_routing_scale(*(routed(moe, X_TD)[0] for moe in (full, fewer)))
     assert fitted.shape == ()
     assert fitted == pytest.approx(expected, rel=1e-5)
     assert abs(fitted * scale_so_far - 1) > 1e-3, "fewer experts should need another scale"
@@ -72,5 +73,6 @@ def test_the_fitted_scale_is_that_of_least_squares(scale_so_far: float) -> None:
 
 def test_a_layer_fits_itself_and_silence_fits_anything() -> None:
     moe = moe_layer()
-    assert fit_routing_scale(moe, moe, X_TD) == pytest.approx(1.0, rel=1e-6)
-    assert fit_routing_scale(moe, adjust(moe, 3, 0.0), X_TD) == 0.0
+    y_TD, silence_TD = (routed(own, X_TD)[0] for own in (moe, adjust(moe, 3, 0.0)))
+    assert fit_routing_scale(y_TD, y_TD) == pytest.approx(1.0, rel=1e-6)
+    assert fit_routing_scale(y_TD, silence_TD) == 0.0

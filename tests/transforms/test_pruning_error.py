@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from leaf_oracle import to_numpy
 from moejax.model import named_leaves
-from moejax.model.moe import MoE
+from moejax.model.moe import MoE, Routing
 from moejax.transforms.experts_per_token import adjust
-from moejax.transforms.prune import PruningError, pruning_error
+from moejax.transforms.prune import PruningError, lost, pruning_error, rerouted
 from small_models import CONFIG, small_model
 
 Array = NDArray[Any]
@@ -28,6 +28,18 @@ def moe_layer(bias_mean: float = 0.0) -> MoE:
     assert isinstance(mlp, MoE)
     leaves = named_leaves(mlp)
     return MoE(CONFIG, (leaves | {"bias": leaves["bias"] + bias_mean}).__getitem__)
+
+
+@jax.jit
+def routed(moe: MoE, x_TD: jax.Array, routing: Routing) -> jax.Array:
+    assert moe.experts is not None
+    return moe.experts(x_TD, routing)[0]
+
+
+def error_of(moe: MoE, x_TD: jax.Array, pruned_E: jax.Array) -> PruningError:
+    own = moe.route(x_TD)
+    others = lost(own, pruned_E), rerouted(moe, x_TD, pruned_E)
+    return pruning_error(own, pruned_E, *(routed(moe, x_TD, routing) for routing in (own, *others)))
 
 
 def mask(pruned: list[int]) -> jax.Array:
@@ -74,16 +86,16 @@ def error_by_hand(moe: MoE, pruned: list[int]) -> PruningError:
 def test_the_error_is_that_of_a_layer_in_numpy(pruned: list[int], bias_mean: float) -> None:
     with jax.enable_x64(True):
         moe = moe_layer(bias_mean)
-        found = pruning_error(moe, jnp.asarray(X_TD), mask(pruned))
+        found = error_of(moe, jnp.asarray(X_TD), mask(pruned))
         np.testing.assert_allclose(found, error_by_hand(moe, pruned), rtol=1e-9, atol=1e-12)
         assert all((own > 1e-3) == bool(pruned) for own in found)
 
 
 def test_without_anyone_or_of_a_silent_layer_everything_is_known() -> None:
     x_TD = jnp.asarray(X_TD, jnp.float32)
-    everyone = pruning_error(moe_layer(), x_TD, jnp.ones(E, bool))
+    everyone = error_of(moe_layer(), x_TD, jnp.ones(E, bool))
     np.testing.assert_allclose(everyone[1:], 1, rtol=1e-6)
-    silent = pruning_error(adjust(moe_layer(), CONFIG.num_experts_per_tok, 0.0), x_TD, mask([0, 1]))
+    silent = error_of(adjust(moe_layer(), CONFIG.num_experts_per_tok, 0.0), x_TD, mask([0, 1]))
     np.testing.assert_array_equal(silent, 0)
 
 
@@ -93,6 +105,6 @@ def compilations(jitted: Any) -> int:
 
 def test_one_compilation_serves_every_choice_of_experts() -> None:
     x_TD, before = jnp.asarray(X_TD[:7], jnp.float32), compilations(pruning_error)
-    errors = [pruning_error(moe_layer(), x_TD, mask(pruned)) for pruned in PRUNED]
+    errors = [error_of(moe_layer(), x_TD, mask(pruned)) for pruned in PRUNED]
     assert compilations(pruning_error) == before + 1
     assert errors[0].dropped == 0 < errors[-1].dropped
