@@ -68,13 +68,17 @@ def compress(
     work: Annotated[
         Path | None, arg(help="keep what is finished in this folder: stopped and begun again, the job goes on")
     ] = None,
+    memory: Annotated[
+        str | None,
+        arg(help="the most memory to take: 8GB; what does not fit lies on the disk; without it, what is free"),
+    ] = None,
     json: JsonArg = None,
 ) -> None:
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
 
     texts = (calibration, calibration_chunks, text)
-    run_compress(checkpoint, budget, fit, context, batch, output, recipe, plan, *texts, drop_mtp, work, json)
+    run_compress(checkpoint, budget, fit, context, batch, output, recipe, plan, *texts, drop_mtp, work, memory, json)
 
 
 @app.command

@@ -1,6 +1,7 @@
 """Running a model over calibration text and summing what its weights see, block after block."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,13 +22,13 @@ from moejax.calibrate.statistics import (
 from moejax.model.config import Config, require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.finite import require_finite_block, require_finite_mtp
-from moejax.model.hidden_states import HiddenStates
+from moejax.model.hidden_states import HiddenStates, Keep, Kept, as_it_is
 from moejax.model.leaves import Taps
 from moejax.model.moe import Experts, MoE, Routing
-from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
 from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, entered, leave, pieces, unjoin
 from moejax.model.source import Source, source_of, walk
+from moejax.model.steps import run_norm
 from moejax.progress import Progress, counted, silent
 
 
@@ -70,10 +71,11 @@ class Calibration(HiddenStates):
         *,
         hessians: bool = False,
         expert_bytes: int = EXPERT_PRODUCTS_BYTES,
+        kept: Keep = as_it_is,
     ):
         require_tokens(chunks, config)
         batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
-        super().__init__(config, batches, jnp.float32, drafts=config.num_nextn_predict_layers > 0)
+        super().__init__(config, batches, jnp.float32, drafts=config.num_nextn_predict_layers > 0, kept=kept)
         self._chunks, self._hessians = chunks, hessians
         self._max_bytes_each = expert_bytes // config.n_routed_experts if hessians else None
         self._observed: list[BlockStatistics] = []
@@ -82,7 +84,8 @@ class Calibration(HiddenStates):
         self._observed.append(self.through(index, block))
 
     def norm(self, gain_D: jax.Array) -> None:
-        self.states = [rms_norm(x_BTD, gain_D, self.config.rms_norm_eps) for x_BTD in self.states]
+        eps = self.config.rms_norm_eps
+        self.states = [self._kept(run_norm(jnp.asarray(x_BTD), gain_D, eps=eps)) for x_BTD in self.states]
 
     def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         self._observed.append(self.observe_mtp(depth, mtp))
@@ -106,7 +109,7 @@ class Calibration(HiddenStates):
             total = _plus(total, statistics)
         assert total is not None
         of_block, drafted = self._through(mtp.block, joined, self.mtp_by)
-        for own, y_BTD in zip(taken, drafted, strict=True):
+        for own, y_BTD in zip(taken, map(jnp.asarray, drafted), strict=True):
             require_finite_mtp(f"mtp.{depth}", mtp, *own, self.mtp_by, unjoin(mtp.outer, y_BTD))
         return total.beside(of_block)
 
@@ -120,51 +123,68 @@ class Calibration(HiddenStates):
         return Statistics(
             blocks=tuple(self._observed),
             tokens=jnp.asarray(self._chunks.size, jnp.float32),
-            head_input2=sum((jnp.sum(x_BTD**2, axis=(0, 1)) for x_BTD in self.states), zeros_D),
+            head_input2=sum((jnp.sum(x_BTD**2, axis=(0, 1)) for x_BTD in self._arrays()), zeros_D),
             count_C=jnp.bincount(jnp.asarray(self._chunks.reshape(-1)), length=self.config.vocab_size),
-            head_products=sum(map(products, self.states[1:]), products(self.states[0])) if self._hessians else None,
+            head_products=functools.reduce(jnp.add, map(products, self._arrays())) if self._hessians else None,
         )
 
     def _observe(self, index: int, block: SlicedBlock) -> tuple[BlockStatistics, list[jax.Array]]:
         """The block's statistics, over all batches, and its outputs."""
-        statistics, outputs = self._through(block, self.states, self.by)
-        for x_BTD, y_BTD in zip(self.states, outputs, strict=True):
+        statistics, outputs = self._through(block, self._arrays(), self.by)
+        for x_BTD, y_BTD in zip(self._arrays(), map(jnp.asarray, outputs), strict=True):
             require_finite_block(f"layers.{index}", block, x_BTD, self.by, y_BTD)
         return statistics, outputs
 
+    def _arrays(self) -> Iterator[jax.Array]:
+        """The states, one after another."""
+        return map(jnp.asarray, self.states)
+
     def _through(
-        self, block: SlicedBlock, states: Sequence[jax.Array], by: Angles
-    ) -> tuple[BlockStatistics, list[jax.Array]]:
-        """Up to the routed experts, batch by batch; slice by slice through those; and out."""
+        self, block: SlicedBlock, states: Iterable[jax.Array], by: Angles
+    ) -> tuple[BlockStatistics, list[Kept]]:
+        """Up to the routed experts, batch by batch; slice by slice through those; and out. What is within the block
+        is kept as states are."""
         total, insides = None, []
         for x_BTD in states:
             inside, statistics = _observe_trunk(block.trunk, x_BTD, by, self._hessians)
-            insides.append(inside)
+            insides.append(jax.tree.map(self._kept, inside))
             total = _plus(total, statistics)
         assert total is not None
+        if total.products is not None:
+            total = replace(total, products={name: self._kept(own) for name, own in total.products.items()})
         if not block.is_moe:
             return total, insides
-        sums = [inside.nothing_TD for inside in insides]
+        sums = [self._kept(_there(inside).nothing_TD) for inside in insides]
         slices = [self._observe_slice(*own, insides, sums) for own in block.slices()]
-        return replace(total, experts=joined(slices, total.tokens)), list(map(leave, insides, sums))
+        return replace(total, experts=joined(slices, total.tokens)), [
+            self._kept(leave(_there(inside), jnp.asarray(own))) for inside, own in zip(insides, sums, strict=True)
+        ]
 
     def _observe_slice(
-        self, members: Sequence[int], experts: Experts, insides: Sequence[Entered], sums: list[jax.Array]
+        self, members: Sequence[int], experts: Experts, insides: Sequence[Entered], sums: list[Kept]
     ) -> ExpertStatistics:
         """Of some experts; what they put out comes to the `sums`."""
         total = None
-        for n, inside in enumerate(insides):
+        for n, kept in enumerate(insides):
+            inside, routed_TD = _there(kept), jnp.asarray(sums[n])
             # One piece at least, though it may have no rows, so that there are statistics.
             every = list(pieces(inside.routing, members, self.config.hidden_size)) or [(0, 1)] * (n == 0)
             for start, rows in every:
-                given = (inside.normed_TD, inside.routing, sums[n])
-                sums[n], own = _observe_piece(
+                given = (inside.normed_TD, inside.routing, routed_TD)
+                routed_TD, own = _observe_piece(
                     experts, members[0], start, *given, rows=rows, max_bytes_each=self._max_bytes_each
                 )
                 total = own if total is None else _merged_experts(total, own)
+            sums[n] = self._kept(routed_TD)
         assert total is not None
-        jax.block_until_ready((sums, total))  # before the next slice is read
-        return total
+        jax.block_until_ready(total)  # before the next slice is read
+        each = {name: tuple(map(self._kept, getattr(total, name))) for name in ("x_EDD", "hidden_EFF")}
+        return replace(total, x_EDD=each["x_EDD"], hidden_EFF=each["hidden_EFF"])
+
+
+def _there(inside: Entered) -> Entered:
+    """The arrays themselves."""
+    return jax.tree.map(jnp.asarray, inside)
 
 
 def _plus(total: BlockStatistics | None, own: BlockStatistics) -> BlockStatistics:

@@ -91,9 +91,10 @@ class ExpertStatistics:
     def of(self, members: Sequence[int] | np.ndarray) -> Self:
         """Of some experts, by rising number."""
         own = np.asarray(members)
-        if np.array_equal(own, range(len(self.count_E))) and max(len(self.x_EDD), len(self.hidden_EFF)) <= 1:
-            return self
-        rows: dict[str, Any] = {name: getattr(self, name)[own] for name in _ROWS}
+        if len(own) == len(self.count_E) and np.array_equal(own, range(len(own))):
+            rows: dict[str, Any] = {}
+        else:
+            rows = {name: getattr(self, name)[own] for name in _ROWS}
         return replace(self, x_EDD=_rows_of(self.x_EDD, own), hidden_EFF=_rows_of(self.hidden_EFF, own), **rows)
 
     def input_second_moment(self, projection: str) -> jax.Array:
@@ -183,7 +184,7 @@ class BlockStatistics:
     def input_hessian(self, name: str) -> jax.Array:
         """E[x x^T] of the input of the weight `name`, (I, I); its diagonal is `input_second_moment`."""
         assert self.products is not None, "calibrated without hessians"
-        return self.products[input_name(name)] / self.tokens
+        return jnp.asarray(self.products[input_name(name)]) / self.tokens
 
     def damped_as(self, other: Self) -> Self:
         """With the damping that was chosen for `other`, the same block's."""
@@ -295,13 +296,14 @@ def _with_products(sums: ExpertStatistics, run: ExpertRun, max_bytes_each: int) 
 
 def _rows_of(pieces: tuple[jax.Array, ...], members: np.ndarray) -> tuple[jax.Array, ...]:
     """Of arrays that hold some experts each, side by side, some experts' rows in one array; none of none."""
-    if len(pieces) <= 1:
-        return tuple(own[members] for own in pieces)
+    if not pieces:
+        return ()
     starts = np.cumsum([0, *map(len, pieces)])
     of = np.searchsorted(starts, members, side="right") - 1
-    if len(set(of)) == 1 and len(members) == len(pieces[of[0]]):
-        return (pieces[of[0]],)  # a whole piece, as it lies
-    return (jnp.stack([pieces[n][e - starts[n]] for n, e in zip(of, members, strict=True)]),)
+    first, piece = members[0], pieces[of[0]]
+    if np.array_equal(members, range(first, first + len(piece))) and first == starts[of[0]]:
+        return (jnp.asarray(piece),)  # a whole one, as it lies
+    return (jnp.stack([jnp.asarray(pieces[n][e - starts[n]]) for n, e in zip(of, members, strict=True)]),)
 
 
 def _matrix_of(pieces: tuple[jax.Array, ...], e: int | jax.Array) -> jax.Array | None:
@@ -309,7 +311,7 @@ def _matrix_of(pieces: tuple[jax.Array, ...], e: int | jax.Array) -> jax.Array |
     if not pieces:
         return None
     if len(pieces) == 1:
-        return pieces[0][e]
+        return jnp.asarray(pieces[0][e])
     (own_1II,) = _rows_of(pieces, np.asarray([int(e)]))
     return own_1II[0]
 

@@ -24,12 +24,17 @@ from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
+from moejax.ledger import ledger_of
+from moejax.model import DeepseekV3
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.check import Limit, check_limit, check_plan_bytes, require_original
 from moejax.pipeline.fit_device import Device, context_for
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.room import room_in
+from moejax.pipeline.shapes import shapes_of
 from moejax.pipeline.work import Work, work_in
+from moejax.planning import Method
 from moejax.planning.memory import device_memory
 from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget, parse_size
@@ -69,6 +74,7 @@ def run_compress(
     text: Path | None,
     drop_mtp: bool,
     work: Path | None,
+    memory: str | None,
     json: Path | None,
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
@@ -101,15 +107,30 @@ def run_compress(
     made = job.provenance(
         texts.calibration, len(texts.calibrated.chunks), own_recipe if given is None else None, dropped
     )
-    with _kept(work, output, checkpoint, texts, own_recipe if given is None else given, drop_mtp) as kept:
+    by, ledger = own_recipe if given is None else given, ledger_of(memory)
+    with (
+        room_in(ledger, *_working_on(checkpoint, by.method, texts), _states_folder(work, output)) as room,
+        _kept(work, output, checkpoint, texts, by, drop_mtp) as kept,
+    ):
+        own, told = texts.calibrated, (ledger, progress_bar)
         if given is not None:
-            result = job.carry_out(
-                checkpoint, given, texts.calibrated, made, output, most_bytes, texts.evaluated, progress_bar, kept
-            )
+            put = room.kept
+            result = job.carry_out(checkpoint, given, own, made, output, most_bytes, texts.evaluated, *told, kept, put)
         else:
-            prepared = job.prepare(checkpoint, texts.calibrated, own_recipe, made, progress_bar, kept)
-            result = job.compress_checkpoint(prepared, output, limit, texts.evaluated, progress_bar)
-    _report(checkpoint, output, limit, result, texts.evaluation, dropped, cost_of_the_run(started), json)
+            prepared = job.prepare(checkpoint, own, own_recipe, made, progress_bar, kept, room)
+            result = job.compress_checkpoint(prepared, output, limit, texts.evaluated, *told)
+    cost = cost_of_the_run(started) | ({} if memory is None else {"memory_limit_bytes": ledger.limit})
+    _report(checkpoint, output, limit, result, texts.evaluation, dropped, cost, json)
+
+
+def _working_on(checkpoint: HuggingFaceCheckpoint, method: Method, texts: _Texts) -> tuple[DeepseekV3, int, bool]:
+    """What is compressed, in shapes alone, the tokens of a chunk, and whether there are Hessians."""
+    return shapes_of(checkpoint, method).model, texts.calibrated.chunks.shape[1], method.error_feedback
+
+
+def _states_folder(work: Path | None, output: Path) -> Path:
+    """Where states lie that memory does not hold: on the disk that is written to."""
+    return (partial_path(output).parent / f".{output.name}" if work is None else work / "kept").with_suffix(".states")
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -1,6 +1,16 @@
 """What a packed weight is: bit layout, pack and unpack, exact bytes. Nothing outside this folder knows bit layouts."""
 
-from moejax.formats.dense import Leaf, dense, format_name, matrix, payload_bytes, reshape_outputs, rows, take_rows
+from moejax.formats.dense import (
+    Leaf,
+    dense,
+    format_name,
+    matrix,
+    payload_bytes,
+    reshape_outputs,
+    row_parts,
+    rows,
+    take_rows,
+)
 from moejax.formats.experts import ExpertWeights, experts_in_buckets, gather_experts, select_experts
 from moejax.formats.fp8_blocks import Fp8Blocks
 from moejax.formats.group_format import GroupFormat, IntFormat, TernaryFormat, parse_group_format
@@ -37,6 +47,7 @@ __all__ = [
     "parse_group_format",
     "payload_bytes",
     "reshape_outputs",
+    "row_parts",
     "rows",
     "select_experts",
     "take_rows",

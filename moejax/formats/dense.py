@@ -24,6 +24,14 @@ def rows(leaf: Leaf, start: jax.Array | int, size: int) -> Leaf:
     return slice_axis(leaf, start, size, axis=leaf.ndim - 2)
 
 
+def row_parts(leaf: Leaf, most_numbers: int) -> list[slice]:
+    """Which rows of a matrix (O, I) to take together, about as many each, so that no part has more numbers; leaves of
+    several matrices are one part."""
+    outputs, parts = leaf.shape[0], -(-leaf.size // most_numbers) if leaf.ndim == 2 else 1
+    size = -(-outputs // parts)
+    return [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
+
+
 def matrix(leaf: Leaf, index: jax.Array | int) -> Leaf:
     """Of matrices (N, O, I), the one at index, (O, I); index may be traced."""
     return jax.tree.map(lambda a: slice_axis(a, index, 1, axis=0)[0], leaf)

@@ -15,8 +15,16 @@ from moejax.model.rope import Angles, angles
 from moejax.model.sliced import SlicedBlock, through
 from moejax.model.source import Source, Step, walk
 
-# An array (B, T, D), a `jax.Array` or what `kept` makes of one.
-State = Any
+# An array, a `jax.Array` or what a `Keep` makes of one: `jnp.asarray` and an index give numbers of both.
+Kept = Any
+
+# Puts an array away until it is needed again.
+Keep = Callable[[jax.Array], Kept]
+
+
+def as_it_is(array: jax.Array) -> Kept:
+    """Keeps an array where it is."""
+    return array
 
 
 class HiddenStates(Step):
@@ -34,12 +42,12 @@ class HiddenStates(Step):
         dtype: jax.typing.DTypeLike,
         *,
         drafts: bool = False,
-        kept: Callable[[jax.Array], State] = lambda x_BTD: x_BTD,
+        kept: Keep = as_it_is,
         tick: Callable[[], object] = lambda: None,
     ):
         self.config, self.batches, self.dtype = config, batches, dtype
-        self.states: list[State] = []
-        self.embedded: list[State] = []
+        self.states: list[Kept] = []
+        self.embedded: list[Kept] = []
         self.by = angles(config, jnp.arange(batches[0].shape[1]), jnp.promote_types(dtype, jnp.float32))
         self._drafts, self._kept, self.tick = drafts, kept, tick
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 import jax
+import jax.numpy as jnp
 
 from moejax.model.deepseek_v3 import Block
+from moejax.model.hidden_states import Kept
 from moejax.model.moe import Experts, MoE
 from moejax.model.rope import Angles
 from moejax.model.sliced import Entered, SlicedBlock, enter, leave, onto
@@ -42,7 +44,7 @@ class Run:
 
 def run_of(
     trunk: Callable[[], Block],
-    x_BTD: jax.Array,
+    x_BTD: Kept,
     by: Angles,
     end: Callable[[jax.Array], object],
     alternative: Alternative = None,
@@ -52,8 +54,8 @@ def run_of(
     experts times `scale`."""
 
     def begin() -> Inside:
-        own = trunk()
-        return enter(own, x_BTD, by) if isinstance(own.mlp, MoE) else run_block(own, x_BTD, by)
+        own, x = trunk(), jnp.asarray(x_BTD)
+        return enter(own, x, by) if isinstance(own.mlp, MoE) else run_block(own, x, by)
 
     def ended(inside: Inside, routed_TD: jax.Array | None) -> None:
         if isinstance(inside, Entered):
@@ -100,7 +102,8 @@ def _through(runs: Sequence[Run], slices: Iterable[tuple[Sequence[int], Alternat
             experts = of(alternative)
             for n in [n for n, run in enumerate(runs) if run.alternative == alternative]:
                 sums[n] = onto(experts, members, insides[n].normed_TD, insides[n].routing, sums[n])
-            jax.block_until_ready(sums)  # before the next experts are made
+            jax.block_until_ready(sums)
+            del experts  # before the next ones are made
     for run, inside, routed_TD in zip(runs, insides, sums, strict=True):
         run.end(inside, routed_TD)
 

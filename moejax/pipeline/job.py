@@ -16,7 +16,8 @@ from moejax.errors import InputError
 from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.memory import needs, read_within
 from moejax.evaluate.text import Text
-from moejax.ledger import ledger_of
+from moejax.ledger import Ledger, ledger_of
+from moejax.model.hidden_states import Keep, as_it_is
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     try_activated_experts,
@@ -29,6 +30,7 @@ from moejax.pipeline.measure import measure
 from moejax.pipeline.options import options
 from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.room import Room
 from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.shapes import Shapes, ready, shapes_of
@@ -46,8 +48,6 @@ from moejax.version import __version__
 _SCALE_DIGITS = 16
 # Chunks that are evaluated together.
 _BATCH = 8
-# Of the memory that is left, the shares that statistics and rounded weights may be kept in between walks.
-_STATISTICS_SHARE, _ROUNDED_SHARE = 0.25, 0.25
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Prepared:
     def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
         """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
         own = self.trials
-        known, rounder = own.statistics.known, own.rounder
+        known, rounder, kept = own.statistics.known, own.rounder, own.room.kept
         return write_plan(
-            own.source, self.shapes, plan, own.calibrated, output, budget, progress, known, rounder, own.work
+            own.source, self.shapes, plan, own.calibrated, output, budget, progress, known, rounder, own.work, kept
         )
 
 
@@ -144,16 +144,18 @@ def prepare(
     provenance: dict[str, Any],
     progress: Progress,
     work: Work = NOT_KEPT,
+    room: Room | None = None,
 ) -> Prepared:
-    """Calibrate and measure, block by block; what the work knows is not measured again."""
+    """Calibrate and measure, block by block; what the work knows is not measured again. Without a `room`, a share of
+    the memory that is free."""
     shapes, source = (
         shapes_of(checkpoint, recipe.method, provenance),
         ready(CheckpointSource(checkpoint), recipe.method),
     )
-    config, room = shapes.config, ledger_of(None).left
-    statistics = KeptStatistics(config, recipe.method, calibrated, int(_STATISTICS_SHARE * room))
-    trials = Trials(source, calibrated, statistics, RoundedWeights(int(_ROUNDED_SHARE * room)), work)
-    measured = measure(source, recipe, calibrated, statistics.on_the_way, trials.rounder, work, progress)
+    config, room = shapes.config, room or Room(*(ledger_of(None).left // 4,) * 3)
+    statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept)
+    trials = Trials(source, calibrated, statistics, RoundedWeights(room.rounded), work, room)
+    measured = measure(source, recipe, calibrated, statistics.on_the_way, trials.rounder, work, progress, room)
     prices, allowed = Prices(measured, config, recipe), options(shapes.model, recipe)
     pruning = prices.pruning()
     costs = prices.costs(allowed, pruning)
@@ -192,12 +194,12 @@ def plan_within(prepared: Prepared, budget: int, progress: Progress) -> Planned:
 
 
 def compress_checkpoint(
-    prepared: Prepared, output: Path, limit: Limit, evaluation: np.ndarray, progress: Progress
+    prepared: Prepared, output: Path, limit: Limit, evaluation: np.ndarray, ledger: Ledger, progress: Progress
 ) -> Result:
-    """Plan, write, read back, evaluate."""
+    """Plan, write, read back, evaluate, within the ledger's memory."""
     planned = plan_for(prepared, limit, progress)
     budget = limit if isinstance(limit, int) else prepared.shapes.size_of(planned.plan)
-    evaluated = _evaluation_of(prepared.checkpoint, prepared.shapes, planned.plan, output, evaluation, progress)
+    evaluated = _evaluation_of(prepared.checkpoint, prepared.shapes, planned.plan, output, evaluation, ledger, progress)
     written = prepared.write(planned.plan, output, budget, progress)
     return Result(planned.plan, written, evaluated(), planned, prepared.pruning)
 
@@ -210,14 +212,16 @@ def carry_out(
     output: Path,
     budget: int,
     evaluation: np.ndarray,
+    ledger: Ledger,
     progress: Progress,
     work: Work = NOT_KEPT,
+    kept: Keep = as_it_is,
 ) -> Result:
     """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
     shapes = shapes_of(checkpoint, plan.method, provenance)
-    evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, progress)
+    evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, ledger, progress)
     source = ready(CheckpointSource(checkpoint), plan.method)
-    written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work)
+    written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work, kept=kept)
     return Result(plan, written, evaluated())
 
 
@@ -227,13 +231,14 @@ def _evaluation_of(
     plan: Plan,
     output: Path,
     chunks: np.ndarray,
+    ledger: Ledger,
     progress: Progress,
 ) -> Callable[[], Evaluation]:
     """What gives the figures of a plan's checkpoint, once it is written, against the original. Raises InputError, now,
     if the memory is not enough."""
     batch = min(_BATCH, len(chunks))
     asked = needs(shapes.compressed(plan), abstract_model(checkpoint), chunks.shape[1], batch, jnp.float32)
-    read, wave = read_within(ledger_of(None), asked, output, len(chunks), progress)
+    read, wave = read_within(ledger, asked, output, len(chunks), progress)
 
     def evaluated() -> Evaluation:
         machine.forget_programs()  # packed blocks compile their own

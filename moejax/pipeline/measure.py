@@ -30,6 +30,7 @@ from moejax.pipeline.measured import Measured, block_measures
 from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_count
 from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, changes_of, family_of, probed_format
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
 from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.work import Work
@@ -40,6 +41,7 @@ from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import Rounder, experts_together
 from moejax.transforms.on_the_way import StatisticsOnTheWay
 from moejax.transforms.prune import lost, masked_bias, pruning_error, pruning_scores, rerouted
+from moejax.transforms.rounding import to_float32
 
 _STAGE = "measuring"
 # Of the probes' sequences one in so many, at least one, shows how much of an output is spoiled.
@@ -59,6 +61,7 @@ def measure(
     rounder: Rounder,
     work: Work,
     progress: Progress,
+    room: Room = NO_ROOM,
 ) -> Measured:
     """Walk over what is compressed; probes are made on the chunks held out. What the work knows is not measured again.
 
@@ -66,7 +69,7 @@ def measure(
     finite.
     """
     config = source.config
-    step = _Measuring(config, recipe, calibrated, rounder, work)
+    step = _Measuring(config, recipe, calibrated, rounder, work, room)
     if not work.knows(_name("divergences")):
         with counted(progress, _steps(config), "measuring") as tick:
             step.begin(statistics(), tick)
@@ -80,11 +83,13 @@ def _name(part: str | int) -> str:
 
 
 class _Measuring(Step):
-    def __init__(self, config: Config, recipe: Recipe, calibrated: Calibrated, rounder: Rounder, work: Work):
+    def __init__(
+        self, config: Config, recipe: Recipe, calibrated: Calibrated, rounder: Rounder, work: Work, room: Room
+    ):
         self.config, self.recipe, self.rounder, self.work = config, recipe, rounder, work
         self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
         self.changes = changes_of(config, recipe.formats)
-        self.variants = Variants(config, calibrated.held_out)
+        self.variants = Variants(config, calibrated.held_out, room.within, room.kept)
         self.found: dict[str, Any] = {}
 
     def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:
@@ -106,7 +111,7 @@ class _Measuring(Step):
     def embedding(self, embedding: Leaf) -> None:
         self.statistics.embedding(embedding, embedding)
         inputs, weight_C = embedding_inputs(self.config), jnp.asarray(self.tokens_C, jnp.float32)
-        own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, inputs, weight_C)
+        own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, lambda: inputs, weight_C)
         self._find("embed", lambda: own.errors().tolist())
         if self.passed < 0:
             self.variants.embedding(embedding, self._changed("embed", own))
@@ -146,13 +151,13 @@ class _Measuring(Step):
 
     def head(self, head: Leaf) -> None:
         inputs = self.statistics.head(head)
-        own = InFormats(self.recipe.formats, self.rounder, "head", head, inputs, jnp.ones(len(self.tokens_C)))
+        own = InFormats(self.recipe.formats, self.rounder, "head", head, lambda: inputs, jnp.ones(len(self.tokens_C)))
         self._find("head", lambda: own.errors().tolist())
         changed = self._changed("head", own)
         self._find("divergences", lambda: self.variants.divergences(self.gain_D, head, changed))
 
-    def _changed(self, name: str, own: InFormats) -> Iterator[tuple[str, jax.Array]]:
-        """What variants have in place of the embedding or the head, in float32."""
+    def _changed(self, name: str, own: InFormats) -> Iterator[tuple[str, Leaf]]:
+        """What variants have in place of the embedding or the head."""
         for change in self.changes:
             if family_of(name) in change.families:
                 yield change.name, own.rounded(int(change.level))
@@ -275,7 +280,7 @@ class _Layer:
         of_trunk = [own for own in names if own in self._weights]
 
         def trunk() -> Block:
-            return self._trunk.with_leaves({own: self._weights[own].rounded(f) for own in of_trunk})
+            return self._trunk.with_leaves({own: to_float32(self._weights[own].rounded(f)) for own in of_trunk})
 
         return Changed(trunk if of_trunk else None, of_experts or None)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,19 @@ import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes
+from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes, row_parts, rows
 from moejax.kernels import hadamard
 from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
-from moejax.transforms.compress_block import Rounder, experts_together, requantize_experts, requantize_once
+from moejax.transforms.compress_block import (
+    MOST_NUMBERS,
+    Rounder,
+    experts_together,
+    requantize_experts,
+    requantize_once,
+)
 from moejax.transforms.rounding import rounding_error, to_float32
 
 _EXPERTS = "mlp.experts"
@@ -51,33 +58,43 @@ class RoundedWeights:
 class InFormats:
     """A matrix in each of some formats, rounded by what its input is.
 
-    name: in the model. output_weight: what a unit error at each output counts, (..., O).
+    name: in the model. inputs: gives what its input is, whose Hessian may be large. output_weight: what a unit error at
+    each output counts, (..., O).
     """
 
     formats: Sequence[GroupFormat]
     rounder: Rounder
     name: str
     leaf: Leaf
-    inputs: Inputs
+    inputs: Callable[[], Inputs]
     output_weight: jax.Array
 
-    def rounded(self, f: int) -> jax.Array:
-        """In format number f, in float32."""
-        own = requantize_once(self.rounder, self.name, self.leaf, self.inputs, self.formats[f].name)
-        return to_float32(own)
+    def rounded(self, f: int) -> Leaf:
+        """In format number f."""
+        return self._rounded(f, self.inputs())
 
     def errors(self) -> np.ndarray:
         """The error of its outputs in every format, (F,): `rounding_error`."""
-        matrix = to_float32(self.leaf)
-        error_F = np.asarray(
-            [
-                rounding_error(matrix, self.rounded(f), self.inputs, self.output_weight)
-                for f in range(len(self.formats))
-            ],
-            np.float64,
-        )
-        _require_finite(self.name, matrix, error_F)
+        inputs = self.inputs()
+        error_F = np.asarray([self._error(f, inputs) for f in range(len(self.formats))], np.float64)
+        _require_finite(self.name, self.leaf, error_F)
         return error_F
+
+    def _rounded(self, f: int, inputs: Inputs) -> Leaf:
+        return requantize_once(self.rounder, self.name, self.leaf, inputs, self.formats[f].name)
+
+    def _error(self, f: int, inputs: Inputs) -> float:
+        rounded, error = self._rounded(f, inputs), 0.0
+        for own in row_parts(self.leaf, MOST_NUMBERS):
+            each = (to_float32(_cut(leaf, own)) for leaf in (self.leaf, rounded))
+            error += float(rounding_error(*each, inputs, self.output_weight[own]))
+        return error
+
+
+def _cut(leaf: Leaf, own: slice) -> Leaf:
+    """Those rows of a matrix; of what is no matrix, or has no others, all."""
+    size = own.stop - own.start
+    return leaf if size == leaf.shape[0] else rows(leaf, own.start, size)
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ def matrices_in_formats(
 
     def of(own: str, leaf: Leaf) -> InFormats:
         ones = jnp.ones(leaf.shape[:-1])
-        return InFormats(formats, rounder, f"{part}.{own}", leaf, statistics.inputs(own), ones)
+        return InFormats(formats, rounder, f"{part}.{own}", leaf, partial(statistics.inputs, own), ones)
 
     return {own: of(own, leaf) for own, leaf in leaves.items() if IN_BLOCK[own].may_be_rounded}
 
@@ -179,9 +196,9 @@ def experts_in_formats(
     }
 
 
-def _require_finite(name: str, matrix: jax.Array, error_F: np.ndarray) -> None:
+def _require_finite(name: str, matrix: Leaf, error_F: np.ndarray) -> None:
     if not np.all(np.isfinite(error_F)):
         raise InputError(
-            f"{name}: its largest weight is {float(jnp.max(jnp.abs(matrix))):.3g}, and the error of rounding it is not "
-            "finite; a checkpoint whose weights are sound is needed"
+            f"{name}: its largest weight is {float(jnp.max(jnp.abs(to_float32(matrix)))):.3g}, and the error of "
+            "rounding it is not finite; a checkpoint whose weights are sound is needed"
         )

@@ -20,6 +20,7 @@ from moejax.model.sliced import Entered, SlicedBlock
 from moejax.model.source import Source, Step, walk
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
 from moejax.pipeline.crossing import AlternativeOf, Inside, Run
+from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_experts, dense_trunk, in_slots
@@ -77,6 +78,7 @@ class Trials:
     statistics: KeptStatistics
     rounder: Rounder
     work: Work
+    room: Room = NO_ROOM
 
     def of(self, tries: Sequence[Try], progress: Progress) -> list[Tried]:
         """Each tried out, in one walk over the model, unless the work knows."""
@@ -84,7 +86,7 @@ class Trials:
         stage = f"trying {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
 
         def found() -> list[tuple[Sequence[float], float]]:
-            step = _Trying(self.source.config, tries, self.calibrated, self.rounder, self.work, stage)
+            step = _Trying(self.source.config, tries, self.calibrated, self.rounder, self.work, stage, self.room)
             with counted(progress, self.source.config.num_hidden_layers, "trying plans") as tick:
                 step.begin(self.statistics.on_the_way())
                 walk(self.source, step, head=True, tick=tick)
@@ -106,11 +108,12 @@ class _Trying(Step):
         rounder: Rounder,
         work: Work,
         stage: str,
+        room: Room,
     ):
         self.scales: dict[str, list[float]] = {own.name: [] for own in tries}
         self.divergences: dict[str, float] = {}
         self._tries, self._rounder, self._work, self._stage = tries, rounder, work, stage
-        self._variants = Variants(config, calibrated.held_out)
+        self._variants = Variants(config, calibrated.held_out, room.within, room.kept)
 
     def begin(self, statistics: StatisticsOnTheWay) -> None:
         """With statistics on their way; behind the blocks that an earlier run has passed, if it has."""

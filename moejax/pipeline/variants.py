@@ -18,11 +18,11 @@ from moejax.machine import return_freed
 from moejax.model import Config, require_tokens
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
+from moejax.model.hidden_states import Keep, Kept, as_it_is
 from moejax.model.rope import angles
 from moejax.model.sliced import Entered, SlicedBlock, leave
 from moejax.model.steps import run_norm
 from moejax.pipeline.crossing import Alternative, Alternatives, Inside, Run, cross, run_of, unchanged
-from moejax.transforms.rounding import to_float32
 
 # Of the model itself, among its variants.
 _ORIGINAL = ""
@@ -55,19 +55,19 @@ class Variants:
     routed_TD: jax.Array | None
     output: jax.Array
 
-    def __init__(self, config: Config, tokens_BT: np.ndarray, most_bytes: int = _MOST_BYTES):
+    def __init__(self, config: Config, tokens_BT: np.ndarray, most_bytes: int = _MOST_BYTES, kept: Keep = as_it_is):
         require_tokens(tokens_BT, config)
         self.config, self.tokens_BT = config, jnp.asarray(tokens_BT)
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())
-        self._most_bytes = most_bytes
-        self.changed: dict[str, jax.Array] = {}
+        self._most_bytes, self._kept = most_bytes, kept
+        self.changed: dict[str, Kept] = {}
 
     def embedding(self, embedding: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> None:
         """From the embedding (C, D), and from those that variants have in its place, asked for one by one."""
         self.original = take(embedding, self.tokens_BT, jnp.float32)
         require_finite("embed", self.original)
-        self.changed = {name: take(own, self.tokens_BT, jnp.float32).block_until_ready() for name, own in changed}
+        self.changed = {name: self._kept(take(own, self.tokens_BT, jnp.float32)) for name, own in changed}
 
     def block(
         self,
@@ -78,7 +78,7 @@ class Variants:
     ) -> None:
         """Through decoder block `index`, whose trunk is dense, and through those that variants have in its place, asked
         for one by one behind the model's own run; runs of others among them take part."""
-        behind: dict[str, jax.Array] = {}
+        behind: dict[str, Kept] = {}
         runs = chain([self._own(block)], self._others(block.trunk, changed, behind))
         each = 4 * payload_bytes(self.original)
         cross(block, runs, alternatives, self._most_bytes // each)
@@ -87,7 +87,7 @@ class Variants:
         del self.within, self.routed_TD, self.output
         return_freed()  # the states before this block, and what rounding and running it took
 
-    def run(self, x_BTD: jax.Array, change: Changed, trunk: Block, end: Callable[[jax.Array], object]) -> Run:
+    def run(self, x_BTD: Kept, change: Changed, trunk: Block, end: Callable[[jax.Array], object]) -> Run:
         """Of states x (B, T, D), through a block with that trunk changed."""
         return run_of(change.trunk or (lambda: trunk), x_BTD, self.by, end, change.alternative, change.scale)
 
@@ -106,7 +106,7 @@ class Variants:
         return Run(begin, end)
 
     def _others(
-        self, trunk: Block, changed: Iterable[tuple[str, Changed] | Run], behind: dict[str, jax.Array]
+        self, trunk: Block, changed: Iterable[tuple[str, Changed] | Run], behind: dict[str, Kept]
     ) -> Iterator[Run]:
         """Those that differ from the model here, then the variants that have before."""
         for own in changed:
@@ -114,8 +114,11 @@ class Variants:
         for name in list(self.changed):
             yield self._variant(trunk, name, Changed(), behind)
 
-    def _variant(self, trunk: Block, name: str, change: Changed, behind: dict[str, jax.Array]) -> Run:
-        return self.run(self.changed.pop(name, self.original), change, trunk, partial(_put, behind, name))
+    def _variant(self, trunk: Block, name: str, change: Changed, behind: dict[str, Kept]) -> Run:
+        return self.run(self.changed.pop(name, self.original), change, trunk, partial(self._put, behind, name))
+
+    def _put(self, behind: dict[str, Kept], name: str, y_BTD: jax.Array) -> None:
+        behind[name] = self._kept(y_BTD.block_until_ready())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `restore` goes on from."""
@@ -123,30 +126,29 @@ class Variants:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Go on behind the part after which `arrays` were those."""
-        states = {name: jnp.asarray(own) for name, own in arrays.items()}
-        self.original = states.pop(_ORIGINAL)
-        self.changed = states
+        self.original = jnp.asarray(arrays[_ORIGINAL])
+        self.changed = {name: self._kept(jnp.asarray(own)) for name, own in arrays.items() if name != _ORIGINAL}
 
     def divergences(self, gain_D: jax.Array, head: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> dict[str, float]:
         """Mean KL(model | variant) in nats over the scored positions, behind the last block, by the final norm's gain
         and the head (C, D), or those that variants have in its place. Raises InputError where one is not finite."""
-        base = self._log_probabilities(self.original, gain_D, head)
         heads = dict(changed)
-        found = {}
-        for name in [*self.changed, *(heads.keys() - self.changed.keys())]:
-            own = self._log_probabilities(self.changed.get(name, self.original), gain_D, heads.get(name, head))
-            found[name] = float(jnp.mean(compare(base, own, self.tokens_BT).kld))
-            if not math.isfinite(found[name]):
-                raise InputError(
-                    f"a divergence of {found[name]} was measured on the calibration text; a checkpoint whose weights "
-                    "are sound is needed"
-                )
+        names = [*self.changed, *(own for own in heads if own not in self.changed)]
+        kld: dict[str, list[jax.Array]] = {name: [] for name in names}
+        for b in range(len(self.tokens_BT)):  # of one sequence after another: a head's outputs are many
+
+            def log_probabilities(x_BTD: Kept, head: Leaf, own: slice = slice(b, b + 1)) -> jax.Array:
+                normed_1TD = run_norm(jnp.asarray(x_BTD[own]), gain_D, eps=self.config.rms_norm_eps)
+                return head_log_probabilities(normed_1TD, head)
+
+            base = log_probabilities(self.original, head)
+            for name in names:
+                own = log_probabilities(self.changed.get(name, self.original), heads.get(name, head))
+                kld[name].append(jnp.mean(compare(base, own, self.tokens_BT[b : b + 1]).kld).block_until_ready())
+        found = {name: float(np.mean(own, dtype=np.float64)) for name, own in kld.items()}
+        if wrong := next((own for own in found.values() if not math.isfinite(own)), None):
+            raise InputError(
+                f"a divergence of {wrong} was measured on the calibration text; a checkpoint whose weights are sound "
+                "is needed"
+            )
         return found
-
-    def _log_probabilities(self, x_BTD: jax.Array, gain_D: jax.Array, head: Leaf) -> jax.Array:
-        normed_BTD = run_norm(x_BTD, gain_D, eps=self.config.rms_norm_eps)
-        return head_log_probabilities(normed_BTD, to_float32(head))
-
-
-def _put(behind: dict[str, jax.Array], name: str, y_BTD: jax.Array) -> None:
-    behind[name] = y_BTD.block_until_ready()

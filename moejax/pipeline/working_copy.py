@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import named_leaves
@@ -24,9 +25,13 @@ def dense_trunk(trunk: Block) -> Block:
 
 
 def dense_experts(experts: Experts, new: Mapping[str, ExpertWeights] = _NOTHING) -> Experts:
-    """Experts with every packed weight unpacked to float32, in one bucket, those of the projections `new` replaced."""
-    leaves = {name: one_bucket(_stacked(own)) for name, own in (named_leaves(experts) | dict(new)).items()}
-    return Experts(experts.config, leaves.__getitem__)
+    """Experts with every packed weight unpacked to float32, in one bucket; of the projections `new`, which are, those
+    in their place."""
+
+    def of(name: str, own: ExpertWeights) -> ExpertWeights:
+        return new[name] if name in new else one_bucket(_stacked(own))
+
+    return Experts(experts.config, {name: of(name, own) for name, own in named_leaves(experts).items()}.__getitem__)
 
 
 def in_slots(original: Experts, first: int, survivors: Mapping[str, Mapping[int, Leaf]]) -> Experts:
@@ -50,7 +55,9 @@ def _dense(leaf: Leaf) -> Leaf:
 def _stacked(weights: ExpertWeights) -> jax.Array:
     """Every expert's matrix, (E, O, I), of experts of one format."""
     (bucket,) = weights.buckets
-    return to_float32(bucket)[weights.index_E]
+    dense = to_float32(bucket)
+    in_order = np.array_equal(weights.index_E, range(len(dense)))
+    return dense if in_order else dense[weights.index_E]
 
 
 def one_bucket(experts_EOI: jax.Array) -> ExpertWeights:

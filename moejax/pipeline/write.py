@@ -7,6 +7,7 @@ from pathlib import Path
 from moejax.calibrate import Statistics
 from moejax.checkpoint.native import item_of
 from moejax.checkpoint.native_writer import NativeWriter, native_writer
+from moejax.model.hidden_states import Keep, as_it_is
 from moejax.model.leaves import Weight
 from moejax.model.source import Source
 from moejax.pipeline.calibrated import Calibrated
@@ -30,12 +31,13 @@ def write_plan(
     known: Statistics | None = None,
     rounder: Rounder = afresh,
     work: Work = NOT_KEPT,
+    kept: Keep = as_it_is,
 ) -> int:
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
-    Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known` and `rounder` as
-    in `calibrate_and_compress`. Where work is kept, items that an earlier run of the job has finished are taken over;
-    the folder is the same. Raises what `native_writer` and `calibrate_and_compress` raise.
+    Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known`, `rounder` and
+    `kept` as in `calibrate_and_compress`. Where work is kept, items that an earlier run of the job has finished are
+    taken over; the folder is the same. Raises what `native_writer` and `calibrate_and_compress` raise.
     """
     rounder = afresh if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
     description, model = shapes.description(plan), shapes.compressed(plan)
@@ -43,7 +45,9 @@ def write_plan(
     with native_writer(model, output, description, shapes.copied, budget, job, progress) as writer:
         if writer.missing:
             parts = _Items(writer)
-            calibrate_and_compress(source, plan, *calibrated, parts, known=known, rounder=rounder, progress=progress)
+            calibrate_and_compress(
+                source, plan, *calibrated, parts, known=known, rounder=rounder, kept=kept, progress=progress
+            )
     return writer.bytes
 
 

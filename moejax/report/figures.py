@@ -113,9 +113,10 @@ def memory_figures(memory: DeviceMemory, device: tuple[int, int] | None) -> dict
 
 def cost_rows(cost: dict[str, Any]) -> Rows:
     """What the run itself took."""
+    peak, limit = format_size(cost["peak_memory_bytes"]), cost.get("memory_limit_bytes")
     return [
         ("time", f"{cost['seconds']:.0f} s"),
-        ("peak memory", format_size(cost["peak_memory_bytes"])),
+        ("peak memory", peak if limit is None else f"{peak} of {format_size(limit)}"),
     ]
 
 

@@ -12,6 +12,7 @@ from moejax.calibrate import Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
+from moejax.model.hidden_states import Keep, as_it_is
 from moejax.model.leaves import Weight, prefixed
 from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource, Source, Step, walk
@@ -86,6 +87,7 @@ def calibrate_and_compress(
     known: Statistics | None = None,
     rounder: Rounder = afresh,
     batch: int = 8,
+    kept: Keep = as_it_is,
     progress: Progress = silent,
 ) -> None:
     """`compress` with the statistics that the plan's method asks for, made of token chunks (N, T) on the way: of the
@@ -95,7 +97,8 @@ def calibrate_and_compress(
     Statistics are those of `calibrate` and, where tokens are few, `choose_damping` on the chunks `held_out`. If the
     method is sequential, every block is calibrated on what the compressed blocks before it put out, with the experts
     and the routing that the plan gives it; its damping is chosen for the original's states all the same. Statistics of
-    those that are `known`, damping chosen, are not made again, nor is what the rounder knows.
+    those that are `known`, damping chosen, are not made again, nor is what the rounder knows. `kept` puts states and
+    experts' Hessians away until they are needed.
 
     Raises InputError as `compress` and `calibrate` do.
     """
@@ -104,10 +107,10 @@ def calibrate_and_compress(
     if known is not None:
         statistics = Known(known)
     else:
-        made = observed(config, chunks, held_out, hessians=method.error_feedback, batch=batch)
+        made = observed(config, chunks, held_out, hessians=method.error_feedback, batch=batch, kept=kept)
         statistics = made if made.held_out is not None or not method.sequential else None
     if method.sequential:
-        followed = Calibration(config, chunks, batch, hessians=method.error_feedback)
+        followed = Calibration(config, chunks, batch, hessians=method.error_feedback, kept=kept)
         statistics = Followed(followed, statistics)
     assert statistics is not None
     _walk(source, _Compression(config, plan, statistics, parts, rounder), progress)

@@ -16,6 +16,8 @@ from moejax.formats import (
     format_name,
     gather_experts,
     parse_group_format,
+    row_parts,
+    rows,
     select_experts,
 )
 from moejax.model import named_leaves
@@ -32,6 +34,9 @@ from moejax.transforms.rounding import round_weight, to_float32
 # Gives matrices of one shape, by their names, in the format of a name. The last argument rounds those at some positions
 # of the list, should they not be known already. Experts are numbered as in the original.
 Rounder = Callable[[Sequence[str], str, Callable[[Sequence[int]], list[Leaf]]], list[Leaf]]
+
+# Numbers of a matrix that are in float32 together, at most; its rows are rounded each by itself.
+MOST_NUMBERS = 1 << 26
 
 # How many experts are rounded together, at most, and in how many bytes of weights and Hessians.
 _EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
@@ -123,7 +128,11 @@ def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:
         return leaf
-    return round_weight(to_float32(leaf), inputs, parse_group_format(target))
+    to, parts = parse_group_format(target), row_parts(leaf, MOST_NUMBERS)
+    if len(parts) == 1:
+        return round_weight(to_float32(leaf), inputs, to)
+    each = (rows(leaf, own.start, own.stop - own.start) for own in parts)
+    return jax.tree.map(lambda *own: jnp.concatenate(own), *(round_weight(to_float32(own), inputs, to) for own in each))
 
 
 def requantize_once(rounder: Rounder, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:

@@ -15,6 +15,7 @@ from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config
 from moejax.model.deepseek_v3 import Block
+from moejax.model.hidden_states import Keep, as_it_is
 from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced
 from moejax.planning import BlockPlan
 from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix, has_few_tokens
@@ -108,9 +109,18 @@ class Observed(StatisticsOnTheWay):
         return [self.calibration] if self.held_out is None else [self.calibration, self.held_out]
 
 
-def observed(config: Config, chunks: np.ndarray, held_out: np.ndarray, *, hessians: bool, batch: int = 8) -> Observed:
-    """On token chunks (N, T); with Hessians, and where tokens are few, damping is chosen on those held out."""
-    begun = partial(Calibration, config, batch=batch, hessians=hessians)
+def observed(
+    config: Config,
+    chunks: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    hessians: bool,
+    batch: int = 8,
+    kept: Keep = as_it_is,
+) -> Observed:
+    """On token chunks (N, T); with Hessians, and where tokens are few, damping is chosen on those held out. `kept` puts
+    states and experts' Hessians away."""
+    begun = partial(Calibration, config, batch=batch, hessians=hessians, kept=kept)
     is_damped = hessians and has_few_tokens(config, chunks.size)
     return Observed(begun(chunks), begun(held_out) if is_damped else None)
 

@@ -18,6 +18,7 @@ from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
 from moejax.formats import parse_group_format
+from moejax.ledger import ledger_of
 from moejax.model import named_leaves
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
@@ -85,7 +86,7 @@ def compressed_to_a_sixth(config: dict[str, Any], folder: Path) -> None:
     budget = budget_near(parse_budget("6x", checkpoint.num_elements), checkpoint)
     chunks = np.random.RandomState(0).randint(config["vocab_size"], size=(6, TOKENS)).astype(np.int32)
     prepared = job.prepare(checkpoint, Calibrated(chunks[:3], chunks[3:5]), RECIPE, {}, silent)
-    result = job.compress_checkpoint(prepared, folder / "out", budget, chunks[5:], silent)
+    result = job.compress_checkpoint(prepared, folder / "out", budget, chunks[5:], ledger_of(None), silent)
     assert result.bytes == folder_bytes(folder / "out") <= budget
     assert result.planned is not None and result.planned.without_format == ()
     figures = result.evaluation

@@ -15,6 +15,7 @@ from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.formats import ExpertWeights, format_name
+from moejax.ledger import ledger_of
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
 from moejax.model.source import ModelSource, model_of
@@ -58,7 +59,7 @@ def done(
     calibrated = job.split_calibration(tokenize(calibration_text), calibration=2, probed=1)
     checkpoint, output = require_original(open_checkpoint(small)), tmp_path_factory.mktemp("carried") / "out"
     size, evaluated = check_plan_bytes(checkpoint, PLAN, None), tokenize(heldout_text)
-    result = job.carry_out(checkpoint, PLAN, calibrated, {}, output, size, evaluated, silent)
+    result = job.carry_out(checkpoint, PLAN, calibrated, {}, output, size, evaluated, ledger_of(None), silent)
     return output, result, whole(checkpoint, calibrated)
 
 
@@ -112,7 +113,8 @@ def test_stopped_and_begun_again_it_goes_on_to_the_same_bytes(
     monkeypatch.setattr(job, "read_within", lambda *_: (CheckpointSource, 8))
 
     def run(work: Work) -> job.Result:
-        return job.carry_out(checkpoint, PLAN, origin.calibrated, {}, output, result.bytes, evaluated, silent, work)
+        size, ledger = result.bytes, ledger_of(None)
+        return job.carry_out(checkpoint, PLAN, origin.calibrated, {}, output, size, evaluated, ledger, silent, work)
 
     again, runs = stopped_again_and_again(run, tmp_path / "work", [1, 1])
     assert runs == [["layer_0"], ["layer_1"], ["layer_2", "mtp_0", "outer"]]

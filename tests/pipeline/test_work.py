@@ -10,6 +10,7 @@ import pytest
 
 from moejax.checkpoint.load import open_checkpoint
 from moejax.errors import InputError, Note
+from moejax.ledger import ledger_of
 from moejax.pipeline import job as main_job
 from moejax.pipeline.check import require_original
 from moejax.pipeline.work import Work, work_in
@@ -135,7 +136,7 @@ def test_a_job_goes_on_wherever_it_was_stopped(
 
     def run(work: Work) -> main_job.Result:
         own = main_job.prepare(checkpoint, calibrated, RECIPE, made, silent, work)
-        return main_job.compress_checkpoint(own, output, job.budget, tokenize(heldout_text), silent)
+        return main_job.compress_checkpoint(own, output, job.budget, tokenize(heldout_text), ledger_of(None), silent)
 
     result, runs = stopped_again_and_again(run, tmp_path / "work", [4, 3, 6, 3, 4, 2])
     names = [name for added in runs for name in added]

@@ -1,0 +1,70 @@
+"""Arrays that a job needs again later: in memory as long as they fit, else in files that go when nobody needs them."""
+
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.checkpoint.atomic import naming
+
+
+@dataclass(frozen=True, eq=False)
+class OnDisk:
+    """An array in a file, which is removed with this."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.array(np.memmap(self.file, self.dtype, "r", shape=self.shape)[index])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Not mapped, since mapped pages count as the process's own memory as long as it is.
+        return np.fromfile(self.file, self.dtype).reshape(self.shape).astype(dtype or self.dtype, copy=False)
+
+
+class Shelf:
+    """Puts arrays away: `most_bytes` of them at a time stay as they are, others lie in a folder, made when it is
+    needed."""
+
+    def __init__(self, most_bytes: int, folder: Path):
+        self._bytes_left, self._folder, self._numbers = most_bytes, folder, count()
+
+    def put(self, array: jax.Array) -> jax.Array | OnDisk:
+        """The array, or where it lies. Raises OSError, naming the file, where the disk does not take it."""
+        size = array.size * array.dtype.itemsize
+        if size <= self._bytes_left:
+            self._bytes_left -= size
+            weakref.finalize(array, self._give_back, size)
+            return array
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{next(self._numbers)}.bin"
+        with naming(file):
+            np.asarray(array).tofile(file)
+        kept = OnDisk(file, array.shape, np.dtype(array.dtype))
+        weakref.finalize(kept, file.unlink, missing_ok=True)
+        return kept
+
+    def _give_back(self, size: int) -> None:
+        self._bytes_left += size
+
+
+@contextmanager
+def shelf_in(folder: Path, most_bytes: int) -> Iterator[Shelf]:
+    """A shelf whose folder is empty before and is removed behind."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield Shelf(most_bytes, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""What a job may keep in memory beside the block that it is at, and what that block takes."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moejax.calibrate.products import input_name
+from moejax.checkpoint.shelf import shelf_in
+from moejax.formats import payload_bytes
+from moejax.ledger import Ledger
+from moejax.model import DeepseekV3, named_leaves
+from moejax.model.deepseek_v3 import Block
+from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.moe import MoE
+from moejax.model.sliced import MOST_STATES, experts_in_slice
+from moejax.model.weights import IN_BLOCK
+from moejax.transforms.compress_block import MOST_NUMBERS
+
+# Shares of what is left beside a block: statistics of all blocks, rounded weights, states within a block with several
+# slices, and states and experts' Hessians, which go to the disk where they are more.
+_STATISTICS, _ROUNDED, _WITHIN, _SHELF = 0.2, 0.2, 0.3, 0.2
+
+# What libraries, compilers and allocators take while a job runs, beyond what the process holds at its start.
+_PROGRAMS = 750_000_000
+# Arrays of as many numbers that searching scales, or feeding errors back, has beside a matrix.
+_SEARCH = 6
+# The chunks that go through a block together.
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be kept: of statistics and of rounded weights between walks, and of states within a block. `kept`
+    puts states away between blocks."""
+
+    statistics: int = 0
+    rounded: int = 0
+    within: int = 4 << 30
+    kept: Keep = as_it_is
+
+
+# What nothing is kept in but states.
+NO_ROOM = Room()
+
+
+@contextmanager
+def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, folder: Path) -> Iterator[Room]:
+    """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
+    or without. What does not fit lies in the folder, which is removed behind.
+
+    Raises InputError where not even the work on one block fits.
+    """
+    needed = working_bytes(model, tokens, hessians)
+    if not ledger.fits(needed):
+        ledger.refuse(f"a block of the model, on {_BATCH} chunks of {tokens} tokens, cannot be worked on", needed)
+    left = ledger.left - needed
+    with shelf_in(folder, int(_SHELF * left)) as shelf:
+        yield Room(int(_STATISTICS * left), int(_ROUNDED * left), int(_WITHIN * left), shelf.put)
+
+
+def working_bytes(model: DeepseekV3, tokens: int, hessians: bool) -> int:
+    """What measuring, trying and writing one block of an abstract model, or embedding or head, take at most: weights as
+    they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; and a
+    block's Hessians."""
+    blocks = [*model.layers, *(own.block for own in model.mtp)]
+    outer = max(payload_bytes(own.get_value()) for own in (model.embed, model.head))
+    of_block = max(_block_bytes(block, tokens) for block in blocks)
+    hessian = max(map(_hessian_bytes, blocks)) if hessians else 0
+    return _PROGRAMS + max(of_block, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian
+
+
+def _block_bytes(block: Block, tokens: int) -> int:
+    config = block.config
+    trunk = {name: leaf for name, leaf in named_leaves(block).items() if IN_BLOCK[name].role != "routed experts"}
+    dense, states = 4 * sum(leaf.size for leaf in trunk.values()), 4 * _BATCH * tokens * config.hidden_size
+    searching = max(_searching_bytes(leaf.size) for name, leaf in trunk.items() if IN_BLOCK[name].may_be_rounded)
+    size = payload_bytes(trunk) + dense
+    before = size + max(dense, searching) + 4 * states
+    if not isinstance(block.mlp, MoE):
+        return before
+    assert block.mlp.experts is not None
+    experts = named_leaves(block.mlp.experts)
+    share = experts_in_slice(config) / block.mlp.num_experts
+    numbers = sum(math.prod(own.shape) for own in experts.values())
+    rows = min(4 * MOST_STATES, config.num_experts_per_tok * states)
+    # Read, dense, changed, and one projection of what it is changed to.
+    within = share * (payload_bytes(experts) + (1 + 1 + 1 / 3) * 4 * numbers)
+    one = math.prod(experts["gate"].shape[1:])
+    return max(before, size + int(within) + _searching_bytes(one) + 4 * rows + 6 * states)
+
+
+def _searching_bytes(numbers: int) -> int:
+    """What looking for the scales of a matrix, or feeding its errors back, takes."""
+    return 4 * _SEARCH * min(MOST_NUMBERS, numbers)
+
+
+def _hessian_bytes(block: Block) -> int:
+    """Of every input: those of all tokens, of a batch, of tokens held out, and what rounding makes of them."""
+    leaves, c = named_leaves(block), block.config
+    inputs = [leaf.shape[-1] for name, leaf in leaves.items() if IN_BLOCK[name].is_matrix and input_name(name) == name]
+    of_experts = [c.hidden_size, c.moe_intermediate_size] if isinstance(block.mlp, MoE) else []
+    return 4 * 4 * sum(own**2 for own in (*inputs, *of_experts))

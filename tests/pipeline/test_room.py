@@ -1,0 +1,94 @@
+"""A job with hardly any memory makes the bytes that one with much of it does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.checkpoint.abstract import abstract_original
+from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.shelf import OnDisk
+from moejax.errors import InputError
+from moejax.ledger import Ledger
+from moejax.machine import resident_memory
+from moejax.model import Config, sliced
+from moejax.pipeline import job
+from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.check import require_original
+from moejax.pipeline.room import Room, room_in, working_bytes
+from moejax.progress import silent
+from moejax.resources import config_path
+from native_checkpoint import files
+from small_job import RECIPE
+from small_models import RAW_CONFIG
+
+GB = 10**9
+CHUNKS = np.random.RandomState(0).randint(RAW_CONFIG["vocab_size"], size=(6, 32)).astype(np.int32)
+
+
+def experts_together(config: Config, count: int) -> int:
+    return count * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_slices_and_states_on_disk_change_no_plan_and_hardly_a_weight(
+    small: Path, tmp_path: Path, error_feedback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of five experts, two runs together, every state in a file."""
+    checkpoint = require_original(open_checkpoint(small))
+    kept: list[object] = []
+
+    def compressed(name: str, room: Room | None, folder: Path) -> job.Result:
+        recipe = RECIPE if not error_feedback else replace(RECIPE, error_feedback=True)
+        calibrated = Calibrated(CHUNKS[:3], CHUNKS[3:5])
+        prepared = job.prepare(checkpoint, calibrated, recipe, {}, silent, room=room)
+        return job.compress_checkpoint(prepared, folder / name, 10**6, CHUNKS[5:], Ledger(1 << 50), silent)
+
+    ample = compressed("ample", None, tmp_path)
+    monkeypatch.setattr(sliced, "MOST_NUMBERS", experts_together(checkpoint.config, 5))
+    monkeypatch.setattr(sliced, "MOST_STATES", 64 * checkpoint.config.hidden_size)
+    ledger = Ledger(resident_memory() + 4 * GB)
+    with room_in(ledger, checkpoint.abstract_model(), 32, error_feedback, tmp_path / "states") as room:
+
+        def put(array: jax.Array) -> object:
+            kept.append(room.kept(array))
+            return kept[-1]
+
+        narrow = compressed("narrow", Room(0, 0, 1, put), tmp_path)
+    assert kept and not (tmp_path / "states").exists()
+    assert narrow.plan.blocks[1].keep == ample.plan.blocks[1].keep
+    assert narrow.evaluation.kld_mean == pytest.approx(ample.evaluation.kld_mean, rel=0.02)
+    assert files(tmp_path / "narrow").keys() == files(tmp_path / "ample").keys()
+
+
+def test_what_does_not_fit_goes_to_the_disk(tmp_path: Path) -> None:
+    model = abstract_original(RAW_CONFIG)
+    needed = working_bytes(model, 512, False)
+    with room_in(Ledger(resident_memory() + needed + GB // 10), model, 512, False, tmp_path / "kept") as room:
+        large = jax.numpy.zeros((30, 1000, 1000))
+        assert isinstance(room.kept(large), OnDisk) and isinstance(room.kept(large[0, :3]), jax.Array)
+        assert 0 < room.statistics + room.rounded + room.within < GB // 10
+    assert not (tmp_path / "kept").exists()
+
+
+def test_too_little_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    model = abstract_original(RAW_CONFIG)
+    message = r"^a block of the model, .* cannot be worked on in 300\.00 MB; \d+\.\d\dGB would do$"
+    with (
+        pytest.raises(InputError, match=message),
+        room_in(Ledger(300_000_000), model, 512, False, tmp_path / "kept"),
+    ):
+        raise AssertionError
+    assert not (tmp_path / "kept").exists()
+
+
+def test_deepseek_v3_fits_small_machines() -> None:
+    """By a block at a time, whatever its number of layers; with Hessians it takes those of its widest inputs more."""
+    import json
+
+    model = abstract_original(json.loads(config_path("models", "deepseek_v3").read_text()))
+    plain, fed_back = (working_bytes(model, 512, hessians) for hessians in (False, True))
+    assert 5 * GB < plain < 8 * GB and plain + 4 * GB < fed_back < plain + 12 * GB
