@@ -236,7 +236,7 @@ class Statistics:
 
 
 # What has a row of every expert.
-_ROWS = [field.name for field in fields(ExpertStatistics) if field.name.partition("_")[2] in ("E", "ED", "EF")]
+_ROWS = [field.name for field in fields(ExpertStatistics) if field.name.rpartition("_")[2] in ("E", "ED", "EF")]
 
 
 def joined(slices: Sequence[ExpertStatistics], tokens: jax.Array) -> ExpertStatistics:

@@ -119,7 +119,11 @@ def run_compress(
         else:
             prepared = job.prepare(checkpoint, own, own_recipe, made, progress_bar, kept, room)
             result = job.compress_checkpoint(prepared, output, limit, texts.evaluated, *told)
-    cost = cost_of_the_run(started) | ({} if memory is None else {"memory_limit_bytes": ledger.limit})
+    cost = cost_of_the_run(started)
+    if memory is not None:
+        cost["memory_limit_bytes"] = ledger.limit
+        if cost["peak_memory_bytes"] > ledger.limit:
+            note(f"{format_size(cost['peak_memory_bytes'])} were held for a while, more than --memory {memory}")
     _report(checkpoint, output, limit, result, texts.evaluation, dropped, cost, json)
 
 

@@ -45,7 +45,7 @@ def test_another_recipe_is_refused(
     small: Path, text_options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measures_once(*arguments: Any) -> NoReturn:
-        arguments[-1].once("a", lambda: 1)
+        arguments[-2].once("a", lambda: 1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "prepare", measures_once)
