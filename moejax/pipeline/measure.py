@@ -7,7 +7,6 @@ how much of the block's own output one format of each weight spoils, and so many
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -18,39 +17,28 @@ import numpy as np
 from moejax.calibrate import BlockStatistics
 from moejax.formats import Leaf
 from moejax.model import Config, Layout, named_leaves
-from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Weight
-from moejax.model.moe import Experts, MoE, Routing
-from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, experts_in_slice, leave, slices_of
+from moejax.model.moe import Experts
+from moejax.model.sliced import SlicedBlock, SlicedMtp, experts_in_slice, slices_of
 from moejax.model.source import Source, Step, walk
-from moejax.model.weights import PER_EXPERT, row_of
+from moejax.model.weights import row_of
 from moejax.pipeline.calibrated import Calibrated
-from moejax.pipeline.crossing import AlternativeOf, Inside, Run
 from moejax.pipeline.measured import Measured, block_measures
-from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_count
-from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, changes_of, family_of, probed_format
+from moejax.pipeline.measured_layer import Errors, ExpertsIn, MeasuredLayer, scores_of
+from moejax.pipeline.probes import changes_of, family_of
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
-from moejax.pipeline.variants import Changed, Variants
+from moejax.pipeline.variants import Variants
 from moejax.pipeline.work import Work
-from moejax.pipeline.working_copy import dense_experts, dense_trunk
+from moejax.pipeline.working_copy import dense_trunk
 from moejax.planning import BlockPlan
 from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
 from moejax.transforms.compress_block import Rounder, experts_together
 from moejax.transforms.on_the_way import StatisticsOnTheWay
-from moejax.transforms.prune import lost, masked_bias, pruning_error, pruning_scores, rerouted
-from moejax.transforms.rounding import to_float32
 
 _STAGE = "measuring"
-# Of the probes' sequences one in so many, at least one, shows how much of an output is spoiled.
-_ONE_IN = 4
-# So many numbers of pruned experts are tried in a layer, spread evenly.
-_PRUNED = 6
-
-# Gives experts of a block, whose numbers in the layer these are, in every format, by projection.
-ExpertsIn = Callable[[Sequence[int], Experts], Mapping[str, ExpertsInFormats]]
 
 
 def measure(
@@ -124,7 +112,7 @@ class _Measuring(Step):
         weights = self._in_formats(name, named_leaves(block.trunk), sums)
         dense = replace(block, trunk=dense_trunk(block.trunk))
         in_formats = self._experts_in_formats(name, sums)
-        layer = _Layer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, self.tick)
+        layer = MeasuredLayer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, self.tick)
         layer.errors.add(weights)
         self.variants.block(index, dense, chain(layer.runs(), layer.changed(index, self.changes)), layer.alternatives)
         self._find(index, layer.measures)
@@ -139,13 +127,13 @@ class _Measuring(Step):
         around = {own: leaf for own, leaf in named_leaves(mtp.outer).items() if not own.startswith("block.")}
 
         def found() -> dict[str, Any]:
-            errors = _Errors(self.tick)
+            errors = Errors(self.tick)
             errors.add(self._in_formats(name, around, sums))
             errors.add(self._in_formats(f"{name}.block", named_leaves(mtp.block.trunk), sums))
             in_formats = self._experts_in_formats(f"{name}.block", sums)
             for members, experts in mtp.block.slices():
                 errors.add_slice(members, in_formats(members, experts))
-            return {"errors": errors.measured(), "spoiled": {}, **_scores(sums, self.recipe), "pruned": []}
+            return {"errors": errors.measured(), "spoiled": {}, **scores_of(sums, self.recipe), "pruned": []}
 
         self._find(self.config.num_hidden_layers + depth, found)
 
@@ -174,187 +162,6 @@ class _Measuring(Step):
 
     def _find(self, part: str | int, find: Callable[[], Any]) -> None:
         self.found[_name(part)] = self.work.once(_name(part), find)
-
-
-class _Errors:
-    """By weight, of every format, (F,), or of every expert and format, (E, F); experts come slice by slice. `tick` is
-    called for every matrix, and as many experts as are rounded together."""
-
-    def __init__(self, tick: Callable[[], object]):
-        self._tick = tick
-        self._found: dict[str, list[Any]] = {}
-        self._seen: set[int] = set()
-
-    def add(self, weights: Mapping[str, InFormats]) -> None:
-        for own, weight in weights.items():
-            self._tick()
-            self._found[own] = weight.errors().tolist()
-
-    def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:
-        """Unless it has been added."""
-        if members[0] not in self._seen:
-            self._seen.add(members[0])
-            for own, weight in weights.items():
-                self._found.setdefault(own, []).extend(weight.errors(self._tick).tolist())
-
-    def measured(self) -> dict[str, list[Any]]:
-        """As JSON holds them."""
-        return self._found
-
-
-class _Layer:
-    """A decoder block that is measured: what its weights are in every format, and what it puts out with some of them.
-
-    weights: of its trunk, which is dense. in_formats: gives some of its experts in every format.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        weights: Mapping[str, InFormats],
-        trunk: Block,
-        variants: Variants,
-        statistics: BlockStatistics,
-        in_formats: ExpertsIn,
-        tick: Callable[[], object],
-    ):
-        self.errors = _Errors(tick)
-        self._recipe, self._weights, self._trunk, self._variants = recipe, weights, trunk, variants
-        self._statistics, self._in_formats = statistics, in_formats
-        self._spoiled: dict[str, float] = {}
-        self._pruned: list[Any] = []
-        self._compared = max(1, len(variants.tokens_BT) // _ONE_IN)
-
-    def measures(self) -> dict[str, Any]:
-        """`BlockMeasures`, as JSON holds it, once all runs have ended."""
-        return {
-            "errors": self.errors.measured(),
-            "spoiled": self._spoiled,
-            **self._scores,
-            "pruned": self._pruned,
-        }
-
-    def alternatives(self, members: Sequence[int], experts: Experts) -> AlternativeOf:
-        """Of some experts: those in which projections, by their names, are in formats, by their numbers."""
-        weights = self._in_formats(members, experts)
-        self.errors.add_slice(members, weights)
-
-        def of(alternative: Any) -> Experts:
-            new = {own.rpartition(".")[2]: weights[own].rounded(f) for own, f in alternative or ()}
-            return dense_experts(experts, new)
-
-        return of
-
-    def runs(self) -> Iterator[Run]:
-        """Of a few sequences with one weight, or a projection of all experts, in the format of its family's probes, and
-        of all with experts pruned."""
-        x_BTD, formats = self._variants.original[: self._compared], self._recipe.formats
-        for own in [*self._weights, *self._projections] if formats else []:
-            change = self._rounded([own], probed_format(family_of(own), formats))
-            yield self._variants.run(x_BTD, change, self._trunk, partial(self._spoil, own))
-        if isinstance(self._trunk.mlp, MoE):
-            for count in tried_counts(self._allowed):
-                yield from self._pruning(count, self._trunk.mlp)
-
-    def changed(self, index: int, changes: Sequence[Change]) -> Iterator[tuple[str, Changed]]:
-        """What every variant that has another block in its place has there."""
-        for change in changes:
-            if index not in change.layers:
-                continue
-            if PRUNING in change.families:
-                if isinstance(self._trunk.mlp, MoE):
-                    yield change.name, Changed(partial(self._masked, pruned_count(self._allowed, change.level)))
-                continue
-            own = [name for name in (*self._weights, *self._projections) if family_of(name) in change.families]
-            if own:
-                yield change.name, self._rounded(own, int(change.level))
-
-    @property
-    def _projections(self) -> list[str]:
-        """The routed experts' weights, by their names in the block."""
-        return [row.name for row in PER_EXPERT if row.role == "routed experts"] if self._statistics.experts else []
-
-    def _rounded(self, names: Sequence[str], f: int) -> Changed:
-        """Those weights in format number f."""
-        of_experts = tuple((own, f) for own in names if own not in self._weights)
-        of_trunk = [own for own in names if own in self._weights]
-
-        def trunk() -> Block:
-            return self._trunk.with_leaves({own: to_float32(self._weights[own].rounded(f)) for own in of_trunk})
-
-        return Changed(trunk if of_trunk else None, of_experts or None)
-
-    def _spoil(self, own: str, y_BTD: jax.Array) -> None:
-        self._spoiled[own] = float(_spoiled(self._variants.output[: self._compared], y_BTD))
-
-    def _pruning(self, count: int, mlp: MoE) -> Iterator[Run]:
-        """Of so many experts pruned: what is lost, then where that goes instead."""
-        pruned_E = jnp.isin(jnp.arange(mlp.num_experts), self._order[:count])
-        found: dict[str, jax.Array] = {}
-
-        def by(route: Callable[[Entered], Routing]) -> Entered:
-            within = self._variants.within
-            assert isinstance(within, Entered)
-            return within._replace(routing=route(within))
-
-        def keep_lost(inside: Inside, lost_TD: jax.Array | None) -> None:
-            assert lost_TD is not None
-            found["lost"] = lost_TD
-
-        def end(inside: Inside, rerouted_TD: jax.Array | None) -> None:
-            own, y_TD = self._variants.within, self._variants.routed_TD
-            assert isinstance(own, Entered) and y_TD is not None and rerouted_TD is not None
-            error = pruning_error(own.routing, pruned_E, y_TD, found["lost"], rerouted_TD)
-            y_BTD, other_BTD = (own[: self._compared] for own in (self._variants.output, leave(inside, rerouted_TD)))
-            self._pruned.append((count, list(map(float, error)), float(_spoiled(y_BTD, other_BTD))))
-
-        yield Run(lambda: by(lambda own: _lost(own.routing, pruned_E)), keep_lost)
-        yield Run(lambda: by(lambda own: _rerouted(mlp, own.normed_TD, pruned_E)), end)
-
-    def _masked(self, count: int) -> Block:
-        """The trunk whose tokens go past so many experts."""
-        mlp = self._trunk.mlp
-        assert isinstance(mlp, MoE)
-        pruned_E = np.isin(np.arange(mlp.num_experts), self._order[:count])
-        return self._trunk.with_leaves({"mlp.bias": masked_bias(mlp.bias.get_value(), pruned_E)})
-
-    @cached_property
-    def _scores(self) -> dict[str, Any]:
-        return _scores(self._statistics, self._recipe)
-
-    @cached_property
-    def _order(self) -> np.ndarray:
-        return order_of_pruning(np.asarray(self._scores["scores_E"]), self._trunk.config, self._recipe)
-
-    @cached_property
-    def _allowed(self) -> np.ndarray:
-        return allowed_counts(self._order, self._trunk.config, self._recipe)
-
-
-# For every choice of experts one program.
-_lost, _rerouted = jax.jit(lost), jax.jit(rerouted)
-
-
-def tried_counts(allowed: np.ndarray) -> list[int]:
-    """The numbers of experts that pruning is tried at, those of the probes among them; rising, without 0."""
-    counts = np.flatnonzero(np.isfinite(allowed))
-    counts = counts[counts > 0]
-    spread = counts[np.linspace(0, len(counts) - 1, min(_PRUNED, len(counts))).round().astype(int)]
-    return sorted({*spread.tolist(), *(pruned_count(allowed, share) for share in PRUNED_SHARES)} - {0})
-
-
-def _scores(statistics: BlockStatistics, recipe: Recipe) -> dict[str, Any]:
-    experts = statistics.experts
-    if experts is None:
-        return {"scores_E": None, "peak_E": None}
-    scores_E = pruning_scores(experts, recipe.criterion)
-    return {"scores_E": scores_E.tolist(), "peak_E": np.asarray(experts.peak_E, np.float64).tolist()}
-
-
-@jax.jit
-def _spoiled(y_BTD: jax.Array, other_BTD: jax.Array) -> jax.Array:
-    error_BT, whole_BT = (jnp.sum(own**2, axis=-1) for own in (other_BTD - y_BTD, y_BTD))
-    return jnp.mean(error_BT / jnp.maximum(whole_BT, 1e-30))
 
 
 def _steps(config: Config) -> int:
