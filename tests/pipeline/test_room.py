@@ -89,4 +89,4 @@ def test_deepseek_v3_fits_small_machines() -> None:
 
     model = abstract_original(json.loads(config_path("models", "deepseek_v3").read_text()))
     plain, fed_back = (working_bytes(model, 512, hessians) for hessians in (False, True))
-    assert 5 * GB < plain < 8 * GB and plain + 4 * GB < fed_back < plain + 12 * GB
+    assert 5 * GB < plain < 10 * GB and plain + 4 * GB < fed_back < plain + 12 * GB
