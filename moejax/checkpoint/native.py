@@ -97,7 +97,7 @@ class NativeCheckpoint:
     def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
         """Of routed experts' weights of that name those of some experts. Raises InputError as `leaf` does."""
         every = self.leaf(name)
-        return every if len(members) == every.num_experts else select_experts(every, members)
+        return every if list(members) == list(range(every.num_experts)) else select_experts(every, members)
 
     @property
     def experts_in_slice(self) -> None:

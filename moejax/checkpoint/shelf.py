@@ -1,6 +1,10 @@
 """Arrays that a job needs again later: in memory as long as they fit, else in files that go when nobody needs them."""
 
+import contextlib
+import fcntl
+import os
 import shutil
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +17,7 @@ import jax
 import numpy as np
 
 from moejax.checkpoint.atomic import naming
+from moejax.errors import note
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +40,7 @@ class OnDisk:
 
 
 class Shelf:
-    """Puts arrays away: `most_bytes` of them at a time stay as they are, others lie in a folder, made when it is
-    needed."""
+    """Puts arrays away: `most_bytes` of them at a time stay as they are, others lie in a folder."""
 
     def __init__(self, most_bytes: int, folder: Path):
         self._bytes_left, self._folder, self._numbers = most_bytes, folder, count()
@@ -48,7 +52,6 @@ class Shelf:
             self._bytes_left -= size
             weakref.finalize(array, self._give_back, size)
             return array
-        self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{next(self._numbers)}.bin"
         with naming(file):
             np.asarray(array).tofile(file)
@@ -61,10 +64,35 @@ class Shelf:
 
 
 @contextmanager
-def shelf_in(folder: Path, most_bytes: int) -> Iterator[Shelf]:
-    """A shelf whose folder is empty before and is removed behind."""
-    shutil.rmtree(folder, ignore_errors=True)
+def shelf_beside(output: Path, most_bytes: int) -> Iterator[Shelf]:
+    """A shelf in a folder `.NAME.states-*` beside `output`, its own and locked, which is removed behind. Those that
+    killed processes have left, which nobody has locked, are removed before, and a note says so."""
+    output = Path(os.path.abspath(output))
+    prefix = f".{output.name}.states-"
+    for other in [own for own in output.parent.iterdir() if own.name.startswith(prefix)]:
+        with contextlib.suppress(FileNotFoundError), _locked(other) as is_own:  # its process may remove it meanwhile
+            if is_own:
+                note(f"{other}, which a process that was killed left, is removed")
+                shutil.rmtree(other, ignore_errors=True)
+    with naming(output.parent):
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    with _locked(folder):
+        try:
+            yield Shelf(most_bytes, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder to itself; not where another one has, or where there are no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield Shelf(most_bytes, folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)

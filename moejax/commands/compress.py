@@ -109,7 +109,7 @@ def run_compress(
     )
     by, ledger = own_recipe if given is None else given, ledger_of(memory)
     with (
-        room_in(ledger, *_working_on(checkpoint, by.method, texts), _states_folder(work, output)) as room,
+        room_in(ledger, *_working_on(checkpoint, by.method, texts), output) as room,
         _kept(work, output, checkpoint, texts, by, drop_mtp) as kept,
     ):
         own, told = texts.calibrated, (ledger, progress_bar)
@@ -130,11 +130,6 @@ def run_compress(
 def _working_on(checkpoint: HuggingFaceCheckpoint, method: Method, texts: _Texts) -> tuple[DeepseekV3, int, bool]:
     """What is compressed, in shapes alone, the tokens of a chunk, and whether there are Hessians."""
     return shapes_of(checkpoint, method).model, texts.calibrated.chunks.shape[1], method.error_feedback
-
-
-def _states_folder(work: Path | None, output: Path) -> Path:
-    """Where states lie that memory does not hold: on the disk that is written to."""
-    return (partial_path(output).parent / f".{output.name}" if work is None else work / "kept").with_suffix(".states")
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -26,6 +26,7 @@ from moejax.model.workspace import (
     reading_bytes_of_block,
     sliced_step_bytes,
     step_bytes,
+    waiting_bytes,
     with_margin,
 )
 from moejax.progress import Progress
@@ -84,8 +85,10 @@ def needs(
         part=payload_bytes(kept)
         + max(payload_bytes(heads) + scoring, *(weights + workspace for weights, workspace in steps)),
         # A block's outputs, what the MTP block needs of embeddings, and of scored positions: what the base's head
-        # takes, the model's, and the MTP block's.
-        per_chunk=states * (1 + drafts) + states // 2 * (1 + (base is not None) + drafts),
+        # takes, the model's, and the MTP block's; and what waits for a next slice of experts.
+        per_chunk=states * (1 + drafts)
+        + states // 2 * (1 + (base is not None) + drafts)
+        + max(-(-_waiting_bytes(own, length, batch, dtype) // batch) for own in models),
         batch=batch,
     )
 
@@ -104,6 +107,12 @@ def _steps(model: DeepseekV3, length: int, batch: int, dtype: jax.typing.DTypeLi
         outside = payload_bytes(mtp) - payload_bytes(mtp.block)
         around = max(step_bytes(join, mtp, h_BTD, h_BTD), step_bytes(unjoin, mtp, h_BTD))
         yield outside + reading_bytes_of_block(mtp.block), max(around, sliced_step_bytes(mtp.block, h_BTD, by))
+
+
+def _waiting_bytes(model: DeepseekV3, length: int, batch: int, dtype: jax.typing.DTypeLike) -> int:
+    x_BTD = abstract_array((batch, length, model.config.hidden_size), dtype)
+    by = _abstract_rotation(model.config, length, dtype)
+    return max(waiting_bytes(block, x_BTD, by) for block in largest_of_each_kind(list(model.layers)))
 
 
 def _scoring_bytes(heads: Sequence[Any], length: int, batch: int, dtype: jax.typing.DTypeLike) -> int:

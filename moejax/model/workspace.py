@@ -11,7 +11,7 @@ from moejax.formats import ExpertWeights, payload_bytes
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import Experts, MoE
 from moejax.model.rope import Angles
-from moejax.model.sliced import add_piece, enter, leave, most_rows, sliced, some_of
+from moejax.model.sliced import Entered, SlicedBlock, add_piece, enter, leave, most_rows, sliced, some_of
 from moejax.model.steps import run_block
 
 # What allocators lose, libraries set aside and compilers take beside all that is counted: 130 MB were measured on two
@@ -38,12 +38,11 @@ def reading_bytes_of_block(block: Block) -> int:
 
 def sliced_step_bytes(block: Block, x_BTD: jax.Array, by: Angles) -> int:
     """What states x (B, T, D) take on their way through an abstract block, slice by slice, beside x and the block:
-    workspace, results, and what waits for the next slice."""
+    workspace, results, and what is within the block."""
     own = sliced(block)
     if not own.is_moe:
         return step_bytes(run_block, block, x_BTD, by)
-    inside = jax.eval_shape(enter, own.trunk, x_BTD, by)
-    routed_TD = jax.eval_shape(lambda given: given.nothing_TD, inside)
+    inside, routed_TD = _within(own, x_BTD, by)
     rows = most_rows(inside.routing, x_BTD.shape[-1])
     given = (inside.normed_TD, inside.routing, routed_TD)
     waiting = payload_bytes([inside, routed_TD])
@@ -52,6 +51,18 @@ def sliced_step_bytes(block: Block, x_BTD: jax.Array, by: Angles) -> int:
         waiting + step_bytes(add_piece, _largest_slice(block), 0, 0, *given, rows=rows),
         waiting + step_bytes(leave, inside, routed_TD),
     )
+
+
+def waiting_bytes(block: Block, x_BTD: jax.Array, by: Angles) -> int:
+    """What of states x (B, T, D) waits within an abstract block for its next slice while other states go through this
+    one; nothing where there is one slice."""
+    own = sliced(block)
+    return payload_bytes(_within(own, x_BTD, by)) if len(own.ranges) > 1 else 0
+
+
+def _within(block: SlicedBlock, x_BTD: jax.Array, by: Angles) -> tuple[Entered, jax.Array]:
+    inside = jax.eval_shape(enter, block.trunk, x_BTD, by)
+    return inside, jax.eval_shape(lambda own: own.nothing_TD, inside)
 
 
 def _largest_slice(block: Block) -> Experts:

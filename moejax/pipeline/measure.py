@@ -77,7 +77,7 @@ class _Measuring(Step):
         self.config, self.recipe, self.rounder, self.work = config, recipe, rounder, work
         self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
         self.changes = changes_of(config, recipe.formats)
-        self.variants = Variants(config, calibrated.held_out, room.within, room.kept)
+        self.variants = Variants(config, calibrated.held_out, room)
         self.found: dict[str, Any] = {}
 
     def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:

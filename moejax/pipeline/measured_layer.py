@@ -42,12 +42,13 @@ class Errors:
         self._seen: set[int] = set()
 
     def add(self, weights: Mapping[str, InFormats]) -> None:
+        """Of matrices outside the routed experts, by name."""
         for own, weight in weights.items():
             self._tick()
             self._found[own] = weight.errors().tolist()
 
     def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:
-        """Unless it has been added."""
+        """Of some experts by projection, unless they have been added: slices rise, and may come anew."""
         if members[0] not in self._seen:
             self._seen.add(members[0])
             for own, weight in weights.items():
@@ -200,6 +201,7 @@ def tried_counts(allowed: np.ndarray) -> list[int]:
 
 
 def scores_of(statistics: BlockStatistics, recipe: Recipe) -> dict[str, Any]:
+    """By which a block's experts are pruned, and their largest outputs, as JSON holds them; None without experts."""
     experts = statistics.experts
     if experts is None:
         return {"scores_E": None, "peak_E": None}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moejax.calibrate.products import input_name
-from moejax.checkpoint.shelf import shelf_in
+from moejax.checkpoint.shelf import shelf_beside
 from moejax.formats import payload_bytes
 from moejax.ledger import Ledger
 from moejax.model import DeepseekV3, named_leaves
@@ -41,14 +41,14 @@ class Room:
     kept: Keep = as_it_is
 
 
-# What nothing is kept in but states.
+# Statistics and rounded weights are made again, states stay where they are.
 NO_ROOM = Room()
 
 
 @contextmanager
-def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, folder: Path) -> Iterator[Room]:
+def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, output: Path) -> Iterator[Room]:
     """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
-    or without. What does not fit lies in the folder, which is removed behind.
+    or without. What does not fit lies in a folder beside `output`, which is removed behind.
 
     Raises InputError where not even the work on one block fits.
     """
@@ -56,7 +56,7 @@ def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, fold
     if not ledger.fits(needed):
         ledger.refuse(f"a block of the model, on {_BATCH} chunks of {tokens} tokens, cannot be worked on", needed)
     left = ledger.left - needed
-    with shelf_in(folder, int(_SHELF * left)) as shelf:
+    with shelf_beside(output, int(_SHELF * left)) as shelf:
         yield Room(int(_STATISTICS * left), int(_ROUNDED * left), int(_WITHIN * left), shelf.put)
 
 

@@ -113,7 +113,7 @@ class _Trying(Step):
         self.scales: dict[str, list[float]] = {own.name: [] for own in tries}
         self.divergences: dict[str, float] = {}
         self._tries, self._rounder, self._work, self._stage = tries, rounder, work, stage
-        self._variants = Variants(config, calibrated.held_out, room.within, room.kept)
+        self._variants = Variants(config, calibrated.held_out, room)
 
     def begin(self, statistics: StatisticsOnTheWay) -> None:
         """With statistics on their way; behind the blocks that an earlier run has passed, if it has."""

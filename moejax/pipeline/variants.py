@@ -18,16 +18,15 @@ from moejax.machine import return_freed
 from moejax.model import Config, require_tokens
 from moejax.model.deepseek_v3 import Block
 from moejax.model.finite import require_finite, require_finite_block
-from moejax.model.hidden_states import Keep, Kept, as_it_is
+from moejax.model.hidden_states import Kept
 from moejax.model.rope import angles
 from moejax.model.sliced import Entered, SlicedBlock, leave
 from moejax.model.steps import run_norm
 from moejax.pipeline.crossing import Alternative, Alternatives, Inside, Run, cross, run_of, unchanged
+from moejax.pipeline.room import NO_ROOM, Room
 
 # Of the model itself, among its variants.
 _ORIGINAL = ""
-# What may be within a block with several slices.
-_MOST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Variants:
     """Hidden states (B, T, D) in float32 of a model, and of variants of it by name, on the same tokens (B, T).
 
     A variant that has not differed so far has the model's own states. While they pass a block with experts in several
-    slices, what is within it takes about `most_bytes`. Raises InputError for tokens that are not the model's, and where
-    what the model puts out is not finite.
+    slices, what is within it takes about `room.within` bytes. Raises InputError for tokens that are not the model's,
+    and where what the model puts out is not finite.
 
     within, routed_TD, output: of the model itself, in the block that is passed: what its experts take, once its run has
     begun; their sum, and what the block puts out, once it has ended.
@@ -55,12 +54,12 @@ class Variants:
     routed_TD: jax.Array | None
     output: jax.Array
 
-    def __init__(self, config: Config, tokens_BT: np.ndarray, most_bytes: int = _MOST_BYTES, kept: Keep = as_it_is):
+    def __init__(self, config: Config, tokens_BT: np.ndarray, room: Room = NO_ROOM):
         require_tokens(tokens_BT, config)
         self.config, self.tokens_BT = config, jnp.asarray(tokens_BT)
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())
-        self._most_bytes, self._kept = most_bytes, kept
+        self._most_bytes, self._kept = room.within, room.kept
         self.changed: dict[str, Kept] = {}
 
     def embedding(self, embedding: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moejax.evaluate.memory import Needs, needs
 from moejax.formats import ExpertWeights, payload_bytes
 from moejax.formats.arrays import abstract_array
-from moejax.model import DeepseekV3
+from moejax.model import DeepseekV3, sliced
 from small_models import CHUNKS, CONFIG, first_layers, small_model
 
 T = CHUNKS.shape[1]
@@ -60,6 +60,15 @@ def test_a_kept_head_is_there_all_the_time() -> None:
 def test_states_are_kept_of_every_chunk() -> None:
     assert needs_of(abstract(first_layers(1))).per_chunk == STATES + STATES // 2
     assert needs_of(abstract(small_model())).per_chunk == 2 * STATES + 2 * (STATES // 2)
+
+
+def test_of_every_chunk_waits_what_is_within_a_block_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States behind attention, normed, of the shared experts, and the sum so far; of the routing an index and a
+    weight."""
+    model = abstract(small_model())
+    whole = needs_of(model).per_chunk
+    monkeypatch.setattr(sliced, "MOST_NUMBERS", 1)
+    assert needs_of(model).per_chunk == whole + 4 * STATES + T * CONFIG.num_experts_per_tok * 8
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**9), st.integers(1, 8), st.integers(0, 10**12))
