@@ -60,7 +60,7 @@ class Calibration(HiddenStates):
     """How far calibration has come; `calibrate` has the arguments, and says what is raised.
 
     A walk takes it through every block and it keeps what it saw. Where others take the blocks' places for those behind
-    them (`observe`, then `run`), calibration follows compression.
+    them (`observe`, then `run`), calibration follows compression. `kept` puts away states, and sums of outer products.
     """
 
     def __init__(

@@ -204,8 +204,9 @@ class _Layer:
                 yield own.name, Changed(trunk, alternative, partial(self.scale_of, own))
 
     def scale_of(self, own: Try) -> float:
-        """The routing scale of a try, 1 in dense layers."""
-        return self._fitted.get((own.plan_digest, self._per_token(own)), 1.0) if own.is_scaled else 1.0
+        """The routing scale of a try, once its fit has ended; 1 in dense layers."""
+        is_fitted = own.is_scaled and self._block.is_moe
+        return self._fitted[own.plan_digest, self._per_token(own)] if is_fitted else 1.0
 
     def _per_token(self, own: Try) -> int:
         return own.experts_per_token[self._index]
