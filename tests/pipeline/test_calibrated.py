@@ -14,6 +14,7 @@ from moejax.model.source import ModelSource, Step, walk
 from moejax.pipeline import job as main_job
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
 from moejax.pipeline.check import require_original
+from moejax.pipeline.room import NO_ROOM
 from moejax.planning import BlockPlan, Method
 from moejax.progress import silent
 from moejax.transforms.choose_damping import choose_damping
@@ -106,12 +107,10 @@ def test_a_walk_that_leaves_blocks_out_keeps_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_bytes_do_not_depend_on_what_is_kept(
-    small: Path, prepared: main_job.Prepared, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, prepared: main_job.Prepared, job: Job, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(main_job, "_STATISTICS_SHARE", 0.0)
-    monkeypatch.setattr(main_job, "_ROUNDED_SHARE", 0.0)
     checkpoint, made = require_original(open_checkpoint(small)), dict(prepared.shapes.provenance)
-    own = main_job.prepare(checkpoint, prepared.trials.calibrated, RECIPE, made, silent)
+    own = main_job.prepare(checkpoint, prepared.trials.calibrated, RECIPE, made, silent, room=NO_ROOM)
     planned = main_job.plan_within(own, job.budget, silent)
     assert own.trials.statistics.known is None
     own.write(planned.plan, tmp_path / "out", job.budget)
