@@ -35,8 +35,8 @@ from moejax.pipeline.working_copy import dense_trunk
 from moejax.planning import BlockPlan
 from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
-from moejax.transforms.compress_block import Rounder, experts_together
 from moejax.transforms.on_the_way import StatisticsOnTheWay
+from moejax.transforms.rounder import Rounder, experts_together
 
 _STAGE = "measuring"
 

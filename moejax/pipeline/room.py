@@ -16,7 +16,7 @@ from moejax.model.hidden_states import Keep, as_it_is
 from moejax.model.moe import MoE
 from moejax.model.sliced import MOST_STATES, experts_in_slice
 from moejax.model.weights import IN_BLOCK
-from moejax.transforms.compress_block import MOST_NUMBERS
+from moejax.transforms.rounder import MOST_NUMBERS
 
 # Shares of what is left beside a block: statistics of all blocks, rounded weights, states within a block with several
 # slices, and states and experts' Hessians, which go to the disk where they are more.

@@ -16,13 +16,7 @@ from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
-from moejax.transforms.compress_block import (
-    MOST_NUMBERS,
-    Rounder,
-    experts_together,
-    requantize_experts,
-    requantize_once,
-)
+from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, experts_together
 from moejax.transforms.rounding import rounding_error, to_float32
 
 _EXPERTS = "mlp.experts"
@@ -35,16 +29,23 @@ class RoundedWeights:
     It suits one model and its statistics: what a matrix is rounded to depends on them.
     """
 
-    def __init__(self, most_bytes: int):
+    def __init__(self, most_bytes: int, rounder: Rounder = AFRESH):
+        self._rounder, self._bytes_left = rounder, most_bytes
         self._known: dict[tuple[str, str], Leaf] = {}
-        self._bytes_left = most_bytes
 
-    def __call__(self, names: Sequence[str], target: str, rounded: Callable[[Sequence[int]], list[Leaf]]) -> list[Leaf]:
-        unknown = [i for i, name in enumerate(names) if (name, target) not in self._known]
-        new = dict(zip(unknown, rounded(unknown), strict=True)) if unknown else {}
-        leaves = [new[i] if i in new else self._known[name, target] for i, name in enumerate(names)]
-        for i, leaf in new.items():
-            self._remember(names[i], target, leaf)
+    def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+        if (name, target) in self._known:
+            return self._known[name, target]
+        rounded = self._rounder.matrix(name, leaf, inputs, target)
+        self._remember(name, target, rounded)
+        return rounded
+
+    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
+        unknown = [k for k in some if (of.name_of(k), target) not in self._known]
+        new = dict(zip(unknown, self._rounder.experts(of, unknown, target), strict=True)) if unknown else {}
+        leaves = [new[k] if k in new else self._known[of.name_of(k), target] for k in some]
+        for k, leaf in new.items():
+            self._remember(of.name_of(k), target, leaf)
         return leaves
 
     def _remember(self, name: str, target: str, leaf: Leaf) -> None:
@@ -81,7 +82,7 @@ class InFormats:
         return error_F
 
     def _rounded(self, f: int, inputs: Inputs) -> Leaf:
-        return requantize_once(self.rounder, self.name, self.leaf, inputs, self.formats[f].name)
+        return self.rounder.matrix(self.name, self.leaf, inputs, self.formats[f].name)
 
     def _error(self, f: int, inputs: Inputs) -> float:
         rounded, error = self._rounded(f, inputs), 0.0
@@ -101,56 +102,49 @@ def _cut(leaf: Leaf, own: slice) -> Leaf:
 class ExpertsInFormats:
     """A projection of some experts of a block in each of some formats.
 
-    name: of all experts' in the model. members: their numbers in the layer. statistics: these experts'. down: their
-    `down`, by which errors of gate and up count (`ExpertStatistics.output_weight`).
+    down: the experts' `down`, by which errors of gate and up count (`ExpertStatistics.output_weight`).
     """
 
     formats: Sequence[GroupFormat]
     rounder: Rounder
-    name: str
-    members: Sequence[int]
-    weights: ExpertWeights
-    statistics: ExpertStatistics
+    of: Projection
     down: ExpertWeights
     down_input_transform: str | None
 
-    @property
-    def projection(self) -> str:
-        return self.name.rpartition(".")[2]
-
     def rounded(self, f: int) -> ExpertWeights:
         """In format number f, in float32."""
-        every = range(self.weights.num_experts)
-        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._some(every, f)]))
+        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._some(self._every, f)]))
 
     def errors(self, tick: Callable[[], object] = lambda: None) -> np.ndarray:
         """The error of every expert's outputs in every format, (E, F). `tick` is called for as many experts as are
         rounded together."""
-        sums = self.statistics
-        output_EO = jnp.broadcast_to(sums.output_weight(self.projection, self._down_norm2()), self.weights.shape[:2])
-        every, together = range(self.weights.num_experts), experts_together(self.weights.shape)
-        error_EF = np.zeros((len(every), len(self.formats)))
-        for start in every[::together]:
+        output_EO = self.output_weight()
+        together = experts_together(self.of.weights.shape)
+        error_EF = np.zeros((len(self._every), len(self.formats)))
+        for start in self._every[::together]:
             tick()
-            some = every[start : start + together]
-            dense = [to_float32(self.weights.expert(e)) for e in some]
+            some = self._every[start : start + together]
+            dense = [to_float32(self.of.weights.expert(e)) for e in some]
             for f in range(len(self.formats)):
                 each = map(to_float32, self._some(some, f))
                 for e, matrix, rounded in zip(some, dense, each, strict=True):
-                    inputs = sums.inputs(self.projection, e)
-                    error_EF[e, f] = rounding_error(matrix, rounded, inputs, output_EO[e])
+                    error_EF[e, f] = rounding_error(matrix, rounded, self.of.inputs(e), output_EO[e])
             for e, matrix in zip(some, dense, strict=True):
-                _require_finite(f"{self.name} of expert {self.members[e]}", matrix, error_EF[e])
+                _require_finite(f"{self.of.name} of expert {self.of.members[e]}", matrix, error_EF[e])
         return error_EF
 
+    def output_weight(self) -> jax.Array:
+        """What a unit error at each output counts, (E, O)."""
+        weights = self.of.weights
+        own_EO = self.of.statistics.output_weight(self.of.own, self._down_norm2())
+        return jnp.broadcast_to(own_EO, weights.shape[:2])
+
+    @property
+    def _every(self) -> range:
+        return range(self.of.weights.num_experts)
+
     def _some(self, some: Sequence[int], f: int) -> list[Leaf]:
-        target = self.formats[f].name
-
-        def afresh(unknown: Sequence[int]) -> list[Leaf]:
-            own = [some[k] for k in unknown]
-            return requantize_experts(self.weights, self.statistics, self.projection, target, own)
-
-        return self.rounder([f"{self.name}.{self.members[e]}" for e in some], target, afresh)
+        return self.rounder.experts(self.of, some, self.formats[f].name)
 
     def _down_norm2(self) -> jax.Array:
         """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
@@ -190,7 +184,7 @@ def experts_in_formats(
     leaves, sums, transform = named_leaves(experts), statistics.of(members), experts.config.down_input_transform
     return {
         f"{_EXPERTS}.{own}": ExpertsInFormats(
-            formats, rounder, f"{block}.{_EXPERTS}.{own}", members, weights, sums, leaves["down"], transform
+            formats, rounder, Projection(f"{block}.{_EXPERTS}.{own}", members, weights, sums), leaves["down"], transform
         )
         for own, weights in leaves.items()
     }

@@ -28,16 +28,10 @@ from moejax.planning import BlockPlan, Plan
 from moejax.planning.plan import digest
 from moejax.progress import Progress, counted
 from moejax.transforms.compress import embedding_inputs
-from moejax.transforms.compress_block import (
-    Rounder,
-    compressed_slice,
-    only_survivors,
-    requantize_once,
-    rounded_leaves,
-    within,
-)
+from moejax.transforms.compress_block import compressed_slice, only_survivors, rounded_leaves
 from moejax.transforms.experts_per_token import fit_routing_scale
 from moejax.transforms.on_the_way import StatisticsOnTheWay
+from moejax.transforms.rounder import Rounder
 
 # In what is kept of a walk, the routing scales that were fitted so far, by try and layer.
 _SCALES = "routing scales"
@@ -136,8 +130,7 @@ class _Trying(Step):
             self._statistics.pass_by(index, block, block.whole)
             return
         sums = self._statistics.block(index, block, BlockPlan())
-        rounder = partial(within, self._rounder, f"layers.{index}")
-        layer = _Layer(index, block, self._tries, sums, rounder, self._variants)
+        layer = _Layer(index, block, self._tries, sums, self._rounder, self._variants)
         self._variants.block(index, layer.dense, layer.changed(), layer.alternatives)
         for own in self._tries:
             self.scales[own.name].append(layer.scale_of(own))
@@ -154,7 +147,7 @@ class _Trying(Step):
         self.divergences = self._variants.divergences(self._gain_D, head, heads)
 
     def _outer(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
-        return requantize_once(self._rounder, name, leaf, inputs, target)
+        return self._rounder.matrix(name, leaf, inputs, target)
 
 
 class _Layer:
@@ -174,6 +167,7 @@ class _Layer:
     ):
         self.dense = replace(block, trunk=dense_trunk(block.trunk))
         self._index, self._block, self._tries, self._variants = index, block, tries, variants
+        self._name = f"layers.{index}"
         self._statistics, self._rounder = statistics, rounder
         self._plans = {own.plan_digest: own.plan.blocks[index] for own in tries}
         self._fitted: dict[tuple[str, int], float] = {}
@@ -185,7 +179,9 @@ class _Layer:
         def of(plan: Any) -> Experts:
             if plan is None:
                 return dense_experts(experts)
-            compressed = compressed_slice(members, experts, self._plans[plan], self._statistics, self._rounder)
+            compressed = compressed_slice(
+                members, experts, self._plans[plan], self._statistics, self._rounder, self._name
+            )
             return in_slots(experts, members[0], compressed)
 
         return of
@@ -215,7 +211,7 @@ class _Layer:
         """Dense, its pruned experts never chosen; what its experts put out is not scaled."""
         if plan not in self._trunks:
             survivors, own = only_survivors(self._block, self._plans[plan]).trunk, self._plans[plan]
-            rounded = rounded_leaves(named_leaves(survivors), own, self._statistics, self._rounder)
+            rounded = rounded_leaves(named_leaves(survivors), own, self._statistics, self._rounder, self._name)
             self._trunks = {plan: dense_trunk(survivors.with_leaves(rounded))}
         trunk = self._trunks[plan]
         if not self._block.is_moe:

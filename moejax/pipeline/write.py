@@ -17,7 +17,7 @@ from moejax.planning import Plan
 from moejax.planning.plan import digest
 from moejax.progress import Progress
 from moejax.transforms.compress import calibrate_and_compress
-from moejax.transforms.compress_block import Rounder, afresh
+from moejax.transforms.rounder import AFRESH, Rounder
 
 
 def write_plan(
@@ -29,7 +29,7 @@ def write_plan(
     budget: int,
     progress: Progress,
     known: Statistics | None = None,
-    rounder: Rounder = afresh,
+    rounder: Rounder = AFRESH,
     work: Work = NOT_KEPT,
     kept: Keep = as_it_is,
 ) -> int:
@@ -39,7 +39,7 @@ def write_plan(
     `kept` as in `calibrate_and_compress`. Where work is kept, items that an earlier run of the job has finished are
     taken over; the folder is the same. Raises what `native_writer` and `calibrate_and_compress` raise.
     """
-    rounder = afresh if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
+    rounder = AFRESH if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
     description, model = shapes.description(plan), shapes.compressed(plan)
     job = None if work.job is None else f"{digest(plan)} of {work.job}"
     with native_writer(model, output, description, shapes.copied, budget, job, progress) as writer:

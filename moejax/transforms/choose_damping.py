@@ -18,8 +18,8 @@ from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced, sliced_mtp
 from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
-from moejax.transforms.compress_block import experts_together, requantize, requantize_experts
 from moejax.transforms.error_feedback import DAMPING, damping_for
+from moejax.transforms.rounder import AFRESH, Projection, experts_together, requantize
 from moejax.transforms.rounding import rounding_error, to_float32
 
 # Multiples of `damping_for` that are tried.
@@ -120,7 +120,7 @@ def _of_projection(
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})
-        return requantize_experts(weights, damped, projection, _FORMAT, members)
+        return AFRESH.experts(Projection(projection, members, weights, damped), members, _FORMAT)
 
     return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
 

@@ -1,7 +1,6 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Protocol
 
 import jax
@@ -19,16 +18,9 @@ from moejax.model.source import ModelSource, Source, Step, walk
 from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.check_plan import check_plan
-from moejax.transforms.compress_block import (
-    Rounder,
-    afresh,
-    as_planned,
-    compress_block,
-    compress_mtp,
-    requantize_once,
-    within,
-)
+from moejax.transforms.compress_block import as_planned, compress_block, compress_mtp
 from moejax.transforms.on_the_way import Followed, Known, StatisticsOnTheWay, observed
+from moejax.transforms.rounder import AFRESH, Rounder
 
 
 class Parts(Protocol):
@@ -61,7 +53,7 @@ def compress(
     plan: Plan,
     statistics: Statistics,
     *,
-    rounder: Rounder = afresh,
+    rounder: Rounder = AFRESH,
     progress: Progress = silent,
 ) -> DeepseekV3:
     """The model as `plan` wants it; pure, so `jax.eval_shape` of it is the compressed model's shape and bytes.
@@ -85,7 +77,7 @@ def calibrate_and_compress(
     parts: Parts,
     *,
     known: Statistics | None = None,
-    rounder: Rounder = afresh,
+    rounder: Rounder = AFRESH,
     batch: int = 8,
     kept: Keep = as_it_is,
     progress: Progress = silent,
@@ -132,7 +124,7 @@ class _Compression(Step):
 
     def embedding(self, embedding: Leaf) -> None:
         inputs = embedding_inputs(self._config)
-        compressed = requantize_once(self._rounder, "embed", embedding, inputs, self.plan.embed)
+        compressed = self._rounder.matrix("embed", embedding, inputs, self.plan.embed)
         self._statistics.embedding(embedding, compressed)
         self._parts.add({"embed": compressed})
 
@@ -143,7 +135,7 @@ class _Compression(Step):
             self._statistics.pass_by(index, block, lambda: as_planned(block, plan, known()))
             return
         sums = self._statistics.block(index, block, plan)
-        compressed = compress_block(block, plan, sums, partial(within, self._rounder, name))
+        compressed = compress_block(block, plan, sums, self._rounder, name)
         self._statistics.behind(index, compressed)
         self._finish(name, compressed, {})
 
@@ -156,13 +148,13 @@ class _Compression(Step):
         if self._parts.known(name) is not None:
             return
         sums = self._statistics.mtp(depth, mtp, plan)
-        outer = compress_mtp(mtp.outer, plan, sums, partial(within, self._rounder, name))
-        compressed = compress_block(mtp.block, plan, sums, partial(within, self._rounder, f"{name}.block"))
+        outer = compress_mtp(mtp.outer, plan, sums, self._rounder, name)
+        compressed = compress_block(mtp.block, plan, sums, self._rounder, f"{name}.block")
         self._finish(f"{name}.block", compressed, prefixed(name, outer))
 
     def head(self, head: Leaf) -> None:
         inputs = self._statistics.head(head)
-        self._parts.add({"head": requantize_once(self._rounder, "head", head, inputs, self.plan.head)})
+        self._parts.add({"head": self._rounder.matrix("head", head, inputs, self.plan.head)})
 
     def _finish(self, name: str, block: Block, beside: Mapping[str, Weight]) -> None:
         self.experts_per_token.append(block.experts_per_token)

@@ -16,12 +16,12 @@ from moejax.pipeline.variants import Variants
 from moejax.pipeline.working_copy import dense_experts, dense_trunk, in_slots, one_bucket
 from moejax.planning import BlockPlan
 from moejax.transforms.compress_block import (
-    afresh,
     compress_block,
     compressed_slice,
     only_survivors,
     rounded_leaves,
 )
+from moejax.transforms.rounder import AFRESH
 
 # Of 512 tokens: rounding differs between two ways to compute the same, and may send a token to another expert.
 MAY_DIFFER = 2
@@ -71,9 +71,9 @@ def in_original_slots(block: Block, plan: BlockPlan, statistics: BlockStatistics
     own = sliced(block)
     every = range(own.num_experts)
     experts = own.experts_of(every)
-    compressed = compressed_slice(every, experts, plan, statistics, afresh)
+    compressed = compressed_slice(every, experts, plan, statistics, AFRESH, "")
     survivors = only_survivors(own, plan).trunk
-    trunk = survivors.with_leaves(rounded_leaves(named_leaves(survivors), plan, statistics, afresh))
+    trunk = survivors.with_leaves(rounded_leaves(named_leaves(survivors), plan, statistics, AFRESH, ""))
     return with_experts(dense_trunk(trunk), in_slots(experts, 0, compressed))
 
 

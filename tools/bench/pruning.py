@@ -33,8 +33,8 @@ from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.report.console import progress_bar
 from moejax.tokenizer import load_tokenizer
-from moejax.transforms.compress_block import afresh
 from moejax.transforms.prune import CRITERIA
+from moejax.transforms.rounder import AFRESH
 
 ROUNDED = IntFormat(2, 128)
 
@@ -68,7 +68,7 @@ def prepare(name: str, calibration: Path) -> Trials:
     tokens = chunks(tokenizer.encode(read_text(calibration).content), bos_token_id=tokenizer.bos_token_id)
     calibrated, source = split_calibration(tokens, 64, 8), CheckpointSource(checkpoint)
     statistics = KeptStatistics(source.config, Method(), calibrated, sys.maxsize)
-    return Trials(source, calibrated, statistics, afresh, NOT_KEPT)
+    return Trials(source, calibrated, statistics, AFRESH, NOT_KEPT)
 
 
 def rounding_rates(trials: Trials) -> Mapping[int, float]:

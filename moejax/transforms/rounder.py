@@ -1,0 +1,110 @@
+"""Matrices rounded by name: one by one, and some experts of a layer together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.calibrate import ExpertStatistics, Inputs
+from moejax.formats import ExpertWeights, Leaf, parse_group_format, row_parts, rows
+from moejax.planning import KEEP
+from moejax.transforms.rounding import round_weight, to_float32
+
+# Numbers of a matrix that are in float32 together, at most; its rows are rounded each by itself.
+MOST_NUMBERS = 1 << 26
+
+# How many experts are rounded together, at most, and in how many bytes of weights and Hessians.
+_EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection of some experts of a layer.
+
+    name: all experts', in the model. members: numbers in the layer. weights, statistics: these experts'.
+    """
+
+    name: str
+    members: Sequence[int]
+    weights: ExpertWeights
+    statistics: ExpertStatistics
+
+    @property
+    def own(self) -> str:
+        """Its name among an expert's projections."""
+        return self.name.rpartition(".")[2]
+
+    def name_of(self, k: int) -> str:
+        """The name of the k-th of these experts' matrix."""
+        return f"{self.name}.{self.members[k]}"
+
+    def inputs(self, k: int) -> Inputs:
+        """The k-th of these experts'."""
+        return self.statistics.inputs(self.own, k)
+
+
+class Rounder(Protocol):
+    """Gives matrices, by their names in the model, in the format of a name; as they are if that is KEEP."""
+
+    def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+        """One that has that input."""
+        ...
+
+    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
+        """Those at some positions among experts."""
+        ...
+
+
+class Afresh:
+    """The rounder that knows nothing yet."""
+
+    def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+        return requantize(leaf, inputs, target)
+
+    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
+        """Several are rounded together; the last of them beside some that were rounded already, so that the number of
+        experts compiles nothing anew."""
+        if target == KEEP:
+            return [of.weights.expert(e) for e in some]
+        rounded_together = jax.vmap(partial(round_weight, to=parse_group_format(target)))
+        together, leaves = experts_together(of.weights.shape), []
+        for start in range(0, len(some), together):
+            own = np.resize(list(some)[start : start + together], together)
+            rounded = jax.device_get(rounded_together(*_matrices_and_inputs(of.weights, of.statistics, own, of.own)))
+            count = min(together, len(some) - start)
+            leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in range(count)]
+        return leaves
+
+
+AFRESH = Afresh()
+
+
+def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+    """The leaf in the format named `target`, or as it is if that is KEEP."""
+    if target == KEEP:
+        return leaf
+    to, parts = parse_group_format(target), row_parts(leaf, MOST_NUMBERS)
+    if len(parts) == 1:
+        return round_weight(to_float32(leaf), inputs, to)
+    each = (rows(leaf, own.start, own.stop - own.start) for own in parts)
+    return jax.tree.map(lambda *own: jnp.concatenate(own), *(round_weight(to_float32(own), inputs, to) for own in each))
+
+
+def experts_together(shape: tuple[int, ...]) -> int:
+    """How many of a layer's experts (E, O, I) are rounded together."""
+    _, outputs, inputs = shape
+    return max(1, min(_EXPERTS_TOGETHER, _BYTES_TOGETHER // (4 * inputs * (outputs + inputs))))
+
+
+@partial(jax.jit, static_argnames="projection")
+def _matrices_and_inputs(
+    weights: ExpertWeights, experts: ExpertStatistics, member_B: jax.Array, projection: str
+) -> tuple[jax.Array, Inputs]:
+    """Matrices (B, O, I) of some experts of an original, and their inputs."""
+    (bucket,) = weights.buckets
+    matrices = jax.tree.map(lambda a: a[weights.index_E[member_B]], bucket)
+    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(member_B)
