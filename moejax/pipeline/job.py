@@ -32,6 +32,7 @@ from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import Room
 from moejax.pipeline.rounded import RoundedWeights
+from moejax.pipeline.sampled import Sampled, is_sampled
 from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.shapes import Shapes, ready, shapes_of
 from moejax.pipeline.trial import Trials
@@ -42,6 +43,7 @@ from moejax.planning.fit import Problem, losses_of_plan
 from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
 from moejax.progress import Progress, silent
+from moejax.transforms.rounder import AFRESH, Rounder
 from moejax.version import __version__
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
@@ -75,7 +77,9 @@ class Prepared:
     def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
         """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
         own = self.trials
-        known, rounder, kept = own.statistics.known, own.rounder, own.room.kept
+        # One that imitates rounds nothing.
+        rounder = AFRESH if isinstance(own.rounder, Sampled) else own.rounder
+        known, kept = own.statistics.known, own.room.kept
         return write_plan(
             own.source, self.shapes, plan, own.calibrated, output, budget, progress, known, rounder, own.work, kept
         )
@@ -154,8 +158,12 @@ def prepare(
     )
     config, room = shapes.config, room or Room(*(ledger_of(None).left // 4,) * 3)
     statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept)
-    trials = Trials(source, calibrated, statistics, RoundedWeights(room.rounded), work, room)
-    measured = measure(source, recipe, calibrated, statistics.on_the_way, trials.rounder, work, progress, room)
+    sampled = Sampled(recipe.formats, {}) if is_sampled(recipe, shapes.model) else None
+    rounder: Rounder = RoundedWeights(room.rounded) if sampled is None else sampled
+    measured = measure(source, recipe, calibrated, statistics.on_the_way, rounder, work, progress, room, sampled)
+    if sampled is not None:
+        rounder = Sampled(recipe.formats, measured.relative(config.num_hidden_layers))
+    trials = Trials(source, calibrated, statistics, rounder, work, room)
     prices, allowed = Prices(measured, config, recipe), options(shapes.model, recipe)
     pruning = prices.pruning()
     costs = prices.costs(allowed, pruning)

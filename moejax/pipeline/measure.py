@@ -29,6 +29,7 @@ from moejax.pipeline.probes import changes_of, family_of
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
+from moejax.pipeline.sampled import Sampled, experts_to_look_at
 from moejax.pipeline.variants import Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_trunk
@@ -50,16 +51,18 @@ def measure(
     work: Work,
     progress: Progress,
     room: Room = NO_ROOM,
+    sampled: Sampled | None = None,
 ) -> Measured:
     """Walk over what is compressed; probes are made on the chunks held out. What the work knows is not measured again.
+    With `sampled`, which is the rounder then, errors come from a sample, which it remembers.
 
     A recipe without formats measures pruning alone. Raises InputError where a weight, an output or a divergence is not
     finite.
     """
     config = source.config
-    step = _Measuring(config, recipe, calibrated, rounder, work, room)
+    step = _Measuring(config, recipe, calibrated, rounder, work, room, sampled)
     if not work.knows(_name("divergences")):
-        with counted(progress, _steps(config), "measuring") as tick:
+        with counted(progress, _steps(config, sampled is not None), "measuring") as tick:
             step.begin(statistics(), tick)
             walk(source, step, mtp=config.num_nextn_predict_layers, head=True)
     work.drop_states(_STAGE)
@@ -72,9 +75,16 @@ def _name(part: str | int) -> str:
 
 class _Measuring(Step):
     def __init__(
-        self, config: Config, recipe: Recipe, calibrated: Calibrated, rounder: Rounder, work: Work, room: Room
+        self,
+        config: Config,
+        recipe: Recipe,
+        calibrated: Calibrated,
+        rounder: Rounder,
+        work: Work,
+        room: Room,
+        sampled: Sampled | None,
     ):
-        self.config, self.recipe, self.rounder, self.work = config, recipe, rounder, work
+        self.config, self.recipe, self.rounder, self.work, self.sampled = config, recipe, rounder, work, sampled
         self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
         self.changes = changes_of(config, recipe.formats)
         self.variants = Variants(config, calibrated.held_out, room)
@@ -93,14 +103,18 @@ class _Measuring(Step):
             name = _name(part)
             return self.found[name] if name in self.found else self.work.known(name)
 
-        outer = {name: np.asarray(of(name)) for name in ("embed", "head")}
-        return Measured({i: block_measures(of(i)) for i in range(self.config.num_blocks)}, outer, of("divergences"))
+        errors, relative = (
+            {name: np.asarray(of(name)[kind][name]) for name in ("embed", "head") if of(name)[kind]}
+            for kind in ("errors", "relative")
+        )
+        blocks = {i: block_measures(of(i)) for i in range(self.config.num_blocks)}
+        return Measured(blocks, errors, of("divergences"), relative)
 
     def embedding(self, embedding: Leaf) -> None:
         self.statistics.embedding(embedding, embedding)
         inputs, weight_C = embedding_inputs(self.config), jnp.asarray(self.tokens_C, jnp.float32)
         own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, lambda: inputs, weight_C)
-        self._find("embed", lambda: own.errors().tolist())
+        self._find("embed", lambda: self._errors_of(own))
         if self.passed < 0:
             self.variants.embedding(embedding, self._changed("embed", own))
 
@@ -112,8 +126,10 @@ class _Measuring(Step):
         weights = self._in_formats(name, named_leaves(block.trunk), sums)
         dense = replace(block, trunk=dense_trunk(block.trunk))
         in_formats = self._experts_in_formats(name, sums)
-        layer = MeasuredLayer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, self.tick)
-        layer.errors.add(weights)
+        errors = Errors(self.tick, self.sampled)
+        errors.add(weights)
+        self._look_at(block, sums, in_formats, errors)
+        layer = MeasuredLayer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, errors)
         self.variants.block(index, dense, chain(layer.runs(), layer.changed(index, self.changes)), layer.alternatives)
         self._find(index, layer.measures)
         self.work.keep_states(_STAGE, index, self.variants.arrays())
@@ -127,22 +143,35 @@ class _Measuring(Step):
         around = {own: leaf for own, leaf in named_leaves(mtp.outer).items() if not own.startswith("block.")}
 
         def found() -> dict[str, Any]:
-            errors = Errors(self.tick)
+            errors = Errors(self.tick, self.sampled)
             errors.add(self._in_formats(name, around, sums))
             errors.add(self._in_formats(f"{name}.block", named_leaves(mtp.block.trunk), sums))
             in_formats = self._experts_in_formats(f"{name}.block", sums)
+            self._look_at(mtp.block, sums, in_formats, errors)
             for members, experts in mtp.block.slices():
                 errors.add_slice(members, in_formats(members, experts))
-            return {"errors": errors.measured(), "spoiled": {}, **scores_of(sums, self.recipe), "pruned": []}
+            return {**errors.measured(), "spoiled": {}, **scores_of(sums, self.recipe), "pruned": []}
 
         self._find(self.config.num_hidden_layers + depth, found)
 
     def head(self, head: Leaf) -> None:
         inputs = self.statistics.head(head)
         own = InFormats(self.recipe.formats, self.rounder, "head", head, lambda: inputs, jnp.ones(len(self.tokens_C)))
-        self._find("head", lambda: own.errors().tolist())
+        self._find("head", lambda: self._errors_of(own))
         changed = self._changed("head", own)
         self._find("divergences", lambda: self.variants.divergences(self.gain_D, head, changed))
+
+    def _errors_of(self, own: InFormats) -> dict[str, Any]:
+        """Of embedding or head."""
+        errors = Errors(lambda: None, self.sampled)
+        errors.add({own.name: own})
+        return errors.measured()
+
+    def _look_at(self, block: SlicedBlock, sums: BlockStatistics, in_formats: ExpertsIn, errors: Errors) -> None:
+        """At a sample of the block's experts, if that is how errors are found."""
+        if self.sampled is not None and sums.experts is not None:
+            members = experts_to_look_at(sums.experts)
+            errors.look_at(in_formats(members, block.experts_of(members)))
 
     def _changed(self, name: str, own: InFormats) -> Iterator[tuple[str, Leaf]]:
         """What variants have in place of the embedding or the head."""
@@ -164,7 +193,7 @@ class _Measuring(Step):
         self.found[_name(part)] = self.work.once(_name(part), find)
 
 
-def _steps(config: Config) -> int:
+def _steps(config: Config, is_sampled: bool) -> int:
     """How often `tick` is called."""
     shapes = Layout(config).shapes()
     experts = [shape for name, shape in shapes.items() if row_of(name).role == "routed experts"]
@@ -172,4 +201,6 @@ def _steps(config: Config) -> int:
         name for name in shapes if row_of(name).may_be_rounded and row_of(name).role not in ("embedding", "head")
     ]
     slices = [len(own) for own in slices_of(config.n_routed_experts, experts_in_slice(config))] if experts else []
+    if is_sampled:
+        return len(in_blocks) + len(experts) * (1 + len(slices))
     return len(in_blocks) + sum(-(-own // experts_together(shape)) for shape in experts for own in slices)

@@ -18,6 +18,7 @@ from moejax.pipeline.options import allowed_counts, order_of_pruning, pruned_cou
 from moejax.pipeline.probes import PRUNED_SHARES, PRUNING, Change, family_of, probed_format
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats
+from moejax.pipeline.sampled import Sampled
 from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.working_copy import dense_experts
 from moejax.transforms.prune import lost, masked_bias, pruning_error, pruning_scores, rerouted
@@ -34,10 +35,14 @@ ExpertsIn = Callable[[Sequence[int], Experts], Mapping[str, ExpertsInFormats]]
 
 class Errors:
     """By weight, of every format, (F,), or of every expert and format, (E, F); experts come slice by slice. `tick` is
-    called for every matrix, and as many experts as are rounded together."""
+    called for every matrix, and as many experts as are rounded together.
 
-    def __init__(self, tick: Callable[[], object]):
-        self._tick = tick
+    sampled: where errors come from a sample, what it tells; the sample of experts is known before the first slice.
+    """
+
+    def __init__(self, tick: Callable[[], object], sampled: Sampled | None):
+        self._tick, self._sampled = tick, sampled
+        self._relative: dict[str, Any] = {}
         self._found: dict[str, list[Any]] = {}
         self._seen: set[int] = set()
 
@@ -45,24 +50,44 @@ class Errors:
         """Of matrices outside the routed experts, by name."""
         for own, weight in weights.items():
             self._tick()
-            self._found[own] = weight.errors().tolist()
+            if self._sampled is None:
+                self._found[own] = weight.errors().tolist()
+            else:
+                self._sampled.look_at(weight)
+                self._found[own] = self._sampled.errors(weight).tolist()
+                self._relative[own] = self._sampled.relative[weight.name].tolist()
+
+    def look_at(self, weights: Mapping[str, ExpertsInFormats]) -> None:
+        """At a sample of a layer's experts, by projection."""
+        assert self._sampled is not None
+        for own, weight in weights.items():
+            self._tick()
+            self._sampled.look_at_experts(weight)
+            self._relative[own] = self._sampled.relative[weight.of.name].tolist()
 
     def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:
         """Of some experts by projection, unless they have been added: slices rise, and may come anew."""
         if members[0] not in self._seen:
             self._seen.add(members[0])
             for own, weight in weights.items():
-                self._found.setdefault(own, []).extend(weight.errors(self._tick).tolist())
+                self._found.setdefault(own, []).extend(self._of_experts(weight).tolist())
 
-    def measured(self) -> dict[str, list[Any]]:
+    def _of_experts(self, weight: ExpertsInFormats) -> np.ndarray:
+        if self._sampled is None:
+            return weight.errors(self._tick)
+        self._tick()
+        return self._sampled.expert_errors(weight)
+
+    def measured(self) -> dict[str, dict[str, Any]]:
         """As JSON holds them."""
-        return self._found
+        return {"errors": self._found, "relative": self._relative}
 
 
 class MeasuredLayer:
     """A decoder block that is measured: what its weights are in every format, and what it puts out with some of them.
 
-    weights: of its trunk, which is dense. in_formats: gives some of its experts in every format.
+    weights: of its trunk, which is dense. in_formats: gives some of its experts in every format. errors: where those of
+    its experts are added.
     """
 
     def __init__(
@@ -73,9 +98,9 @@ class MeasuredLayer:
         variants: Variants,
         statistics: BlockStatistics,
         in_formats: ExpertsIn,
-        tick: Callable[[], object],
+        errors: Errors,
     ):
-        self.errors = Errors(tick)
+        self.errors = errors
         self._recipe, self._weights, self._trunk, self._variants = recipe, weights, trunk, variants
         self._statistics, self._in_formats = statistics, in_formats
         self._spoiled: dict[str, float] = {}
@@ -85,7 +110,7 @@ class MeasuredLayer:
     def measures(self) -> dict[str, Any]:
         """`BlockMeasures`, as JSON holds it, once all runs have ended."""
         return {
-            "errors": self.errors.measured(),
+            **self.errors.measured(),
             "spoiled": self._spoiled,
             **self._scores,
             "pruned": self._pruned,

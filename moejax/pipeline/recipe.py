@@ -35,6 +35,8 @@ class Recipe:
     experts_per_token: "measured" tries several K'; "paper" takes round(r K) with the share r kept; or K' itself.
     fit_routing_scale: whether routing scales that are fitted layer by layer are tried too; formats of other programs
     may have no place for them.
+    prices: "whole" rounds every weight to every format to know what each costs, "sampled" some (see `sampled`), and
+    "by size" does as the model's size asks for.
     """
 
     formats: tuple[GroupFormat, ...] = _DEFAULT_FORMATS
@@ -51,6 +53,7 @@ class Recipe:
     allocation: Literal["solve", "raise"] = "solve"
     rotation: bool = False
     down_rotation: bool = False
+    prices: Literal["by size", "whole", "sampled"] = "by size"
 
     @property
     def method(self) -> Method:
@@ -128,5 +131,6 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = {
     "sequential": (_is_bool, "true or false"),
     "rotation": (_is_bool, "true or false"),
     "down_rotation": (_is_bool, "true or false"),
+    "prices": (("by size", "whole", "sampled").__contains__, "'by size', 'whole' or 'sampled'"),
     "allocation": (("solve", "raise").__contains__, "'solve' or 'raise'"),
 }

@@ -78,7 +78,7 @@ class InFormats:
         """The error of its outputs in every format, (F,): `rounding_error`."""
         inputs = self.inputs()
         error_F = np.asarray([self._error(f, inputs) for f in range(len(self.formats))], np.float64)
-        _require_finite(self.name, self.leaf, error_F)
+        require_finite(self.name, self.leaf, error_F)
         return error_F
 
     def _rounded(self, f: int, inputs: Inputs) -> Leaf:
@@ -87,13 +87,13 @@ class InFormats:
     def _error(self, f: int, inputs: Inputs) -> float:
         rounded, error = self._rounded(f, inputs), 0.0
         for own in row_parts(self.leaf, MOST_NUMBERS):
-            each = (to_float32(_cut(leaf, own)) for leaf in (self.leaf, rounded))
+            each = (to_float32(cut(leaf, own)) for leaf in (self.leaf, rounded))
             error += float(rounding_error(*each, inputs, self.output_weight[own]))
         return error
 
 
-def _cut(leaf: Leaf, own: slice) -> Leaf:
-    """Those rows of a matrix; of what is no matrix, or has no others, all."""
+def cut(leaf: Leaf, own: slice) -> Leaf:
+    """Of `row_parts`: those rows of a matrix; of what is no matrix, or has no others, all."""
     size = own.stop - own.start
     return leaf if size == leaf.shape[0] else rows(leaf, own.start, size)
 
@@ -130,7 +130,7 @@ class ExpertsInFormats:
                 for e, matrix, rounded in zip(some, dense, each, strict=True):
                     error_EF[e, f] = rounding_error(matrix, rounded, self.of.inputs(e), output_EO[e])
             for e, matrix in zip(some, dense, strict=True):
-                _require_finite(f"{self.of.name} of expert {self.of.members[e]}", matrix, error_EF[e])
+                require_finite(f"{self.of.name} of expert {self.of.members[e]}", matrix, error_EF[e])
         return error_EF
 
     def output_weight(self) -> jax.Array:
@@ -190,7 +190,8 @@ def experts_in_formats(
     }
 
 
-def _require_finite(name: str, matrix: Leaf, error_F: np.ndarray) -> None:
+def require_finite(name: str, matrix: Leaf, error_F: np.ndarray) -> None:
+    """Raises InputError, naming the matrix, unless its errors are finite."""
     if not np.all(np.isfinite(error_F)):
         raise InputError(
             f"{name}: its largest weight is {float(jnp.max(jnp.abs(to_float32(matrix)))):.3g}, and the error of "

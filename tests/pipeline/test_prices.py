@@ -353,7 +353,7 @@ def with_slopes(config: Config, recipe: Recipe, slope_of: Callable[[str, int], f
     errors = {name: np.asarray([[4.0, 2.0, 1.0]] * 2 if "experts" in name else [4.0, 2.0, 1.0]) for name in own}
     pruned = (Pruned(config.n_routed_experts // 2, PruningError(*[jnp.zeros(())] * 4), 0.5),)
     scores_E = np.arange(config.n_routed_experts, dtype=float)
-    block = BlockMeasures(errors, dict.fromkeys(own, 0.25), scores_E, scores_E, pruned)
+    block = BlockMeasures(errors, dict.fromkeys(own, 0.25), scores_E, scores_E, pruned, {})
     divergence = {
         change.name: slope_of(family, layer) * 0.25
         for family, by_layer in rounding_probes(config, recipe.formats).items()

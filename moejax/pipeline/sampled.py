@@ -1,0 +1,151 @@
+"""Errors of formats from a sample, for models whose every weight takes too long to round to every format.
+
+Of a layer's experts EXPERTS are looked at, at even places in the order of what comes to them, sum g^2 |x|^2; of a
+matrix ROWS rows, drawn in proportion to their energy (`imitate`), at even places of its running sum. They are rounded
+to every format, as they will be if the plan says so, and give the kind's relative error, sum of errors / sum of
+energies. Every matrix's error is its own energy times that; variants of the model have weights that err as much.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.calibrate import ExpertStatistics, Inputs
+from moejax.formats import GroupFormat, Leaf, parse_group_format, row_parts
+from moejax.model import DeepseekV3
+from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.rounded import ExpertsInFormats, InFormats, cut, require_finite
+from moejax.planning import KEEP
+from moejax.planning.parameters import count_parameters
+from moejax.transforms.imitate import energy_by_output, imitate
+from moejax.transforms.rounder import MOST_NUMBERS, Projection
+from moejax.transforms.rounding import round_weight, rounding_error, to_float32
+
+EXPERTS, ROWS = 8, 256
+
+# Of models with more numbers a sample is looked at, unless the recipe says otherwise.
+MOST_WHOLE = 4_000_000_000
+
+
+def is_sampled(recipe: Recipe, model: DeepseekV3) -> bool:
+    """Whether prices of that model, which may be abstract, come from a sample."""
+    if recipe.prices == "by size":
+        return count_parameters(model).with_mtp > MOST_WHOLE
+    return recipe.prices == "sampled"
+
+
+class Sampled:
+    """What is known of a sample; and the `Rounder` that imitates accordingly.
+
+    relative: the relative error in every format, (F,), by a matrix's name in the model, or that of all experts'
+    projection.
+    """
+
+    def __init__(self, formats: Sequence[GroupFormat], relative: Mapping[str, np.ndarray]):
+        self.relative = dict(relative)
+        self._formats = formats
+
+    def look_at(self, own: InFormats) -> None:
+        """At some rows of a matrix."""
+        inputs, output_O = own.inputs(), np.asarray(own.output_weight, np.float64).reshape(-1)
+        energy_O = _energies(own.leaf, inputs)
+        row_R, weight_R = _sample(energy_O, output_O)
+        self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R)
+
+    def look_at_experts(self, own: ExpertsInFormats) -> None:
+        """At some rows of each of those experts."""
+        found, energies, output_EO = [], [], np.asarray(own.output_weight(), np.float64)
+        for k in range(own.of.weights.num_experts):
+            inputs, matrix = own.of.inputs(k), own.of.weights.expert(k)
+            energy_O = _energies(matrix, inputs)
+            row_R, weight_R = _sample(energy_O, output_EO[k])
+            found.append(self._errors(_rows(matrix, row_R), inputs, weight_R))
+            energies.append(float(np.sum(energy_O * output_EO[k])))
+        if not sum(energies) > 0:
+            energies = [1.0] * len(energies)
+        self.relative[own.of.name] = np.average(found, axis=0, weights=energies)
+
+    def errors(self, own: InFormats) -> np.ndarray:
+        """`InFormats.errors`, of what was looked at."""
+        energy_O = _energies(own.leaf, own.inputs())
+        error_F = self.relative[own.name] * np.sum(energy_O * np.asarray(own.output_weight, np.float64).reshape(-1))
+        require_finite(own.name, own.leaf, error_F)
+        return error_F
+
+    def expert_errors(self, own: ExpertsInFormats) -> np.ndarray:
+        """`ExpertsInFormats.errors`, of all experts of a layer some of which were looked at."""
+        output_EO, relative_F = np.asarray(own.output_weight(), np.float64), self.relative[own.of.name]
+        errors = []
+        for k in range(own.of.weights.num_experts):
+            matrix = own.of.weights.expert(k)
+            errors.append(np.sum(_energies(matrix, own.of.inputs(k)) * output_EO[k]) * relative_F)
+            require_finite(own.of.name_of(k), matrix, errors[-1])
+        return np.stack(errors)
+
+    def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
+        """As a `Rounder`."""
+        if target == KEEP:
+            return leaf
+        imitated = [
+            imitate(to_float32(cut(leaf, own)), inputs.second_moment, *self._format_and_error(name, target))
+            for own in row_parts(leaf, MOST_NUMBERS)
+        ]
+        return imitated[0] if len(imitated) == 1 else jnp.concatenate([own.astype(jnp.bfloat16) for own in imitated])
+
+    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
+        """As a `Rounder`."""
+        each = [of.weights.expert(k) for k in some]
+        if target == KEEP:
+            return each
+        own = self._format_and_error(of.name, target)
+        return [imitate(to_float32(leaf), of.inputs(k).second_moment, *own) for k, leaf in zip(some, each, strict=True)]
+
+    def _format_and_error(self, name: str, target: str) -> tuple[GroupFormat, float]:
+        to = parse_group_format(target)
+        return to, float(self.relative[name][self._formats.index(to)])
+
+    def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray) -> np.ndarray:
+        counts_R = jnp.asarray(weight_R, jnp.float32)
+        rounded = (to_float32(round_weight(row_RI, inputs, own)) for own in self._formats)
+        return np.asarray([rounding_error(row_RI, own_RI, inputs, counts_R) for own_RI in rounded], np.float64)
+
+
+def experts_to_look_at(experts: ExpertStatistics) -> list[int]:
+    """Their numbers, rising."""
+    order = np.argsort(np.asarray(jnp.sum(experts.x2_ED, axis=1)), kind="stable")
+    places = (np.arange(min(EXPERTS, len(order))) + 0.5) * len(order) / min(EXPERTS, len(order))
+    return sorted(order[places.astype(int)].tolist())
+
+
+def _sample(energy_O: np.ndarray, output_O: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, some perhaps twice, and by what their errors count, so that their sum is about the relative error."""
+    counts_O = energy_O * output_O
+    total = np.sum(counts_O)
+    if not 0 < total < np.inf:
+        counts_O, output_O, total = energy_O, np.ones_like(output_O), max(np.sum(energy_O), 1e-300)
+    if len(energy_O) <= ROWS:
+        return np.arange(len(energy_O)), output_O / total
+    places = (np.arange(ROWS) + 0.5) / ROWS * total
+    row_R = np.minimum(np.searchsorted(np.cumsum(counts_O), places), len(energy_O) - 1)
+    return row_R, 1 / (ROWS * np.maximum(energy_O[row_R], 1e-300))
+
+
+def _energies(leaf: Leaf, inputs: Inputs) -> np.ndarray:
+    """Of every row, (O,)."""
+    parts = (to_float32(cut(leaf, own)) for own in row_parts(leaf, MOST_NUMBERS))
+    each = [np.asarray(energy_by_output(own, inputs.second_moment), np.float64).reshape(-1) for own in parts]
+    return np.concatenate(each)
+
+
+def _rows(leaf: Leaf, row_R: np.ndarray) -> jax.Array:
+    """Some rows (R, I), in float32."""
+    found = jnp.zeros((len(row_R), leaf.shape[-1]))
+    parts, start = row_parts(leaf, MOST_NUMBERS), 0
+    for part in parts:
+        own_OI = to_float32(cut(leaf, part)).reshape(-1, leaf.shape[-1])
+        here = (row_R >= start) & (row_R < start + len(own_OI))
+        found = jnp.where(here[:, None], own_OI[np.where(here, row_R - start, 0)], found)
+        start += len(own_OI)
+    return found
