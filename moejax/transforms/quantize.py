@@ -26,6 +26,10 @@ SHARES = np.linspace(0.20, 1.04, 22, dtype=np.float32)
 MOST_WEIGHTS = 1 << 24
 
 
+# Every share reads the weights again: of a matrix with more than caches hold, about so many are searched at a time.
+_CACHED, _TOGETHER = 1 << 23, 1 << 18
+
+
 def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> GroupedCodes:
     """Round a weight (..., O, I) to a format, minimizing E|(W - Q) x|^2 over the group scales with x's entries taken as
     uncorrelated: sum_i h_i (w_oi - q_oi)^2 in every group, h = `second_moment` (..., I) of the input.
@@ -64,6 +68,18 @@ def search_scales(
     scale_kind: ScaleKind = "bf16",
 ) -> tuple[jax.Array, jax.Array]:
     """Every group's best scale and its weighted squared error, both (..., O, ceil(I/group_size))."""
+    *outer, inputs = weight.shape
+    if len(outer) == 1 and weight.size > _CACHED:
+        rows = math.gcd(outer[0], 1 << (_TOGETHER // inputs).bit_length() >> 1)
+        of_rows = partial(_search_scales, levels=levels, group_size=group_size, scale_kind=scale_kind)
+        found = jax.lax.map(lambda own_OI: of_rows(own_OI, second_moment), weight.reshape(-1, rows, inputs))
+        return jax.tree.map(lambda own: own.reshape(outer[0], -1), found)
+    return _search_scales(weight, second_moment, levels, group_size, scale_kind)
+
+
+def _search_scales(
+    weight: jax.Array, second_moment: jax.Array, levels: jax.Array | int, group_size: int, scale_kind: ScaleKind
+) -> tuple[jax.Array, jax.Array]:
     w_grouped = group(weight.astype(jnp.float32), group_size)
     h_grouped = group(positive(second_moment), group_size)[..., None, :, :]
     middle = centre(levels)

@@ -284,3 +284,15 @@ def test_many_rows_are_searched_in_parts(shape: tuple[int, ...], monkeypatch: py
     assert searched == [3, 3]
     assert parts.shape == whole.shape
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+@pytest.mark.parametrize("outputs", [48, 50, 7])
+def test_rows_that_caches_hold_are_searched_at_a_time(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = jnp.asarray(normal_weight(11, outputs=outputs)), jnp.asarray(log_normal_moment(11))
+    whole = search_scales(weight, moment, 5, GROUP_SIZE)
+    monkeypatch.setattr(own, "_CACHED", 1)
+    monkeypatch.setattr(own, "_TOGETHER", 16 * INPUTS)
+    jax.clear_caches()
+    for found, expected in zip(search_scales(weight, moment, 5, GROUP_SIZE), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.clear_caches()
