@@ -59,6 +59,10 @@ def compress(
         str | None, arg(help="a recipe that comes with moejax (fast, best, paper, equal_groups) or a TOML file")
     ] = None,
     plan: PlanArg = None,
+    expert_scores: Annotated[
+        Path | None,
+        arg(help="plan by these routing statistics (JSON) and round with nothing going through the model: no figures"),
+    ] = None,
     calibration: Annotated[
         Path | None, arg(help="UTF-8 text to calibrate on; without it, the Python sources of installed packages")
     ] = None,
@@ -77,8 +81,8 @@ def compress(
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
 
-    texts = (calibration, calibration_chunks, text)
-    run_compress(checkpoint, budget, fit, context, batch, output, recipe, plan, *texts, drop_mtp, work, memory, json)
+    by, texts = (recipe, plan, expert_scores), (calibration, calibration_chunks, text)
+    run_compress(checkpoint, budget, fit, context, batch, output, *by, *texts, drop_mtp, work, memory, json)
 
 
 @app.command

@@ -12,6 +12,7 @@ import numpy as np
 
 from moejax.calibrate.products import expert_products, input_name
 from moejax.kernels import product
+from moejax.model import Config
 from moejax.model.moe import ExpertRun
 
 # A routed expert's second moments are drawn toward its layer's as if it had seen this many tokens more: an expert with
@@ -245,6 +246,16 @@ def joined(slices: Sequence[ExpertStatistics], tokens: jax.Array) -> ExpertStati
     layer = replace(jax.tree.map(lambda *own: sum(own[1:], own[0]), *(own.layer for own in slices)), tokens=tokens)
     x_EDD, hidden_EFF = (tuple(chain(*own)) for own in zip(*((s.x_EDD, s.hidden_EFF) for s in slices), strict=True))
     return replace(slices[0], layer=layer, x_EDD=x_EDD, hidden_EFF=hidden_EFF, **rows)
+
+
+def unseen_experts(config: Config) -> ExpertStatistics:
+    """As if one token had chosen each of a layer's experts, and every input were 1 on average."""
+    experts, inputs, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    sizes = {"E": (experts,), "ED": (experts, inputs), "EF": (experts, hidden)}
+    rows: dict[str, Any] = {name: jnp.ones(sizes[name.rpartition("_")[2]]) for name in _ROWS}
+    count = jnp.float32(experts)
+    layer = LayerSums(count, count, count, count * jnp.ones(inputs), count * jnp.ones(hidden))
+    return ExpertStatistics(**rows, layer=layer)
 
 
 def expert_statistics(run: ExpertRun, num_experts: int, max_bytes_each: int | None = None) -> ExpertStatistics:

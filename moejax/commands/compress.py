@@ -1,11 +1,8 @@
 """`moejax compress`."""
 
-import os
-import shlex
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,26 +12,28 @@ import numpy as np
 
 from moejax.checkpoint.atomic import partial_path, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
+from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
-from moejax.checkpoint.native_writer import require_no_other_job
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
+from moejax.commands.work_option import kept_work, require_work_beside
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
 from moejax.evaluate.text import Text, default_calibration_text, read_text
-from moejax.ledger import ledger_of
-from moejax.model import DeepseekV3
+from moejax.ledger import Ledger, ledger_of
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.check import Limit, check_limit, check_plan_bytes, require_original
 from moejax.pipeline.fit_device import Device, context_for
+from moejax.pipeline.outlook import plan_by_scores
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.room import room_in
-from moejax.pipeline.shapes import shapes_of
-from moejax.pipeline.work import Work, work_in
+from moejax.pipeline.room import Room, room_in
+from moejax.pipeline.shapes import Shapes, shapes_of
+from moejax.pipeline.work import Work
 from moejax.planning import Method
+from moejax.planning.expert_scores import ExpertScores, expert_scores_from_json
 from moejax.planning.memory import device_memory
 from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget, parse_size
@@ -42,7 +41,6 @@ from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
 from moejax.report.pruning import pruning_figures, pruning_rows
 from moejax.tokenizer import load_tokenizer
-from moejax.version import __version__
 
 # Enough of the default text for stable figures in a minute on two cores.
 _CALIBRATION_BYTES = 1_500_000
@@ -60,6 +58,24 @@ class _Texts:
     evaluated: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is compressed, to what, within which bytes and memory. limit: what a plan is to keep within; most_bytes:
+    about what the folder takes at most."""
+
+    checkpoint: HuggingFaceCheckpoint
+    output: Path
+    limit: Limit
+    most_bytes: int
+    drop_mtp: bool
+    work: Path | None
+    ledger: Ledger
+
+    def shapes(self, method: Method) -> Shapes:
+        """Of what is compressed by a method."""
+        return shapes_of(self.checkpoint, method)
+
+
 def run_compress(
     name: str | None,
     budget: str | None,
@@ -69,6 +85,7 @@ def run_compress(
     output: Path,
     recipe: str | None,
     plan: Path | None,
+    expert_scores: Path | None,
     calibration: Path | None,
     calibration_chunks: int,
     text: Path | None,
@@ -79,95 +96,101 @@ def run_compress(
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
     started = time.monotonic()
-    if work is None:
-        require_no_other_job(output)
-    elif _is_within(work, output) or _is_within(work, partial_path(output)):
-        raise InputError(f"--work {work} lies in the output {output}; another folder is needed")
+    require_work_beside(work, output)
     require_free(output, is_resumable=lambda _: work is not None)
     figures.require_writable(json, output)
     if calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
+    for other, own in (("--plan", plan), ("--calibration", calibration), ("--text", text)):
+        if expert_scores is not None and own is not None:
+            raise InputError(
+                f"--expert-scores plans with nothing going through the model; {other} beside it is not accepted"
+            )
     checkpoint, own_recipe = require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
-    dropped = checkpoint.dropped_mtp
     given = None if plan is None else from_json(read_toml(plan))
-    asked = _asked(checkpoint, budget, fit, context, batch)
-    limit, most_bytes = _checked(checkpoint, own_recipe, given, asked)
+    scores = None if expert_scores is None else _read_scores(expert_scores, checkpoint, own_recipe)
+    limit, most_bytes = _checked(checkpoint, own_recipe, given, _limit(checkpoint, budget, fit, context, batch))
     require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
-    texts = _read_texts(checkpoint, calibration, calibration_chunks, text)
+    texts = None if scores is not None else _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     if isinstance(limit, Device):
         print(f"as much as decodes in {format_size(limit.memory)}, from {bf16} in BF16")
     else:
         print(f"budget {format_size(most_bytes)} ({most_bytes} bytes), from {bf16} in BF16")
-    if dropped:
-        print(f"MTP blocks dropped: {dropped}")
-    print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
-    made = job.provenance(
-        texts.calibration, len(texts.calibrated.chunks), own_recipe if given is None else None, dropped
-    )
-    by, ledger = own_recipe if given is None else given, ledger_of(memory)
-    with (
-        room_in(ledger, *_working_on(checkpoint, by.method, texts), output) as room,
-        _kept(work, output, checkpoint, texts, by, drop_mtp) as kept,
-    ):
-        own, told = texts.calibrated, (ledger, progress_bar)
-        if given is not None:
-            put = room.kept
-            result = job.carry_out(checkpoint, given, own, made, output, most_bytes, texts.evaluated, *told, kept, put)
-        else:
-            prepared = job.prepare(checkpoint, own, own_recipe, made, progress_bar, kept, room)
-            result = job.compress_checkpoint(prepared, output, limit, texts.evaluated, *told)
+    if checkpoint.dropped_mtp:
+        print(f"MTP blocks dropped: {checkpoint.dropped_mtp}")
+    asked = _Asked(checkpoint, output, limit, most_bytes, drop_mtp, work, ledger_of(memory))
+    if texts is None:
+        assert scores is not None
+        print(f"planning by {scores.source}; nothing goes through the model, so its figures are not known")
+        result = _by_scores(asked, own_recipe, scores)
+    else:
+        print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
+        result = _by_recipe(asked, own_recipe, texts) if given is None else _by_plan(asked, given, texts)
     cost = cost_of_the_run(started)
     if memory is not None:
-        cost["memory_limit_bytes"] = ledger.limit
-        if cost["peak_memory_bytes"] > ledger.limit:
+        cost["memory_limit_bytes"] = asked.ledger.limit
+        if cost["peak_memory_bytes"] > asked.ledger.limit:
             note(f"{format_size(cost['peak_memory_bytes'])} were held for a while, more than --memory {memory}")
-    _report(checkpoint, output, limit, result, texts.evaluation, dropped, cost, json)
+    _report(asked, result, None if texts is None else texts.evaluation, cost, json)
 
 
-def _working_on(checkpoint: HuggingFaceCheckpoint, method: Method, texts: _Texts) -> tuple[DeepseekV3, int, bool]:
-    """What is compressed, in shapes alone, the tokens of a chunk, and whether there are Hessians."""
-    return shapes_of(checkpoint, method).model, texts.calibrated.chunks.shape[1], method.error_feedback
+def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
+    """Measured, planned, written, evaluated."""
+    own, told = texts.calibrated, (asked.ledger, progress_bar)
+    with _room(asked, recipe.method, texts) as room, _kept(asked, texts, {"recipe": repr(recipe)}) as kept:
+        made = _provenance(asked, texts, recipe)
+        prepared = job.prepare(asked.checkpoint, own, recipe, made, progress_bar, kept, room)
+        return job.compress_checkpoint(prepared, asked.output, asked.limit, texts.evaluated, *told)
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+def _by_plan(asked: _Asked, plan: Plan, texts: _Texts) -> job.Result:
+    """Written and evaluated."""
+    own, told = texts.calibrated, (asked.ledger, progress_bar)
+    with _room(asked, plan.method, texts) as room, _kept(asked, texts, {"plan": digest(plan)}) as kept:
+        to, made = (asked.output, asked.most_bytes, texts.evaluated), _provenance(asked, texts, None)
+        return job.carry_out(asked.checkpoint, plan, own, made, *to, *told, kept, room.kept)
 
 
-@contextmanager
-def _kept(
-    folder: Path | None,
-    output: Path,
-    checkpoint: HuggingFaceCheckpoint,
-    texts: _Texts,
-    by: Recipe | Plan,
-    drop_mtp: bool,
-) -> Iterator[Work]:
-    """What the job has found out, kept in a folder if one is given; if it is stopped, how it goes on is said."""
+def _by_scores(asked: _Asked, recipe: Recipe, scores: ExpertScores) -> job.Result:
+    """Planned and written."""
+    shapes = asked.shapes(recipe.method)
+    plan = plan_by_scores(asked.checkpoint.abstract_model(), shapes, recipe, scores, asked.limit).plan
+    budget = asked.limit if isinstance(asked.limit, int) else asked.most_bytes
+    made = job.provenance_by_scores(scores, asked.checkpoint.dropped_mtp)
+    made_of = {"recipe": repr(recipe), "plan": digest(plan), "--drop-mtp": str(asked.drop_mtp)}
+    with _room(asked, recipe.method, None), kept_work(asked.work, asked.output, asked.checkpoint, made_of) as kept:
+        return job.carry_out_unseen(asked.checkpoint, plan, made, asked.output, budget, progress_bar, kept)
+
+
+def _room(asked: _Asked, method: Method, texts: _Texts | None) -> AbstractContextManager[Room]:
+    """For chunks of the texts, or for none."""
+    tokens = 0 if texts is None else texts.calibrated.chunks.shape[1]
+    return room_in(asked.ledger, asked.shapes(method).model, tokens, method.error_feedback, asked.output)
+
+
+def _kept(asked: _Asked, texts: _Texts, by: Mapping[str, str]) -> AbstractContextManager[Work]:
     calibrated = sha256(b"".join(own.tobytes() for own in texts.calibrated)).hexdigest()
-    made_of = {
-        "version of moejax": __version__,
-        "checkpoint": checkpoint.fingerprint(),
-        "calibration": calibrated,
-        "plan" if isinstance(by, Plan) else "recipe": digest(by) if isinstance(by, Plan) else repr(by),
-        "--drop-mtp": str(drop_mtp),
-    }
-    with work_in(folder, made_of) as work:
-        try:
-            yield work
-        except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):  # the last is XLA's out of memory, too
-            if output.exists():
-                figures_of = ["moejax", "evaluate", str(output), "--against", str(checkpoint.path)]
-                note(f"{output} is complete; its figures are told by: {shlex.join(figures_of)}")
-            elif folder is not None:
-                places = " and ".join(str(own) for own in (folder, partial_path(output)) if own.exists())
-                note(f"what is finished is kept in {places}; this goes on: {shlex.join(['moejax', *sys.argv[1:]])}")
-            raise
+    made_of = {"calibration": calibrated, **by, "--drop-mtp": str(asked.drop_mtp)}
+    return kept_work(asked.work, asked.output, asked.checkpoint, made_of)
 
 
-def _asked(
+def _provenance(asked: _Asked, texts: _Texts, recipe: Recipe | None) -> dict[str, Any]:
+    return job.provenance(texts.calibration, len(texts.calibrated.chunks), recipe, asked.checkpoint.dropped_mtp)
+
+
+def _read_scores(path: Path, checkpoint: HuggingFaceCheckpoint, recipe: Recipe) -> ExpertScores:
+    if recipe.error_feedback or recipe.sequential:
+        raise InputError(
+            "with --expert-scores nothing goes through the model, which error_feedback and sequential ask for; "
+            "a recipe with neither, such as fast, is needed"
+        )
+    return expert_scores_from_json(read_json_object(path), checkpoint.config, str(path))
+
+
+def _limit(
     checkpoint: HuggingFaceCheckpoint, budget: str | None, fit: str | None, context: int | None, batch: int | None
 ) -> Limit | None:
     """What a plan is to keep within, if that is given. Raises InputError for options that do not go together."""
@@ -209,17 +232,8 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
     return _Texts(source, calibrated, evaluation, evaluated)
 
 
-def _report(
-    checkpoint: HuggingFaceCheckpoint,
-    output: Path,
-    limit: Limit,
-    result: job.Result,
-    text: Text,
-    dropped_mtp: int,
-    cost: dict[str, Any],
-    json: Path | None,
-) -> None:
-    written = open_checkpoint(output)
+def _report(asked: _Asked, result: job.Result, text: Text | None, cost: dict[str, Any], json: Path | None) -> None:
+    checkpoint, limit, written = asked.checkpoint, asked.limit, open_checkpoint(asked.output)
     kinds = summarize(written.abstract_leaves())
     print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
     if result.pruning:
@@ -227,21 +241,25 @@ def _report(
         print_table("pruning, layer by layer", columns, rows)
     size = figures.size_figures(result.bytes, checkpoint.num_elements)
     device_rows, device_figures = _on_device(limit, written) if isinstance(limit, Device) else ([], {})
+    evaluation_rows, evaluation_figures = [], {}
+    if result.evaluation is not None and text is not None:
+        evaluation_rows = figures.evaluation_rows(result.evaluation, result.predicted)
+        evaluation_figures = figures.evaluation_figures(result.evaluation, text)
     rows = [
         *figures.size_rows(size),
         *device_rows,
         *figures.plan_rows(result.plan, checkpoint.config),
         *figures.search_rows(result.planned),
-        *figures.evaluation_rows(result.evaluation, result.predicted),
+        *evaluation_rows,
         *figures.cost_rows(cost),
     ]
-    print_table(str(output), ("figure", "value"), rows)
+    print_table(str(asked.output), ("figure", "value"), rows)
     told = {
         **size,
         "budget_bytes": None if isinstance(limit, Device) else limit,
         **device_figures,
-        "dropped_mtp_blocks": dropped_mtp,
-        **figures.evaluation_figures(result.evaluation, text),
+        "dropped_mtp_blocks": checkpoint.dropped_mtp,
+        **evaluation_figures,
         **figures.plan_figures(result.plan),
         **figures.search_figures(result.planned),
         **pruning_figures(result.pruning),

@@ -39,6 +39,7 @@ from moejax.pipeline.trial import Trials
 from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.pipeline.write import write_plan
 from moejax.planning import Plan
+from moejax.planning.expert_scores import ExpertScores
 from moejax.planning.fit import Problem, losses_of_plan
 from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
@@ -99,11 +100,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class Result:
-    """What the main job did; how it was planned, unless the plan was given."""
+    """What the main job did; the figures of its checkpoint, unless nothing went through it; how it was planned, unless
+    the plan was given."""
 
     plan: Plan
     bytes: int
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     planned: Planned | None = None
     pruning: Mapping[int, LayerPruning] = field(default_factory=dict)
 
@@ -125,6 +127,12 @@ def provenance(calibration: Text, chunks: int, recipe: Recipe | None, dropped_mt
     if dropped_mtp:
         made["dropped_mtp_blocks"] = dropped_mtp
     return made
+
+
+def provenance_by_scores(scores: ExpertScores, dropped_mtp: int = 0) -> dict[str, Any]:
+    """What a manifest says where expert scores alone decided the plan."""
+    made: dict[str, Any] = {"moejax": __version__, "expert_scores": scores.source}
+    return made | {"dropped_mtp_blocks": dropped_mtp} if dropped_mtp else made
 
 
 def split_calibration(chunks: np.ndarray, calibration: int, probed: int) -> Calibrated:
@@ -231,6 +239,21 @@ def carry_out(
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work, kept=kept)
     return Result(plan, written, evaluated())
+
+
+def carry_out_unseen(
+    checkpoint: HuggingFaceCheckpoint,
+    plan: Plan,
+    provenance: dict[str, Any],
+    output: Path,
+    budget: int,
+    progress: Progress,
+    work: Work = NOT_KEPT,
+) -> Result:
+    """A plan carried out and written without anything that goes through the model: every input counts alike."""
+    shapes = shapes_of(checkpoint, plan.method, provenance)
+    source = ready(CheckpointSource(checkpoint), plan.method)
+    return Result(plan, write_plan(source, shapes, plan, None, output, budget, progress, work=work), None)
 
 
 def _evaluation_of(

@@ -19,6 +19,7 @@ from moejax.errors import InputError, note
 from moejax.formats import byte_parts, payload_bytes
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.pipeline.activated_experts import candidates
+from moejax.pipeline.check import Limit
 from moejax.pipeline.estimate import ESTIMATED_CURVES, criterion_of, estimate_costs
 from moejax.pipeline.fit_device import Device, context_for, fit_device
 from moejax.pipeline.forecast import Forecast, Split, layer_forecasts
@@ -119,10 +120,18 @@ def read_outlook(
         raw_config = without_mtp(raw_config)
         model = abstract_original(raw_config, str(file))
     shapes = shapes_for(model, recipe.method, raw_config, copied_files(file.parent) if is_file else [])
-    known = config_path("sensitivity", "deepseek_v3")
-    sensitivity = sensitivity_from_json(read_json_object(known), str(known))
-    scores = _read_scores(name, expert_scores, shapes.config)
-    return outlook_for(original, shapes, recipe, scores, sensitivity)
+    return outlook_for(original, shapes, recipe, _read_scores(name, expert_scores, shapes.config), _read_sensitivity())
+
+
+def plan_by_scores(
+    original: DeepseekV3, shapes: Shapes, recipe: Recipe, scores: ExpertScores, limit: Limit
+) -> Forecast:
+    """The plan of a checkpoint in shapes alone, by expert scores and what is known of other models' sensitivity, and
+    what it is expected to cost. Raises InputError as `plan`."""
+    outlook = outlook_for(original, shapes, recipe, scores, _read_sensitivity())
+    if isinstance(limit, Device):
+        return forecast(outlook, None, limit.memory, limit.context, limit.batch)
+    return forecast(outlook, limit, None, context_for(None, 1, outlook.config), 1)
 
 
 def outlook_for(
@@ -144,6 +153,11 @@ def outlook_for(
 def _per_token(recipe: Recipe, config: Config, kept: int) -> int:
     """K' of a layer that keeps so many experts: of those that the recipe lets be tried, the most."""
     return max(own[0] for own in candidates(recipe, config, [kept]))
+
+
+def _read_sensitivity() -> Sensitivity:
+    known = config_path("sensitivity", "deepseek_v3")
+    return sensitivity_from_json(read_json_object(known), str(known))
 
 
 def _read_scores(name: str, given: Path | str | None, config: Config) -> ExpertScores:

@@ -16,7 +16,8 @@ from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.planning import Plan
 from moejax.planning.plan import digest
 from moejax.progress import Progress
-from moejax.transforms.compress import calibrate_and_compress
+from moejax.transforms.compress import calibrate_and_compress, compress_by
+from moejax.transforms.on_the_way import Unseen
 from moejax.transforms.rounder import AFRESH, Rounder
 
 
@@ -24,7 +25,7 @@ def write_plan(
     source: Source,
     shapes: Shapes,
     plan: Plan,
-    calibrated: Calibrated,
+    calibrated: Calibrated | None,
     output: Path,
     budget: int,
     progress: Progress,
@@ -36,15 +37,18 @@ def write_plan(
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
     Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known`, `rounder` and
-    `kept` as in `calibrate_and_compress`. Where work is kept, items that an earlier run of the job has finished are
-    taken over; the folder is the same. Raises what `native_writer` and `calibrate_and_compress` raise.
+    `kept` as in `calibrate_and_compress`; without `calibrated` nothing goes through the model. Where work is kept,
+    items that an earlier run of the job has finished are taken over; the folder is the same. Raises what
+    `native_writer` and `calibrate_and_compress` raise.
     """
     rounder = AFRESH if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
     description, model = shapes.description(plan), shapes.compressed(plan)
     job = None if work.job is None else f"{digest(plan)} of {work.job}"
     with native_writer(model, output, description, shapes.copied, budget, job, progress) as writer:
-        if writer.missing:
-            parts = _Items(writer)
+        parts = _Items(writer)
+        if writer.missing and calibrated is None:
+            compress_by(source, plan, Unseen(source.config), parts, progress=progress)
+        elif writer.missing and calibrated is not None:
             calibrate_and_compress(
                 source, plan, *calibrated, parts, known=known, rounder=rounder, kept=kept, progress=progress
             )

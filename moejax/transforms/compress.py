@@ -105,7 +105,20 @@ def calibrate_and_compress(
         followed = Calibration(config, chunks, batch, hessians=method.error_feedback, kept=kept)
         statistics = Followed(followed, statistics)
     assert statistics is not None
-    _walk(source, _Compression(config, plan, statistics, parts, rounder), progress)
+    compress_by(source, plan, statistics, parts, rounder=rounder, progress=progress)
+
+
+def compress_by(
+    source: Source,
+    plan: Plan,
+    statistics: StatisticsOnTheWay,
+    parts: Parts,
+    *,
+    rounder: Rounder = AFRESH,
+    progress: Progress = silent,
+) -> None:
+    """`compress` with statistics on their way; every compressed part is added to `parts` and let go of."""
+    _walk(source, _Compression(source.config, plan, statistics, parts, rounder), progress)
 
 
 def _walk(source: Source, step: "_Compression", progress: Progress) -> None:

@@ -4,19 +4,22 @@ Which hidden states go along and are handed on is all that tells parallel calibr
 out, from sequential calibration, on what the compressed ones do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics
+from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics, unseen_experts
 from moejax.formats import Leaf
-from moejax.model import Config
+from moejax.model import Config, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.leaves import Weight
 from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced
+from moejax.model.weights import IN_BLOCK
 from moejax.planning import BlockPlan
 from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix, has_few_tokens
 from moejax.transforms.compress_block import only_survivors
@@ -65,6 +68,27 @@ class Known(StatisticsOnTheWay):
 
     def head(self, head: Leaf) -> Inputs:
         return self.statistics.head_inputs()
+
+
+@dataclass(frozen=True)
+class Unseen(StatisticsOnTheWay):
+    """Nothing went through the model: every input counts alike, every expert as if one token had chosen it."""
+
+    config: Config
+
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
+        return self._of(named_leaves(block.trunk), block.is_moe)
+
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
+        own = {name: leaf for name, leaf in named_leaves(mtp.outer).items() if not name.startswith("block.")}
+        return self._of(own | named_leaves(mtp.block.trunk), mtp.block.is_moe)
+
+    def head(self, head: Leaf) -> Inputs:
+        return Inputs(jnp.ones(head.shape[-1]))
+
+    def _of(self, leaves: Mapping[str, Weight], is_moe: bool) -> BlockStatistics:
+        input2 = {name: jnp.ones(own.shape[-1]) for name, own in leaves.items() if IN_BLOCK[name].may_be_rounded}
+        return BlockStatistics(jnp.ones(()), input2, unseen_experts(self.config) if is_moe else None)
 
 
 @dataclass(frozen=True)

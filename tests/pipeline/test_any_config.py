@@ -90,7 +90,11 @@ def compressed_to_a_sixth(config: dict[str, Any], folder: Path) -> None:
     assert result.bytes == folder_bytes(folder / "out") <= budget
     assert result.planned is not None and result.planned.without_format == ()
     figures = result.evaluation
-    assert figures.kld_mean is not None and np.isfinite([figures.ppl, figures.kld_mean, result.planned.predicted]).all()
+    assert (
+        figures is not None
+        and figures.kld_mean is not None
+        and np.isfinite([figures.ppl, figures.kld_mean, result.planned.predicted]).all()
+    )
     leaves = jax.tree.leaves(named_leaves(load_model(open_checkpoint(folder / "out"))))
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in leaves)
 

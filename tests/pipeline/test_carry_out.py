@@ -75,7 +75,9 @@ def test_the_bytes_are_those_of_the_plan(small: Path, done: tuple[Path, job.Resu
         result.bytes == folder_bytes(output) == check_plan_bytes(require_original(open_checkpoint(small)), PLAN, None)
     )
     assert (result.plan, result.planned, result.predicted) == (PLAN, None, None)
-    assert result.evaluation.kld_mean is not None and 0 < result.evaluation.kld_mean < 1
+    assert (
+        result.evaluation is not None and result.evaluation.kld_mean is not None and 0 < result.evaluation.kld_mean < 1
+    )
 
 
 def test_weights_are_rounded_in_sequence_with_the_damping_that_was_chosen(

@@ -62,6 +62,7 @@ def test_memory_changes_no_byte_and_slices_no_plan(
     assert len(kept) > 100 and all(isinstance(own, OnDisk) for own in kept)
     assert files(tmp_path / "narrow") == files(tmp_path / "ample")
     assert [own.keep for own in ample.plan.blocks] == [own.keep for own in whole.plan.blocks]
+    assert ample.evaluation is not None and whole.evaluation is not None
     assert ample.evaluation.kld_mean == pytest.approx(whole.evaluation.kld_mean, rel=0.02)
 
 
