@@ -29,7 +29,7 @@ from moejax.pipeline.probes import changes_of, family_of
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
-from moejax.pipeline.sampled import Sampled, experts_to_look_at
+from moejax.pipeline.sampled import OUTER, Sampled, experts_to_look_at
 from moejax.pipeline.variants import Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_trunk
@@ -104,7 +104,7 @@ class _Measuring(Step):
             return self.found[name] if name in self.found else self.work.known(name)
 
         errors, relative = (
-            {name: np.asarray(of(name)[kind][name]) for name in ("embed", "head") if of(name)[kind]}
+            {name: np.asarray(of(name)[kind][name]) for name in OUTER if of(name)[kind]}
             for kind in ("errors", "relative")
         )
         blocks = {i: block_measures(of(i)) for i in range(self.config.num_blocks)}

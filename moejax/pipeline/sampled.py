@@ -20,10 +20,12 @@ from moejax.pipeline.rounded import ExpertsInFormats, InFormats, cut, require_fi
 from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
 from moejax.transforms.imitate import energy_by_output, imitate
-from moejax.transforms.rounder import MOST_NUMBERS, Projection
+from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection
 from moejax.transforms.rounding import round_weight, rounding_error, to_float32
 
 EXPERTS, ROWS = 8, 256
+
+OUTER = ("embed", "head")
 
 # Of models with more numbers a sample is looked at, unless the recipe says otherwise.
 MOST_WHOLE = 4_000_000_000
@@ -85,14 +87,10 @@ class Sampled:
         return np.stack(errors)
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
-        """As a `Rounder`."""
-        if target == KEEP:
-            return leaf
-        imitated = [
-            imitate(to_float32(cut(leaf, own)), inputs.second_moment, *self._format_and_error(name, target))
-            for own in row_parts(leaf, MOST_NUMBERS)
-        ]
-        return imitated[0] if len(imitated) == 1 else jnp.concatenate([own.astype(jnp.bfloat16) for own in imitated])
+        """As a `Rounder`; embedding and head, which are large and few, are rounded."""
+        if target == KEEP or name in OUTER:
+            return AFRESH.matrix(name, leaf, inputs, target)
+        return imitate(to_float32(leaf), inputs.second_moment, *self._format_and_error(name, target))
 
     def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
         """As a `Rounder`."""
