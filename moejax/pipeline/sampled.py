@@ -17,6 +17,7 @@ from moejax.formats import GroupFormat, Leaf, parse_group_format, row_parts
 from moejax.model import DeepseekV3
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, cut, require_finite
+from moejax.pipeline.variants import USED_ROWS
 from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
 from moejax.transforms.imitate import energy_by_output, imitate
@@ -87,8 +88,8 @@ class Sampled:
         return np.stack(errors)
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
-        """As a `Rounder`; embedding and head, which are large and few, are rounded."""
-        if target == KEEP or name in OUTER:
+        """As a `Rounder`; embedding and head are rounded, since they are few."""
+        if target == KEEP or name in (USED_ROWS, *OUTER):
             return AFRESH.matrix(name, leaf, inputs, target)
         return imitate(to_float32(leaf), inputs.second_moment, *self._format_and_error(name, target))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.evaluate.divergence import compare, head_log_probabilities
-from moejax.formats import Leaf, payload_bytes
+from moejax.formats import Leaf, payload_bytes, take_rows
 from moejax.kernels import take
 from moejax.machine import return_freed
 from moejax.model import Config, require_tokens
@@ -24,6 +24,9 @@ from moejax.model.sliced import Entered, SlicedBlock, leave
 from moejax.model.steps import run_norm
 from moejax.pipeline.crossing import Alternative, Alternatives, Inside, Run, cross, run_of, unchanged
 from moejax.pipeline.room import NO_ROOM, Room
+
+# What rounders know the embedding's rows by that variants look up.
+USED_ROWS = "embed's used rows"
 
 # Of the model itself, among its variants.
 _ORIGINAL = ""
@@ -57,16 +60,22 @@ class Variants:
     def __init__(self, config: Config, tokens_BT: np.ndarray, room: Room = NO_ROOM):
         require_tokens(tokens_BT, config)
         self.config, self.tokens_BT = config, jnp.asarray(tokens_BT)
+        used_U, place_BT = np.unique(tokens_BT, return_inverse=True)
+        self._used_U, self._place_BT = jnp.asarray(used_U), jnp.asarray(place_BT.reshape(tokens_BT.shape))
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())
         self._most_bytes, self._kept = room.within, room.kept
         self.changed: dict[str, Kept] = {}
 
+    def used_rows(self, embedding: Leaf) -> Leaf:
+        """The rows of an embedding (C, D) that these tokens look up."""
+        return take_rows(embedding, self._used_U)
+
     def embedding(self, embedding: Leaf, changed: Iterable[tuple[str, Leaf]] = ()) -> None:
-        """From the embedding (C, D), and from those that variants have in its place, asked for one by one."""
+        """From the embedding (C, D), and from what variants have in place of its `used_rows`, asked for one by one."""
         self.original = take(embedding, self.tokens_BT, jnp.float32)
         require_finite("embed", self.original)
-        self.changed = {name: self._kept(take(own, self.tokens_BT, jnp.float32)) for name, own in changed}
+        self.changed = {name: self._kept(take(own, self._place_BT, jnp.float32)) for name, own in changed}
 
     def block(
         self,

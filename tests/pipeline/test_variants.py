@@ -53,7 +53,7 @@ def differs(name: str, part: str) -> bool:
 
 def begin(variants: Variants, original: DeepseekV3, models: dict[str, DeepseekV3]) -> None:
     own = ((name, model.embed.get_value()) for name, model in models.items() if differs(name, "embed"))
-    variants.embedding(original.embed.get_value(), own)
+    variants.embedding(original.embed.get_value(), ((name, variants.used_rows(leaf)) for name, leaf in own))
 
 
 def pass_block(variants: Variants, index: int, original: DeepseekV3, models: dict[str, DeepseekV3]) -> None:
