@@ -9,16 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate.products import input_products, products
-from moejax.calibrate.statistics import (
-    EXPERT_PRODUCTS_BYTES,
-    BlockStatistics,
-    ExpertStatistics,
-    Inputs,
-    Statistics,
-    expert_statistics,
-    joined,
-)
+from moejax.calibrate.expert_statistics import EXPERT_PRODUCTS_BYTES, ExpertStatistics, expert_statistics, joined
+from moejax.calibrate.products import Inputs, input_products, products
+from moejax.calibrate.statistics import BlockStatistics, Statistics
 from moejax.model.config import Config, require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.finite import require_finite_block, require_finite_mtp

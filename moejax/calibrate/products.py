@@ -1,4 +1,6 @@
-"""Sums over tokens of x x^T: what error feedback needs of a weight's input."""
+"""What rounding needs of a weight's input, and the sums over tokens of x x^T that error feedback does."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,16 @@ from moejax.model.weights import IN_BLOCK
 
 # The most rows of an expert that are multiplied at once.
 _ROW_BLOCK = 128
+
+
+class Inputs(NamedTuple):
+    """What rounding asks of a weight's input x: second_moment E[x^2] (I,), hessian E[x x^T] (I, I) or None where it was
+    not collected, over how many tokens, and how many times the usual damping suits the hessian."""
+
+    second_moment: jax.Array
+    hessian: jax.Array | None = None
+    tokens: jax.Array | float = 1.0
+    damping: jax.Array | float = 1.0
 
 
 def input_name(weight: str) -> str:

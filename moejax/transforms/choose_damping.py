@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs, Statistics
-from moejax.calibrate.statistics import PRIOR_TOKENS_PER_INPUT
+from moejax.calibrate.expert_statistics import PRIOR_TOKENS_PER_INPUT
 from moejax.formats import ExpertWeights, Leaf
 from moejax.model import Config, DeepseekV3, Layout, named_leaves
 from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced, sliced_mtp

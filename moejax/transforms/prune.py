@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate.statistics import ExpertStatistics
+from moejax.calibrate.expert_statistics import ExpertStatistics
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights, select_experts
 from moejax.model.config import Config

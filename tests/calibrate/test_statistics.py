@@ -12,7 +12,7 @@ import pytest
 from leaf_oracle import to_numpy
 from moejax.calibrate import ExpertStatistics, calibrate
 from moejax.calibrate.calibration import _observe_trunk
-from moejax.calibrate.statistics import (
+from moejax.calibrate.expert_statistics import (
     EXPERT_PRODUCTS_BYTES,
     PRIOR_TOKENS,
     PRIOR_TOKENS_PER_INPUT,

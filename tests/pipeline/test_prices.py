@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moejax.calibrate.statistics import ExpertStatistics
+from moejax.calibrate.expert_statistics import ExpertStatistics
 from moejax.checkpoint.json_file import read_json_object
 from moejax.formats import ExpertWeights, dense, parse_group_format
 from moejax.model import Config, DeepseekV3, config_from_hf, named_leaves
