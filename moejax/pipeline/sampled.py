@@ -4,6 +4,7 @@ Of a layer's experts EXPERTS are looked at, at even places in the order of what 
 matrix ROWS rows, drawn in proportion to their energy (`imitate`), at even places of its running sum. They are rounded
 to every format, as they will be if the plan says so, and give the kind's relative error, sum of errors / sum of
 energies. Every matrix's error is its own energy times that; variants of the model have weights that err as much.
+Variants, plans that are tried among them, see the first TOKENS of every chunk held out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from moejax.transforms.imitate import energy_by_output, imitate
 from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection
 from moejax.transforms.rounding import round_weight, rounding_error, to_float32
 
-EXPERTS, ROWS = 8, 256
+EXPERTS, ROWS, TOKENS = 8, 256, 128
 
 OUTER = ("embed", "head")
 

@@ -64,8 +64,8 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Trials:
-    """What trying plans out needs: what is compressed, its statistics, the chunks held out, on which plans are tried.
-    The rounder remembers what it has rounded, the work what was measured."""
+    """What trying plans out needs: what is compressed, its statistics, the chunks held out, on which plans are tried,
+    or on so many tokens of each. The rounder remembers what it has rounded, the work what was measured."""
 
     source: Source
     calibrated: Calibrated
@@ -73,6 +73,7 @@ class Trials:
     rounder: Rounder
     work: Work
     room: Room = NO_ROOM
+    tokens: int | None = None
 
     def of(self, tries: Sequence[Try], progress: Progress) -> list[Tried]:
         """Each tried out, in one walk over the model, unless the work knows."""
@@ -80,7 +81,8 @@ class Trials:
         stage = f"trying {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
 
         def found() -> list[tuple[Sequence[float], float]]:
-            step = _Trying(self.source.config, tries, self.calibrated, self.rounder, self.work, stage, self.room)
+            probes_BT = self.calibrated.held_out[:, : self.tokens]
+            step = _Trying(self.source.config, tries, probes_BT, self.rounder, self.work, stage, self.room)
             with counted(progress, self.source.config.num_hidden_layers, "trying plans") as tick:
                 step.begin(self.statistics.on_the_way())
                 walk(self.source, step, head=True, tick=tick)
@@ -98,7 +100,7 @@ class _Trying(Step):
         self,
         config: Config,
         tries: Sequence[Try],
-        calibrated: Calibrated,
+        probes_BT: np.ndarray,
         rounder: Rounder,
         work: Work,
         stage: str,
@@ -107,7 +109,7 @@ class _Trying(Step):
         self.scales: dict[str, list[float]] = {own.name: [] for own in tries}
         self.divergences: dict[str, float] = {}
         self._tries, self._rounder, self._work, self._stage = tries, rounder, work, stage
-        self._variants = Variants(config, calibrated.held_out, room)
+        self._variants = Variants(config, probes_BT, room)
 
     def begin(self, statistics: StatisticsOnTheWay) -> None:
         """With statistics on their way; behind the blocks that an earlier run has passed, if it has."""
