@@ -30,6 +30,7 @@ from moejax.pipeline.fit_device import Device, context_for
 from moejax.pipeline.outlook import plan_by_scores
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import Room, room_in
+from moejax.pipeline.sampled import EXPERTS, ROWS, is_sampled
 from moejax.pipeline.shapes import Shapes, shapes_of
 from moejax.pipeline.work import Work
 from moejax.planning import Method
@@ -140,7 +141,10 @@ def run_compress(
 def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
     """Measured, planned, written, evaluated."""
     own, told = texts.calibrated, (asked.ledger, progress_bar)
-    with _room(asked, recipe.method, texts) as room, _kept(asked, texts, {"recipe": repr(recipe)}) as kept:
+    sampled = is_sampled(recipe, asked.shapes(recipe.method).model)
+    if sampled:
+        print(f"prices come from a sample: {EXPERTS} experts of a layer, {ROWS} rows of a matrix")
+    with _room(asked, recipe.method, texts, not sampled) as room, _kept(asked, texts, {"recipe": repr(recipe)}) as kept:
         made = _provenance(asked, texts, recipe)
         prepared = job.prepare(asked.checkpoint, own, recipe, made, progress_bar, kept, room)
         return job.compress_checkpoint(prepared, asked.output, asked.limit, texts.evaluated, *told)
@@ -165,10 +169,13 @@ def _by_scores(asked: _Asked, recipe: Recipe, scores: ExpertScores) -> job.Resul
         return job.carry_out_unseen(asked.checkpoint, plan, made, asked.output, budget, progress_bar, kept)
 
 
-def _room(asked: _Asked, method: Method, texts: _Texts | None) -> AbstractContextManager[Room]:
+def _room(
+    asked: _Asked, method: Method, texts: _Texts | None, keeps_rounded: bool = False
+) -> AbstractContextManager[Room]:
     """For chunks of the texts, or for none."""
     tokens = 0 if texts is None else texts.calibrated.chunks.shape[1]
-    return room_in(asked.ledger, asked.shapes(method).model, tokens, method.error_feedback, asked.output)
+    model = asked.shapes(method).model
+    return room_in(asked.ledger, model, tokens, method.error_feedback, asked.output, keeps_rounded)
 
 
 def _kept(asked: _Asked, texts: _Texts, by: Mapping[str, str]) -> AbstractContextManager[Work]:

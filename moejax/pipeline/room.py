@@ -46,9 +46,12 @@ NO_ROOM = Room()
 
 
 @contextmanager
-def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, output: Path) -> Iterator[Room]:
+def room_in(
+    ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, output: Path, keeps_rounded: bool = True
+) -> Iterator[Room]:
     """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
-    or without. What does not fit lies in a folder beside `output`, which is removed behind.
+    or without. What does not fit lies in a folder beside `output`, which is removed behind. Where rounded weights are
+    not kept, states within a block have their share.
 
     Raises InputError where not even the work on one block fits.
     """
@@ -57,7 +60,8 @@ def room_in(ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, outp
         ledger.refuse(f"a block of the model, on {_BATCH} chunks of {tokens} tokens, cannot be worked on", needed)
     left = ledger.left - needed
     with shelf_beside(output, int(_SHELF * left)) as shelf:
-        yield Room(int(_STATISTICS * left), int(_ROUNDED * left), int(_WITHIN * left), shelf.put)
+        rounded, within = (_ROUNDED, _WITHIN) if keeps_rounded else (0.0, _ROUNDED + _WITHIN)
+        yield Room(int(_STATISTICS * left), int(rounded * left), int(within * left), shelf.put)
 
 
 def working_bytes(model: DeepseekV3, tokens: int, hessians: bool) -> int:

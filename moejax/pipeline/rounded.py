@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -102,14 +102,14 @@ def cut(leaf: Leaf, own: slice) -> Leaf:
 class ExpertsInFormats:
     """A projection of some experts of a block in each of some formats.
 
-    down: the experts' `down`, by which errors of gate and up count (`ExpertStatistics.output_weight`).
+    down_norm2: squared norms of what a unit of every product of gate and up becomes in the output, (E, F), by which
+    their errors count (`ExpertStatistics.output_weight`).
     """
 
     formats: Sequence[GroupFormat]
     rounder: Rounder
     of: Projection
-    down: ExpertWeights
-    down_input_transform: str | None
+    down_norm2: Callable[[], jax.Array]
 
     def rounded(self, f: int) -> ExpertWeights:
         """In format number f, in float32."""
@@ -136,7 +136,7 @@ class ExpertsInFormats:
     def output_weight(self) -> jax.Array:
         """What a unit error at each output counts, (E, O)."""
         weights = self.of.weights
-        own_EO = self.of.statistics.output_weight(self.of.own, self._down_norm2())
+        own_EO = self.of.statistics.output_weight(self.of.own, self.down_norm2())
         return jnp.broadcast_to(own_EO, weights.shape[:2])
 
     @property
@@ -145,13 +145,6 @@ class ExpertsInFormats:
 
     def _some(self, some: Sequence[int], f: int) -> list[Leaf]:
         return self.rounder.experts(self.of, some, self.formats[f].name)
-
-    def _down_norm2(self) -> jax.Array:
-        """Squared norms of what a unit of every product of gate and up becomes in the output, (E, F)."""
-        each = (to_float32(self.down.expert(e)) for e in range(self.down.num_experts))
-        if self.down_input_transform:
-            each = (hadamard(w_DF, inverse=True) for w_DF in each)
-        return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
 
 def matrices_in_formats(
@@ -181,13 +174,22 @@ def experts_in_formats(
 ) -> dict[str, ExpertsInFormats]:
     """Every projection of the experts `members` of a block of that name in the model, by its name within; the
     statistics are all experts'."""
-    leaves, sums, transform = named_leaves(experts), statistics.of(members), experts.config.down_input_transform
-    return {
-        f"{_EXPERTS}.{own}": ExpertsInFormats(
-            formats, rounder, Projection(f"{block}.{_EXPERTS}.{own}", members, weights, sums), leaves["down"], transform
+    leaves, sums = named_leaves(experts), statistics.of(members)
+    norm2 = cache(partial(_down_norm2, leaves["down"], experts.config.down_input_transform))
+
+    def of(own: str, weights: ExpertWeights) -> ExpertsInFormats:
+        return ExpertsInFormats(
+            formats, rounder, Projection(f"{block}.{_EXPERTS}.{own}", members, weights, sums), norm2
         )
-        for own, weights in leaves.items()
-    }
+
+    return {f"{_EXPERTS}.{own}": of(own, weights) for own, weights in leaves.items()}
+
+
+def _down_norm2(down: ExpertWeights, input_transform: str | None) -> jax.Array:
+    each = (to_float32(down.expert(e)) for e in range(down.num_experts))
+    if input_transform:
+        each = (hadamard(w_DF, inverse=True) for w_DF in each)
+    return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
 
 
 def require_finite(name: str, matrix: Leaf, error_F: np.ndarray) -> None:
