@@ -136,8 +136,9 @@ class PruningError(NamedTuple):
 
 
 def lost(routing: Routing, pruned_E: jax.Array) -> Routing:
-    """What goes to the experts where pruned_E (E,) is true: to others with a weight of 0."""
-    return Routing(routing.experts_TK, jnp.where(pruned_E[routing.experts_TK], routing.weights_TK, 0.0))
+    """What goes to the experts where pruned_E (E,) is true; in place of others is -1, which no expert is, and 0."""
+    is_lost_TK = pruned_E[routing.experts_TK]
+    return Routing(jnp.where(is_lost_TK, routing.experts_TK, -1), jnp.where(is_lost_TK, routing.weights_TK, 0.0))
 
 
 def rerouted(moe: MoE, x_TD: jax.Array, pruned_E: jax.Array) -> Routing:
