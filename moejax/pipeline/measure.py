@@ -62,9 +62,11 @@ def measure(
     config = source.config
     step = _Measuring(config, recipe, calibrated, rounder, work, room, sampled)
     if not work.knows(_name("divergences")):
-        with counted(progress, _steps(config, sampled is not None), "measuring") as tick:
+        # Rounding takes most of the time, where all is rounded, else what goes through the blocks.
+        with counted(progress, _steps(config) if sampled is None else config.num_blocks, "measuring") as tick:
             step.begin(statistics(), tick)
-            walk(source, step, mtp=config.num_nextn_predict_layers, head=True)
+            of_block = tick if sampled is not None else _nothing
+            walk(source, step, mtp=config.num_nextn_predict_layers, head=True, tick=of_block)
     work.drop_states(_STAGE)
     return step.measured()
 
@@ -194,14 +196,16 @@ class _Measuring(Step):
         self.found[_name(part)] = self.work.once(_name(part), find)
 
 
-def _steps(config: Config, is_sampled: bool) -> int:
-    """How often `tick` is called."""
+def _nothing() -> None:
+    """No step is done."""
+
+
+def _steps(config: Config) -> int:
+    """How often `tick` is called where all is rounded."""
     shapes = Layout(config).shapes()
     experts = [shape for name, shape in shapes.items() if row_of(name).role == "routed experts"]
     in_blocks = [
         name for name in shapes if row_of(name).may_be_rounded and row_of(name).role not in ("embedding", "head")
     ]
     slices = [len(own) for own in slices_of(config.n_routed_experts, experts_in_slice(config))] if experts else []
-    if is_sampled:
-        return len(in_blocks) + len(experts) * (1 + len(slices))
     return len(in_blocks) + sum(-(-own // experts_together(shape)) for shape in experts for own in slices)

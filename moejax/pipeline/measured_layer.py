@@ -35,7 +35,7 @@ ExpertsIn = Callable[[Sequence[int], Experts], Mapping[str, ExpertsInFormats]]
 
 class Errors:
     """By weight, of every format, (F,), or of every expert and format, (E, F); experts come slice by slice. `tick` is
-    called for every matrix, and as many experts as are rounded together.
+    called for every matrix, and as many experts as are rounded together; not where errors come from a sample.
 
     sampled: where errors come from a sample, what it tells; the sample of experts is known before the first slice.
     """
@@ -49,8 +49,8 @@ class Errors:
     def add(self, weights: Mapping[str, InFormats]) -> None:
         """Of matrices outside the routed experts, by name."""
         for own, weight in weights.items():
-            self._tick()
             if self._sampled is None:
+                self._tick()
                 self._found[own] = weight.errors().tolist()
             else:
                 self._sampled.look_at(weight)
@@ -61,7 +61,6 @@ class Errors:
         """At a sample of a layer's experts, by projection."""
         assert self._sampled is not None
         for own, weight in weights.items():
-            self._tick()
             self._sampled.look_at_experts(weight)
             self._relative[own] = self._sampled.relative[weight.of.name].tolist()
 
@@ -75,7 +74,6 @@ class Errors:
     def _of_experts(self, weight: ExpertsInFormats) -> np.ndarray:
         if self._sampled is None:
             return weight.errors(self._tick)
-        self._tick()
         return self._sampled.expert_errors(weight)
 
     def measured(self) -> dict[str, dict[str, Any]]:
