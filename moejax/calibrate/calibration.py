@@ -159,11 +159,12 @@ class Calibration(HiddenStates):
         """Of some experts; what they put out comes to the `sums`."""
         total = None
         for n, kept in enumerate(insides):
-            inside, routed_TD = _there(kept), jnp.asarray(sums[n])
+            # What experts take, and no more of what may lie on the disk.
+            normed_TD, routing, routed_TD = jax.tree.map(jnp.asarray, (kept.normed_TD, kept.routing, sums[n]))
             # One piece at least, though it may have no rows, so that there are statistics.
-            every = list(pieces(inside.routing, members, self.config.hidden_size)) or [(0, 1)] * (n == 0)
+            every = list(pieces(routing, members, self.config.hidden_size)) or [(0, 1)] * (n == 0)
             for start, rows in every:
-                given = (inside.normed_TD, inside.routing, routed_TD)
+                given = (normed_TD, routing, routed_TD)
                 routed_TD, own = _observe_piece(
                     experts, members[0], start, *given, rows=rows, max_bytes_each=self._max_bytes_each
                 )
