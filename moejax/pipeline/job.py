@@ -32,7 +32,7 @@ from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import Room
 from moejax.pipeline.rounded import RoundedWeights
-from moejax.pipeline.sampled import TOKENS, Sampled, is_sampled
+from moejax.pipeline.sampled import Sampled, is_sampled
 from moejax.pipeline.search import Candidate, search, try_out
 from moejax.pipeline.shapes import Shapes, ready, shapes_of
 from moejax.pipeline.trial import Trials
@@ -171,7 +171,7 @@ def prepare(
     measured = measure(source, recipe, calibrated, statistics.on_the_way, rounder, work, progress, room, sampled)
     if sampled is not None:
         rounder = Sampled(recipe.formats, measured.relative(config.num_hidden_layers))
-    trials = Trials(source, calibrated, statistics, rounder, work, room, TOKENS if sampled else None)
+    trials = Trials(source, calibrated, statistics, rounder, work, room)
     prices, allowed = Prices(measured, config, recipe), options(shapes.model, recipe)
     pruning = prices.pruning()
     costs = prices.costs(allowed, pruning)

@@ -29,7 +29,7 @@ from moejax.pipeline.probes import changes_of, family_of
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
-from moejax.pipeline.sampled import OUTER, TOKENS, Sampled, experts_to_look_at
+from moejax.pipeline.sampled import OUTER, Sampled, experts_to_look_at, seen_by_variants
 from moejax.pipeline.variants import USED_ROWS, Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_trunk
@@ -89,7 +89,7 @@ class _Measuring(Step):
         self.config, self.recipe, self.rounder, self.work, self.sampled = config, recipe, rounder, work, sampled
         self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
         self.changes = changes_of(config, recipe.formats)
-        self.variants = Variants(config, calibrated.held_out[:, : TOKENS if sampled else None], room)
+        self.variants = Variants(config, seen_by_variants(calibrated.held_out, rounder), room)
         self.found: dict[str, Any] = {}
 
     def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:

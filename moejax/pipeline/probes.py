@@ -23,7 +23,7 @@ OTHERS = (EMBEDDING, HEAD, QUERIES, VALUES, WIDE, DOWN)
 _OF_QUERIES = {"queries", "q_latent", "nope"}
 
 # So many layers of a family are probed at most, spread evenly.
-_DEPTHS = 8
+_DEPTHS = 5
 # The widths of probes, near those that budgets lead to, and of the experts that may go the shares that do.
 _BITS, _EXPERT_BITS = 3, 2
 PRUNED_SHARES = (0.25, 0.5, 1.0)

@@ -185,11 +185,15 @@ def experts_in_formats(
     return {f"{_EXPERTS}.{own}": of(own, weights) for own, weights in leaves.items()}
 
 
+@partial(jax.jit, static_argnums=1)
 def _down_norm2(down: ExpertWeights, input_transform: str | None) -> jax.Array:
-    each = (to_float32(down.expert(e)) for e in range(down.num_experts))
-    if input_transform:
-        each = (hadamard(w_DF, inverse=True) for w_DF in each)
-    return jnp.stack([jnp.sum(w_DF**2, axis=0) for w_DF in each])
+    (bucket,) = down.buckets
+
+    def of(index: jax.Array) -> jax.Array:
+        w_DF = to_float32(jax.tree.map(lambda a: a[index], bucket))
+        return jnp.sum((hadamard(w_DF, inverse=True) if input_transform else w_DF) ** 2, axis=0)
+
+    return jax.lax.map(of, down.index_E)
 
 
 def require_finite(name: str, matrix: Leaf, error_F: np.ndarray) -> None:

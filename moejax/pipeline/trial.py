@@ -21,6 +21,7 @@ from moejax.model.source import Source, Step, walk
 from moejax.pipeline.calibrated import Calibrated, KeptStatistics
 from moejax.pipeline.crossing import AlternativeOf, Inside, Run
 from moejax.pipeline.room import NO_ROOM, Room
+from moejax.pipeline.sampled import seen_by_variants
 from moejax.pipeline.variants import USED_ROWS, Changed, Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_experts, dense_trunk, in_slots
@@ -65,7 +66,8 @@ class Tried(NamedTuple):
 @dataclass(frozen=True)
 class Trials:
     """What trying plans out needs: what is compressed, its statistics, the chunks held out, on which plans are tried,
-    or on so many tokens of each. The rounder remembers what it has rounded, the work what was measured."""
+    or on some of them where prices come from a sample. The rounder remembers what it has rounded, the work what was
+    measured."""
 
     source: Source
     calibrated: Calibrated
@@ -73,7 +75,6 @@ class Trials:
     rounder: Rounder
     work: Work
     room: Room = NO_ROOM
-    tokens: int | None = None
 
     def of(self, tries: Sequence[Try], progress: Progress) -> list[Tried]:
         """Each tried out, in one walk over the model, unless the work knows."""
@@ -81,7 +82,7 @@ class Trials:
         stage = f"trying {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
 
         def found() -> list[tuple[Sequence[float], float]]:
-            probes_BT = self.calibrated.held_out[:, : self.tokens]
+            probes_BT = seen_by_variants(self.calibrated.held_out, self.rounder)
             step = _Trying(self.source.config, tries, probes_BT, self.rounder, self.work, stage, self.room)
             with counted(progress, self.source.config.num_hidden_layers, "trying plans") as tick:
                 step.begin(self.statistics.on_the_way())
