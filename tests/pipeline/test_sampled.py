@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.calibrate import BlockStatistics
+from moejax.calibrate import BlockStatistics, calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.evaluate.divergence import evaluate
 from moejax.formats import parse_group_format
@@ -19,7 +19,7 @@ from moejax.pipeline.check import require_original
 from moejax.pipeline.job import Prepared, plan_within, prepare
 from moejax.pipeline.outlook import read_outlook
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
-from moejax.pipeline.sampled import Sampled, experts_to_look_at, is_sampled
+from moejax.pipeline.sampled import Sampled, experts_to_look_at, is_sampled, seen_by_variants
 from moejax.pipeline.work import work_in
 from moejax.planning import KEEP
 from moejax.progress import silent
@@ -121,6 +121,22 @@ def test_experts_are_looked_at_from_those_with_little_to_those_with_much(statist
     assert found == sorted(found)
     assert sorted(np.asarray(x2_ED)[found, 0].tolist()) == [4, 12, 20, 28, 36, 44, 52, 60]
     assert experts_to_look_at(replace(statistics.experts, x2_ED=x2_ED[:3])) == [0, 1, 2]
+
+
+def test_variants_see_some_of_the_chunks_held_out() -> None:
+    held_out_BT = np.arange(8)[:, None]
+    assert seen_by_variants(held_out_BT, AFRESH).tolist() == held_out_BT.tolist()
+    assert seen_by_variants(held_out_BT, Sampled(FORMATS, {})).ravel().tolist() == [0, 2, 5, 7]
+    assert seen_by_variants(held_out_BT[:2], Sampled(FORMATS, {})).ravel().tolist() == [0, 1]
+
+
+@pytest.mark.slow
+def test_errors_that_are_fed_back_are_told_too(original: DeepseekV3, prepared: Prepared, block: SlicedBlock) -> None:
+    statistics = calibrate(original, prepared.trials.calibrated.chunks, hessians=True).blocks[LAYER]
+    for own in matrices_in_formats(NAME, named_leaves(block.trunk), statistics, FORMATS[1:2], AFRESH).values():
+        sampled = Sampled(FORMATS[1:2], {})
+        sampled.look_at(own)
+        np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=1e-3)
 
 
 def test_large_models_are_sampled_and_others_as_the_recipe_says(prepared: Prepared) -> None:
