@@ -121,6 +121,11 @@ class ExpertStatistics:
             return jnp.full_like(self.count_E, self.layer.tokens)
         return self.count_E + PRIOR_TOKENS_PER_INPUT * len(layer_II)
 
+    def shares_hessian(self, projection: str) -> bool:
+        """Whether Hessians are collected, and experts have none of their own."""
+        own, layer_II = self._products(projection)
+        return layer_II is not None and not own
+
     def _products(self, projection: str) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Each expert's, where there are such, and the layer's."""
         if projection == "down":

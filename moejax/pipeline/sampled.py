@@ -60,17 +60,24 @@ class Sampled:
         self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R)
 
     def look_at_experts(self, own: ExpertsInFormats) -> None:
-        """At some rows of each of those experts."""
-        found, energies, output_EO = [], [], np.asarray(own.output_weight(), np.float64)
-        for k in range(own.of.weights.num_experts):
-            inputs, matrix = own.of.inputs(k), own.of.weights.expert(k)
-            energy_O = _energies(matrix, inputs)
+        """At some rows of each of those experts; together where all are rounded by their layer's Hessian."""
+        rows, weights, energies = [], [], []
+        every, output_EO = range(own.of.weights.num_experts), np.asarray(own.output_weight(), np.float64)
+        for k in every:
+            matrix = own.of.weights.expert(k)
+            energy_O = _energies(matrix, own.of.inputs(k))
             row_R, weight_R = _sample(energy_O, output_EO[k])
-            found.append(self._errors(_rows(matrix, row_R), inputs, weight_R))
+            rows.append(_rows(matrix, row_R))
+            weights.append(weight_R)
             energies.append(float(np.sum(energy_O * output_EO[k])))
-        if not sum(energies) > 0:
-            energies = [1.0] * len(energies)
-        self.relative[own.of.name] = np.average(found, axis=0, weights=energies)
+        # Each relative error counts as the expert's energy.
+        share_E = np.asarray(energies) / sum(energies) if sum(energies) > 0 else np.full(len(every), 1 / len(every))
+        each = [weight_R * share for weight_R, share in zip(weights, share_E, strict=True)]
+        if own.of.statistics.shares_hessian(own.of.own):
+            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each))
+        else:
+            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)
+        self.relative[own.of.name] = found_F
 
     def errors(self, own: InFormats) -> np.ndarray:
         """`InFormats.errors`, of what was looked at."""

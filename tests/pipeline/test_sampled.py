@@ -139,6 +139,23 @@ def test_errors_that_are_fed_back_are_told_too(original: DeepseekV3, prepared: P
         np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_experts_that_share_a_hessian_are_rounded_together(
+    original: DeepseekV3, prepared: Prepared, block: SlicedBlock
+) -> None:
+    chunks, formats = prepared.trials.calibrated.chunks, FORMATS[1:2]
+    experts = calibrate(original, chunks, hessians=True).blocks[LAYER].experts
+    assert experts is not None and not experts.shares_hessian("up")
+    shared = replace(experts, x_EDD=())
+    assert shared.shares_hessian("up") and not shared.shares_hessian("down")
+    members = [1, 4, 8]
+    own = experts_in_formats(NAME, members, block.experts_of(members), shared, formats, AFRESH)["mlp.experts.up"]
+    sampled = Sampled(formats, {})
+    sampled.look_at_experts(own)
+    found_EF, expected_EF = sampled.expert_errors(own), own.errors()
+    np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=1e-3)
+
+
 def test_large_models_are_sampled_and_others_as_the_recipe_says(prepared: Prepared) -> None:
     small, large = prepared.shapes.model, read_outlook("deepseek_v3", None, RECIPE).shapes.model
     assert is_sampled(RECIPE, large) and not is_sampled(RECIPE, small)
