@@ -52,4 +52,6 @@ class CheckpointSource:
             return Experts(self.config, lambda own: self.checkpoint.experts(f"{name}.mlp.experts.{own}", members))
 
         experts = trunk.mlp.num_experts if isinstance(trunk.mlp, MoE) else 0
-        return SlicedBlock(trunk, experts_of, experts, self.checkpoint.experts_in_slice or max(1, experts))
+        return SlicedBlock(
+            trunk, experts_of, experts, self.checkpoint.experts_in_slice or max(1, experts), is_read=True
+        )

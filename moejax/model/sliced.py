@@ -9,6 +9,7 @@ summed, and in which order, does not depend on the slices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -38,12 +39,14 @@ ExpertsOf = Callable[[Sequence[int]], Experts]
 @dataclass(frozen=True)
 class SlicedBlock:
     """trunk: a block without its routed experts; a dense block, whole. num_experts: 0 in a dense block. per_slice: how
-    many experts are asked for together."""
+    many experts are asked for together. is_read: whether that takes reading, so that a slice is asked for while the one
+    before is at work."""
 
     trunk: Block
     experts_of: ExpertsOf
     num_experts: int
     per_slice: int
+    is_read: bool = False
 
     @property
     def config(self) -> Config:
@@ -63,9 +66,21 @@ class SlicedBlock:
         return slices_of(self.num_experts, self.per_slice)
 
     def slices(self) -> Iterator[tuple[range, Experts]]:
-        """The routed experts, slice by slice. None is kept here."""
-        for members in self.ranges:
-            yield members, self.experts_of(members)
+        """The routed experts, slice by slice. None is kept here, but where they are read the next one is on its way."""
+        if not self.is_read or len(self.ranges) == 1:
+            for members in self.ranges:
+                yield members, self.experts_of(members)
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = reader.submit(self.experts_of, self.ranges[0])
+            for members, following in zip(self.ranges, [*self.ranges[1:], None], strict=True):
+                experts = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(self.experts_of, following)
+                else:
+                    del ahead
+                yield members, experts
+                del experts
 
     def whole(self) -> Block:
         """The block with all its experts."""

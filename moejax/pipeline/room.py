@@ -89,8 +89,9 @@ def _block_bytes(block: Block, tokens: int) -> int:
     share = experts_in_slice(config) / block.mlp.num_experts
     numbers = sum(math.prod(own.shape) for own in experts.values())
     rows = min(4 * MOST_STATES, config.num_experts_per_tok * states)
-    # Read, dense, changed, and once more on the way from one to the next: as measured on DeepSeek-V3's shapes.
-    within = share * (payload_bytes(experts) + (3 + 2 / 3) * 4 * numbers)
+    # Read, and the next one too; dense, changed, and once more on the way from one to the next: as measured on
+    # DeepSeek-V3's shapes.
+    within = share * (2 * payload_bytes(experts) + (3 + 2 / 3) * 4 * numbers)
     one = math.prod(experts["gate"].shape[1:])
     return max(before, size + int(within) + _searching_bytes(one) + 8 * rows + 6 * states)
 

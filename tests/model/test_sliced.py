@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import Event
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +107,39 @@ def test_slices_follow_from_shapes() -> None:
     large = replace(CONFIG, hidden_size=7168, moe_intermediate_size=2048, n_routed_experts=256)
     assert sliced.experts_in_slice(large) == 6  # a gigabyte in float32
     assert sliced.experts_in_slice(CONFIG) == E
+
+
+def reading(asked: list[int], begun: dict[int, Event]) -> SlicedBlock:
+    """A block whose experts are told, not read; expert 4's cannot be."""
+    block = sliced.sliced(small_model().layers[1])
+
+    def experts_of(members: Sequence[int]) -> Experts:
+        asked.append(members[0])
+        begun.setdefault(members[0], Event()).set()
+        if members[0] == 4:
+            raise OSError("expert 4 cannot be read")
+        return block.experts_of(members)
+
+    return replace(block, experts_of=experts_of, per_slice=2, is_read=True)
+
+
+def test_a_slice_that_is_read_is_asked_for_while_the_one_before_is_at_work() -> None:
+    asked: list[int] = []
+    begun = {first: Event() for first in range(0, E, 2)}
+    slices = reading(asked, begun).slices()
+    members, _ = next(slices)
+    assert members == range(2) and begun[2].wait(60)
+    assert not begun[4].is_set()
+    members, _ = next(slices)
+    assert members == range(2, 4) and begun[4].wait(60)
+    with pytest.raises(OSError, match="expert 4 cannot be read"):
+        next(slices)
+    assert asked == [0, 2, 4]
+
+
+def test_slices_may_be_left_before_their_end() -> None:
+    asked: list[int] = []
+    slices = reading(asked, {}).slices()
+    next(slices)
+    slices.close()  # type: ignore[attr-defined]
+    assert set(asked) <= {0, 2}
