@@ -114,6 +114,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("allocation", "paper", "'solve' or 'raise' is accepted"),
     ("rotation", 1, "true or false is accepted"),
     ("down_rotation", "true", "true or false is accepted"),
+    ("prices", "guessed", "'by size', 'whole' or 'sampled' is accepted"),
 ]
 
 
