@@ -30,7 +30,7 @@ from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, experts_in_formats, matrices_in_formats
 from moejax.pipeline.sampled import OUTER, Sampled, experts_to_look_at, seen_by_variants
-from moejax.pipeline.variants import USED_ROWS, Variants
+from moejax.pipeline.variants import Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_trunk
 from moejax.planning import BlockPlan
@@ -124,7 +124,7 @@ class _Measuring(Step):
         own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, lambda: inputs, weight_C)
         self._find("embed", lambda: self._errors_of(own))
         if self.passed < 0:
-            rows = replace(own, name=USED_ROWS, leaf=self.variants.used_rows(embedding))
+            rows = replace(own, name=self.variants.rows_name, leaf=self.variants.used_rows(embedding))
             self.variants.embedding(embedding, self._changed("embed", rows))
 
     def block(self, index: int, block: SlicedBlock) -> None:

@@ -101,7 +101,7 @@ class Sampled:
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         """As a `Rounder`; embedding and head are rounded, since they are few."""
-        if target == KEEP or name in (USED_ROWS, *OUTER):
+        if target == KEEP or name in OUTER or name.startswith(USED_ROWS):
             return AFRESH.matrix(name, leaf, inputs, target)
         return imitate(to_float32(leaf), inputs.second_moment, *self._format_and_error(name, target))
 

@@ -22,7 +22,7 @@ from moejax.pipeline.calibrated import Calibrated, KeptStatistics
 from moejax.pipeline.crossing import AlternativeOf, Inside, Run
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.sampled import seen_by_variants
-from moejax.pipeline.variants import USED_ROWS, Changed, Variants
+from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.work import Work
 from moejax.pipeline.working_copy import dense_experts, dense_trunk, in_slots
 from moejax.planning import BlockPlan, Plan
@@ -126,7 +126,7 @@ class _Trying(Step):
         self._statistics.embedding(embedding, embedding)
         if self._passed < 0:
             rows = self._variants.used_rows(embedding)
-            rounded = partial(self._outer, USED_ROWS, rows, embedding_inputs(self._variants.config))
+            rounded = partial(self._outer, self._variants.rows_name, rows, embedding_inputs(self._variants.config))
             self._variants.embedding(embedding, ((own.name, rounded(own.plan.embed)) for own in self._tries))
 
     def block(self, index: int, block: SlicedBlock) -> None:

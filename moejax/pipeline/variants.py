@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 
 import jax
@@ -25,8 +26,8 @@ from moejax.model.steps import run_norm
 from moejax.pipeline.crossing import Alternative, Alternatives, Inside, Run, cross, run_of, unchanged
 from moejax.pipeline.room import NO_ROOM, Room
 
-# What rounders know the embedding's rows by that variants look up.
-USED_ROWS = "embed's used rows"
+# How the name begins that rounders know the embedding's rows by which variants look up; other tokens' are others.
+USED_ROWS = "embed's rows"
 
 # Of the model itself, among its variants.
 _ORIGINAL = ""
@@ -50,7 +51,7 @@ class Variants:
     and where what the model puts out is not finite.
 
     within, routed_TD, output: of the model itself, in the block that is passed: what its experts take, once its run has
-    begun; their sum, and what the block puts out, once it has ended.
+    begun; their sum, and what the block puts out, once it has ended. rows_name: what rounders know `used_rows` by.
     """
 
     within: Inside
@@ -61,6 +62,7 @@ class Variants:
         require_tokens(tokens_BT, config)
         self.config, self.tokens_BT = config, jnp.asarray(tokens_BT)
         used_U, place_BT = np.unique(tokens_BT, return_inverse=True)
+        self.rows_name = f"{USED_ROWS} of {sha256(used_U.tobytes()).hexdigest()[:16]}"
         self._used_U, self._place_BT = jnp.asarray(used_U), jnp.asarray(place_BT.reshape(tokens_BT.shape))
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())

@@ -158,3 +158,10 @@ def test_other_runs_see_what_the_model_has_within_the_block(prepared: Prepared, 
     assert x_TD.shape == (512, 128)
     norm2_T = np.mean(np.square(np.asarray(x_TD) / np.asarray(original.layers[1].post_attention_norm.get_value())), -1)
     np.testing.assert_allclose(norm2_T, 1, rtol=0.02)
+
+
+def test_rows_of_other_tokens_have_another_name(prepared: Prepared, original: DeepseekV3) -> None:
+    """Rounders remember by name."""
+    tokens_BT = prepared.trials.calibrated.held_out
+    names = [Variants(original.config, own).rows_name for own in (tokens_BT, tokens_BT[:, ::-1], tokens_BT[:, :5])]
+    assert names[0] == names[1] != names[2]
