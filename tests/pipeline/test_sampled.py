@@ -156,55 +156,6 @@ def test_experts_that_share_a_hessian_are_rounded_together(
     np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=1e-3)
 
 
-def test_on_other_text_a_weight_errs_more_than_on_what_it_is_fitted_to(
-    experts: Callable[[list[int]], Mapping[str, ExpertsInFormats]], original: DeepseekV3
-) -> None:
-    """Without Hessians little is fitted; errors on statistics of other tokens are near."""
-    other = calibrate(original, np.random.RandomState(1).randint(original.config.vocab_size, size=(2, 64)))
-    members, seen = [1, 4, 8], other.blocks[LAYER].experts
-    assert seen is not None
-    for own in experts(members).values():
-        sampled, on_other = Sampled(FORMATS, {}), Sampled(FORMATS, {})
-        sampled.look_at_experts(own)
-        on_other.look_at_experts(own, seen.of(members))
-        name = own.of.name
-        assert not np.array_equal(on_other.relative[name], sampled.relative[name])
-        np.testing.assert_allclose(on_other.relative[name], sampled.relative[name], rtol=0.5)
-
-
-def test_of_experts_that_no_token_chose_nothing_is_told(
-    experts: Callable[[list[int]], Mapping[str, ExpertsInFormats]], statistics: BlockStatistics
-) -> None:
-    assert statistics.experts is not None
-    members = [1, 4]
-    own, seen = experts(members)["mlp.experts.up"], statistics.experts.of(members)
-    nothing = {name: getattr(seen, name).at[1].set(0) for name in ("count_E", "gate2_E", "x2_ED")}
-    unseen = replace(seen, **nothing)
-    both, first = Sampled(FORMATS, {}), Sampled(FORMATS, {})
-    both.look_at_experts(own, unseen)
-    first.look_at_experts(experts(members[:1])["mlp.experts.up"], seen.of([0]))
-    np.testing.assert_allclose(both.relative[own.of.name], first.relative[own.of.name], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_job_with_error_feedback_by_a_sample(
-    small: Path,
-    prepared: Prepared,
-    job: Job,
-    heldout_text: Path,
-    tokenize: Callable[[Path], np.ndarray],
-    tmp_path: Path,
-) -> None:
-    checkpoint, recipe = require_original(open_checkpoint(small)), replace(SAMPLED, error_feedback=True)
-    own = prepare(checkpoint, prepared.trials.calibrated, recipe, {}, silent)
-    planned = plan_within(own, job.budget, silent)
-    assert own.write(planned.plan, tmp_path / "out", job.budget) <= job.budget
-    chunks = tokenize(heldout_text)
-    found = evaluate(load_model(open_checkpoint(tmp_path / "out")), chunks, load_model(checkpoint)).kld_mean
-    assert found is not None and job.evaluation.kld_mean is not None
-    assert found < 1.3 * job.evaluation.kld_mean
-
-
 def test_large_models_are_sampled_and_others_as_the_recipe_says(prepared: Prepared) -> None:
     small, large = prepared.shapes.model, read_outlook("deepseek_v3", None, RECIPE).shapes.model
     assert is_sampled(RECIPE, large) and not is_sampled(RECIPE, small)
