@@ -112,18 +112,6 @@ class ExpertStatistics:
         tokens, damping = self.input_tokens(projection)[e], self.damping.get(projection, 1.0)
         return Inputs(moment_I, self.input_hessian(projection, e), tokens, damping)
 
-    def own_inputs(self, projection: str, e: int) -> Inputs:
-        """The projection's input over the tokens that chose expert e alone, on which what others were fitted to can be
-        judged; zeros where none did. The layer's Hessian where experts have none of their own."""
-        down, weight = projection == "down", jnp.maximum(self.gate2_E[e], 1e-30)
-        moment_I = (self.hidden2_EF if down else self.x2_ED)[e] / weight
-        products, layer_II = self._products(projection)
-        if layer_II is None:
-            return Inputs(moment_I)
-        own_II = _matrix_of(products, e)
-        hessian_II = layer_II / jnp.maximum(self.layer.gate2, 1e-30) if own_II is None else own_II / weight
-        return Inputs(moment_I, hessian_II, self.count_E[e])
-
     def input_tokens(self, projection: str) -> jax.Array:
         """Over how many tokens each expert's `input_hessian` is, those that it takes from its layer's among them, (E,);
         all of the layer's where experts have no products of their own."""

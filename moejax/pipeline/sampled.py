@@ -10,6 +10,7 @@ in all, led to plans with a tenth more KL divergence on a 55M model: contexts we
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -63,25 +64,23 @@ class Sampled:
     def look_at_experts(self, own: ExpertsInFormats, seen: ExpertStatistics | None = None) -> None:
         """At some rows of each of those experts, on the inputs of their statistics `seen` as in `look_at`; together
         where all are rounded by their layer's Hessian."""
-        on = [own.of.inputs(k) if seen is None else seen.own_inputs(own.of.own, k) for k in range(len(own.of.members))]
+        on = own.of if seen is None else replace(own.of, statistics=seen)
         rows, weights, energies = [], [], []
         every, output_EO = range(own.of.weights.num_experts), np.asarray(own.output_weight(), np.float64)
         for k in every:
             matrix = own.of.weights.expert(k)
-            energy_O = _energies(matrix, on[k])
+            energy_O = _energies(matrix, on.inputs(k))
             row_R, weight_R = _sample(energy_O, output_EO[k])
             rows.append(_rows(matrix, row_R))
             weights.append(weight_R)
-            # Of an expert that no token seen has chosen nothing is known.
-            is_seen = seen is None or float(seen.count_E[k]) > 0
-            energies.append(float(np.sum(energy_O * output_EO[k])) if is_seen else 0.0)
+            energies.append(float(np.sum(energy_O * output_EO[k])))
         # Each relative error counts as the expert's energy.
         share_E = np.asarray(energies) / sum(energies) if sum(energies) > 0 else np.full(len(every), 1 / len(every))
         each = [weight_R * share for weight_R, share in zip(weights, share_E, strict=True)]
         if own.of.statistics.shares_hessian(own.of.own):
-            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each), on[0])
+            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each), on.inputs(0))
         else:
-            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k], on[k]) for k in every], axis=0)
+            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k], on.inputs(k)) for k in every], axis=0)
         self.relative[own.of.name] = found_F
 
     def errors(self, own: InFormats) -> np.ndarray:
