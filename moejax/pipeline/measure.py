@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Calibration, Inputs
+from moejax.calibrate import BlockStatistics
 from moejax.formats import Leaf
 from moejax.model import Config, Layout, named_leaves
 from moejax.model.leaves import Weight
@@ -89,11 +89,7 @@ class _Measuring(Step):
         self.config, self.recipe, self.rounder, self.work, self.sampled = config, recipe, rounder, work, sampled
         self.tokens_C = np.bincount(calibrated.chunks.reshape(-1), minlength=config.vocab_size)
         self.changes = changes_of(config, recipe.formats)
-        seen_BT = seen_by_variants(calibrated.held_out, rounder)
-        self.variants = Variants(config, seen_BT, room)
-        self.seen = None
-        if sampled is not None and recipe.error_feedback:
-            self.seen = Calibration(config, seen_BT, hessians=True, kept=room.kept)
+        self.variants = Variants(config, seen_by_variants(calibrated.held_out, rounder), room)
         self.found: dict[str, Any] = {}
 
     def begin(self, statistics: StatisticsOnTheWay, tick: Callable[[], object]) -> None:
@@ -118,8 +114,6 @@ class _Measuring(Step):
 
     def embedding(self, embedding: Leaf) -> None:
         self.statistics.embedding(embedding, embedding)
-        if self.seen is not None:
-            self.seen.embedding(embedding)
         inputs, weight_C = embedding_inputs(self.config), jnp.asarray(self.tokens_C, jnp.float32)
         own = InFormats(self.recipe.formats, self.rounder, "embed", embedding, lambda: inputs, weight_C)
         self._find("embed", lambda: self._errors_of(own))
@@ -128,7 +122,6 @@ class _Measuring(Step):
             self.variants.embedding(embedding, self._changed("embed", rows))
 
     def block(self, index: int, block: SlicedBlock) -> None:
-        seen = None if self.seen is None else self.seen.through(index, block)
         if index <= self.passed:
             self.statistics.pass_by(index, block, block.whole)
             return
@@ -137,8 +130,8 @@ class _Measuring(Step):
         dense = replace(block, trunk=dense_trunk(block.trunk))
         in_formats = self._experts_in_formats(name, sums)
         errors = Errors(self.tick, self.sampled)
-        errors.add(weights, None if seen is None else seen.inputs)
-        self._look_at(block, sums, in_formats, errors, seen)
+        errors.add(weights)
+        self._look_at(block, sums, in_formats, errors)
         layer = MeasuredLayer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, errors)
         self.variants.block(index, dense, chain(layer.runs(), layer.changed(index, self.changes)), layer.alternatives)
         self._find(index, layer.measures)
@@ -146,22 +139,18 @@ class _Measuring(Step):
 
     def norm(self, gain_D: jax.Array) -> None:
         self.statistics.norm(gain_D)
-        if self.seen is not None:
-            self.seen.norm(gain_D)
         self.gain_D = gain_D
 
     def mtp(self, depth: int, mtp: SlicedMtp) -> None:
         name, sums = f"mtp.{depth}", self.statistics.mtp(depth, mtp, BlockPlan())
         around = {own: leaf for own, leaf in named_leaves(mtp.outer).items() if not own.startswith("block.")}
-        seen = None if self.seen is None else self.seen.observe_mtp(depth, mtp)
 
         def found() -> dict[str, Any]:
             errors = Errors(self.tick, self.sampled)
-            own_inputs = None if seen is None else seen.inputs
-            errors.add(self._in_formats(name, around, sums), own_inputs)
-            errors.add(self._in_formats(f"{name}.block", named_leaves(mtp.block.trunk), sums), own_inputs)
+            errors.add(self._in_formats(name, around, sums))
+            errors.add(self._in_formats(f"{name}.block", named_leaves(mtp.block.trunk), sums))
             in_formats = self._experts_in_formats(f"{name}.block", sums)
-            self._look_at(mtp.block, sums, in_formats, errors, seen)
+            self._look_at(mtp.block, sums, in_formats, errors)
             for members, experts in mtp.block.slices():
                 errors.add_slice(members, in_formats(members, experts))
             return {**errors.measured(), "spoiled": {}, **scores_of(sums, self.recipe), "pruned": []}
@@ -171,30 +160,21 @@ class _Measuring(Step):
     def head(self, head: Leaf) -> None:
         inputs = self.statistics.head(head)
         own = InFormats(self.recipe.formats, self.rounder, "head", head, lambda: inputs, jnp.ones(len(self.tokens_C)))
-        seen = None if self.seen is None else self.seen.head_inputs()
-        self._find("head", lambda: self._errors_of(own, seen))
+        self._find("head", lambda: self._errors_of(own))
         changed = self._changed("head", own)
         self._find("divergences", lambda: self.variants.divergences(self.gain_D, head, changed))
 
-    def _errors_of(self, own: InFormats, seen: Inputs | None = None) -> dict[str, Any]:
+    def _errors_of(self, own: InFormats) -> dict[str, Any]:
         """Of embedding or head."""
         errors = Errors(lambda: None, self.sampled)
-        errors.add({own.name: own}, None if seen is None else lambda _: seen)
+        errors.add({own.name: own})
         return errors.measured()
 
-    def _look_at(
-        self,
-        block: SlicedBlock,
-        sums: BlockStatistics,
-        in_formats: ExpertsIn,
-        errors: Errors,
-        seen: BlockStatistics | None,
-    ) -> None:
+    def _look_at(self, block: SlicedBlock, sums: BlockStatistics, in_formats: ExpertsIn, errors: Errors) -> None:
         """At a sample of the block's experts, if that is how errors are found."""
         if self.sampled is not None and sums.experts is not None:
             members = experts_to_look_at(sums.experts)
-            on = None if seen is None or seen.experts is None else seen.experts.of(members)
-            errors.look_at(in_formats(members, block.experts_of(members)), on)
+            errors.look_at(in_formats(members, block.experts_of(members)))
 
     def _changed(self, name: str, own: InFormats) -> Iterator[tuple[str, Leaf]]:
         """What variants have in place of the embedding or the head."""

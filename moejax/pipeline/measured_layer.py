@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
+from moejax.calibrate import BlockStatistics
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import Experts, MoE, Routing
 from moejax.model.sliced import Entered, leave
@@ -46,22 +46,22 @@ class Errors:
         self._found: dict[str, list[Any]] = {}
         self._seen: set[int] = set()
 
-    def add(self, weights: Mapping[str, InFormats], seen: Callable[[str], Inputs] | None = None) -> None:
-        """Of matrices outside the routed experts, by name; `seen` gives the inputs that a sample's errors count on."""
+    def add(self, weights: Mapping[str, InFormats]) -> None:
+        """Of matrices outside the routed experts, by name."""
         for own, weight in weights.items():
             if self._sampled is None:
                 self._tick()
                 self._found[own] = weight.errors().tolist()
             else:
-                self._sampled.look_at(weight, None if seen is None else seen(own))
+                self._sampled.look_at(weight)
                 self._found[own] = self._sampled.errors(weight).tolist()
                 self._relative[own] = self._sampled.relative[weight.name].tolist()
 
-    def look_at(self, weights: Mapping[str, ExpertsInFormats], seen: ExpertStatistics | None) -> None:
-        """At a sample of a layer's experts, by projection; errors count on their statistics `seen`."""
+    def look_at(self, weights: Mapping[str, ExpertsInFormats]) -> None:
+        """At a sample of a layer's experts, by projection."""
         assert self._sampled is not None
         for own, weight in weights.items():
-            self._sampled.look_at_experts(weight, seen)
+            self._sampled.look_at_experts(weight)
             self._relative[own] = self._sampled.relative[weight.of.name].tolist()
 
     def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:

@@ -3,14 +3,12 @@
 Of a layer's experts EXPERTS are looked at, at even places in the order of what comes to them, sum g^2 |x|^2; of a
 matrix ROWS rows, drawn in proportion to their energy (`imitate`), at even places of its running sum. They are rounded
 to every format, as they will be if the plan says so, and give the kind's relative error, sum of errors / sum of
-energies: with error feedback on the chunks that variants see, since a weight errs less on what it is fitted to. Every
-matrix's error is its own energy times that; variants of the model have weights that err as much. Variants, plans that
-are tried among them, see CHUNKS of the chunks held out. (The first 128 or 256 tokens of eight, as many or half as many
-in all, led to plans with a tenth more KL divergence on a 55M model: contexts were too short.)
+energies. Every matrix's error is its own energy times that; variants of the model have weights that err as much.
+Variants, plans that are tried among them, see CHUNKS of the chunks held out. (The first 128 or 256 tokens of eight, as
+many or half as many in all, led to plans with a tenth more KL divergence on a 55M model: contexts were too short.)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -54,22 +52,20 @@ class Sampled:
         self.relative = dict(relative)
         self._formats = formats
 
-    def look_at(self, own: InFormats, seen: Inputs | None = None) -> None:
-        """At some rows of a matrix, whose errors count on the inputs `seen`; without them on those it is rounded by."""
+    def look_at(self, own: InFormats) -> None:
+        """At some rows of a matrix."""
         inputs, output_O = own.inputs(), np.asarray(own.output_weight, np.float64).reshape(-1)
-        seen = inputs if seen is None else seen
-        row_R, weight_R = _sample(_energies(own.leaf, seen), output_O)
-        self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R, seen)
+        energy_O = _energies(own.leaf, inputs)
+        row_R, weight_R = _sample(energy_O, output_O)
+        self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R)
 
-    def look_at_experts(self, own: ExpertsInFormats, seen: ExpertStatistics | None = None) -> None:
-        """At some rows of each of those experts, on the inputs of their statistics `seen` as in `look_at`; together
-        where all are rounded by their layer's Hessian."""
-        on = own.of if seen is None else replace(own.of, statistics=seen)
+    def look_at_experts(self, own: ExpertsInFormats) -> None:
+        """At some rows of each of those experts; together where all are rounded by their layer's Hessian."""
         rows, weights, energies = [], [], []
         every, output_EO = range(own.of.weights.num_experts), np.asarray(own.output_weight(), np.float64)
         for k in every:
             matrix = own.of.weights.expert(k)
-            energy_O = _energies(matrix, on.inputs(k))
+            energy_O = _energies(matrix, own.of.inputs(k))
             row_R, weight_R = _sample(energy_O, output_EO[k])
             rows.append(_rows(matrix, row_R))
             weights.append(weight_R)
@@ -78,9 +74,9 @@ class Sampled:
         share_E = np.asarray(energies) / sum(energies) if sum(energies) > 0 else np.full(len(every), 1 / len(every))
         each = [weight_R * share for weight_R, share in zip(weights, share_E, strict=True)]
         if own.of.statistics.shares_hessian(own.of.own):
-            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each), on.inputs(0))
+            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each))
         else:
-            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k], on.inputs(k)) for k in every], axis=0)
+            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)
         self.relative[own.of.name] = found_F
 
     def errors(self, own: InFormats) -> np.ndarray:
@@ -117,10 +113,10 @@ class Sampled:
         to = parse_group_format(target)
         return to, float(self.relative[name][self._formats.index(to)])
 
-    def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray, seen: Inputs) -> np.ndarray:
+    def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray) -> np.ndarray:
         counts_R = jnp.asarray(weight_R, jnp.float32)
         rounded = (to_float32(round_weight(row_RI, inputs, own)) for own in self._formats)
-        return np.asarray([rounding_error(row_RI, own_RI, seen, counts_R) for own_RI in rounded], np.float64)
+        return np.asarray([rounding_error(row_RI, own_RI, inputs, counts_R) for own_RI in rounded], np.float64)
 
 
 def seen_by_variants(held_out_BT: np.ndarray, rounder: Rounder) -> np.ndarray:
