@@ -66,7 +66,9 @@ def compress(
     calibration: Annotated[
         Path | None, arg(help="UTF-8 text to calibrate on; without it, the Python sources of installed packages")
     ] = None,
-    calibration_chunks: Annotated[int, arg(help="chunks of 512 tokens to calibrate on, spread over the text")] = 128,
+    calibration_chunks: Annotated[
+        int | None, arg(help="chunks of 512 tokens to calibrate on, spread over the text; without it 128")
+    ] = None,
     text: TextArg = None,
     drop_mtp: DropMtpArg = False,
     work: Annotated[

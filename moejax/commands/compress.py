@@ -45,6 +45,7 @@ from moejax.tokenizer import load_tokenizer
 
 # Enough of the default text for stable figures in a minute on two cores.
 _CALIBRATION_BYTES = 1_500_000
+_CALIBRATION_CHUNKS = 128
 # Chunks on which plans are tried out.
 _PROBED_CHUNKS = 8
 
@@ -88,7 +89,7 @@ def run_compress(
     plan: Path | None,
     expert_scores: Path | None,
     calibration: Path | None,
-    calibration_chunks: int,
+    calibration_chunks: int | None,
     text: Path | None,
     drop_mtp: bool,
     work: Path | None,
@@ -100,15 +101,15 @@ def run_compress(
     require_work_beside(work, output)
     require_free(output, is_resumable=lambda _: work is not None)
     figures.require_writable(json, output)
-    if calibration_chunks < 1:
+    if calibration_chunks is not None and calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
         raise InputError("--recipe says how a plan is made and --plan gives one; only one of them is accepted")
-    for other, own in (("--plan", plan), ("--calibration", calibration), ("--text", text)):
-        if expert_scores is not None and own is not None:
-            raise InputError(
-                f"--expert-scores plans with nothing going through the model; {other} beside it is not accepted"
-            )
+    beside = {"plan": plan, "calibration": calibration, "calibration-chunks": calibration_chunks, "text": text}
+    if expert_scores is not None and (given_too := [name for name, own in beside.items() if own is not None]):
+        raise InputError(
+            f"--expert-scores plans with nothing going through the model; --{given_too[0]} beside it is not accepted"
+        )
     checkpoint, own_recipe = require_original(open_checkpoint(name, drop_mtp)), read_recipe(recipe or "fast")
     given = None if plan is None else from_json(read_toml(plan))
     scores = None if expert_scores is None else _read_scores(expert_scores, checkpoint, own_recipe)
@@ -226,7 +227,9 @@ def _checked(
     return asked, check_limit(checkpoint, asked, recipe)
 
 
-def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chunks: int, text: Path | None) -> _Texts:
+def _read_texts(
+    checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chunks: int | None, text: Path | None
+) -> _Texts:
     tokenizer = load_tokenizer(checkpoint.path)
     source = read_text(calibration) if calibration else default_calibration_text(_CALIBRATION_BYTES)
     evaluation = evaluation_text(text)
@@ -235,7 +238,7 @@ def _read_texts(checkpoint: HuggingFaceCheckpoint, calibration: Path | None, chu
     evaluated = tokenize(evaluation, tokenizer, checkpoint.config)
     note_length(checkpoint.config, evaluated)
     of_source = tokenize(source, tokenizer, checkpoint.config)
-    calibrated = job.split_calibration(of_source, chunks, _PROBED_CHUNKS)
+    calibrated = job.split_calibration(of_source, chunks or _CALIBRATION_CHUNKS, _PROBED_CHUNKS)
     return _Texts(source, calibrated, evaluation, evaluated)
 
 

@@ -53,7 +53,6 @@ class Errors:
                 self._tick()
                 self._found[own] = weight.errors().tolist()
             else:
-                self._sampled.look_at(weight)
                 self._found[own] = self._sampled.errors(weight).tolist()
                 self._relative[own] = self._sampled.relative[weight.name].tolist()
 

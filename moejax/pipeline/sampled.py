@@ -52,12 +52,15 @@ class Sampled:
         self.relative = dict(relative)
         self._formats = formats
 
-    def look_at(self, own: InFormats) -> None:
-        """At some rows of a matrix."""
+    def errors(self, own: InFormats) -> np.ndarray:
+        """`InFormats.errors`, by some rows of the matrix."""
         inputs, output_O = own.inputs(), np.asarray(own.output_weight, np.float64).reshape(-1)
         energy_O = _energies(own.leaf, inputs)
         row_R, weight_R = _sample(energy_O, output_O)
         self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R)
+        error_F = self.relative[own.name] * np.sum(energy_O * output_O)
+        require_finite(own.name, own.leaf, error_F)
+        return error_F
 
     def look_at_experts(self, own: ExpertsInFormats) -> None:
         """At some rows of each of those experts; together where all are rounded by their layer's Hessian."""
@@ -79,20 +82,13 @@ class Sampled:
             found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)
         self.relative[own.of.name] = found_F
 
-    def errors(self, own: InFormats) -> np.ndarray:
-        """`InFormats.errors`, of what was looked at."""
-        energy_O = _energies(own.leaf, own.inputs())
-        error_F = self.relative[own.name] * np.sum(energy_O * np.asarray(own.output_weight, np.float64).reshape(-1))
-        require_finite(own.name, own.leaf, error_F)
-        return error_F
-
     def expert_errors(self, own: ExpertsInFormats) -> np.ndarray:
         """`ExpertsInFormats.errors`, of all experts of a layer some of which were looked at."""
         moment_EI = own.of.statistics.input_second_moment(own.of.own)
         energy_E = np.asarray(_expert_energies(own.of.weights, moment_EI, own.output_weight()), np.float64)
         error_EF = energy_E[:, None] * self.relative[own.of.name]
-        for k, error_F in enumerate(error_EF):
-            require_finite(own.of.name_of(k), own.of.weights.expert(k), error_F)
+        for k in np.flatnonzero(~np.isfinite(error_EF).all(axis=1)).tolist():
+            require_finite(own.of.name_of(k), own.of.weights.expert(k), error_EF[k])
         return error_EF
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:

@@ -33,11 +33,16 @@ def test_what_is_chosen_seldom_is_pruned_and_nothing_is_run(
     small: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a block was run")
+        raise AssertionError("something goes through the model")
 
-    for module in ("moejax.model.sliced", "moejax.pipeline.crossing", "moejax.evaluate.forward"):
-        monkeypatch.setattr(f"{module}.run_block", refuse, raising=False)
-        monkeypatch.setattr(f"{module}.enter", refuse, raising=False)
+    for what in (
+        "moejax.calibrate.calibration.Calibration.__init__",
+        "moejax.pipeline.variants.Variants.__init__",
+        "moejax.pipeline.job.evaluate",
+        "moejax.model.sliced.enter",
+        "moejax.model.sliced.run_block",
+    ):
+        monkeypatch.setattr(what, refuse)
     output, figures = tmp_path / "out", tmp_path / "figures.json"
     options: list[Any] = ["--budget", "500KB", "--output", output, "--json", figures]
     printed = run("compress", small, "--expert-scores", scores, *options)
@@ -75,10 +80,11 @@ def test_it_is_rounded_as_if_every_input_counted_alike(small: Path, scores: Path
     assert seen >= 3
 
 
-@pytest.mark.parametrize("option", ["--plan", "--calibration", "--text"])
+@pytest.mark.parametrize("option", ["--plan", "--calibration", "--text", "--calibration-chunks"])
 def test_what_would_not_be_read_is_refused(small: Path, scores: Path, tmp_path: Path, option: str) -> None:
     (tmp_path / "file").write_text("")
-    given = ["--budget", "600KB", "--expert-scores", scores, option, tmp_path / "file"]
+    value = 8 if option == "--calibration-chunks" else tmp_path / "file"
+    given = ["--budget", "600KB", "--expert-scores", scores, option, value]
     message = refused(tmp_path, "compress", small, *given, "--output", tmp_path / "out")
     assert f"--expert-scores plans with nothing going through the model; {option} beside it is not accepted" in message
 

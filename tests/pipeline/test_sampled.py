@@ -59,7 +59,6 @@ def experts(block: SlicedBlock, statistics: BlockStatistics) -> Callable[[list[i
 def test_all_rows_tell_a_matrix_s_own_error(matrices: Mapping[str, InFormats]) -> None:
     for own in matrices.values():
         sampled = Sampled(FORMATS, {})
-        sampled.look_at(own)
         np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=1e-4)
 
 
@@ -67,7 +66,6 @@ def test_some_rows_tell_about_as_much(matrices: Mapping[str, InFormats], monkeyp
     monkeypatch.setattr(module, "ROWS", 24)
     for own in matrices.values():
         sampled = Sampled(FORMATS, {})
-        sampled.look_at(own)
         np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=0.2)
 
 
@@ -96,7 +94,6 @@ def test_what_it_imitates_errs_as_much_as_it_tells(
 ) -> None:
     """By unit outputs, as a matrix's errors are told, and those of experts' `down`."""
     sampled, (own, *_) = Sampled(FORMATS, {}), matrices.values()
-    sampled.look_at(own)
     moment_I, dense = own.inputs().second_moment, to_float32(own.leaf)
     for f, told in enumerate(sampled.errors(own)):
         error = replace(own, rounder=sampled).rounded(f) - dense
@@ -135,7 +132,6 @@ def test_errors_that_are_fed_back_are_told_too(original: DeepseekV3, prepared: P
     statistics = calibrate(original, prepared.trials.calibrated.chunks, hessians=True).blocks[LAYER]
     for own in matrices_in_formats(NAME, named_leaves(block.trunk), statistics, FORMATS[1:2], AFRESH).values():
         sampled = Sampled(FORMATS[1:2], {})
-        sampled.look_at(own)
         np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=1e-3)
 
 
