@@ -37,6 +37,14 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def accelerator_memory() -> int | None:
+    """What JAX may hold of its device's own memory; None where it computes in this process's."""
+    import jax  # which takes seconds, and not every command needs
+
+    told = jax.devices()[0].memory_stats()
+    return None if jax.default_backend() == "cpu" or told is None else told.get("bytes_limit")
+
+
 def return_freed() -> None:
     """Give the system back what this process has freed: glibc keeps it, scattered over its heaps, unless asked."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

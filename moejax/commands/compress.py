@@ -39,7 +39,7 @@ from moejax.planning.memory import device_memory
 from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget, parse_size
 from moejax.report import figures
-from moejax.report.console import print_table, progress_bar
+from moejax.report.console import Phases, print_table
 from moejax.report.pruning import pruning_figures, pruning_rows
 from moejax.tokenizer import load_tokenizer
 
@@ -72,6 +72,7 @@ class _Asked:
     drop_mtp: bool
     work: Path | None
     ledger: Ledger
+    phases: Phases
 
     def shapes(self, method: Method) -> Shapes:
         """Of what is compressed by a method."""
@@ -123,7 +124,7 @@ def run_compress(
         print(f"budget {format_size(most_bytes)} ({most_bytes} bytes), from {bf16} in BF16")
     if checkpoint.dropped_mtp:
         print(f"MTP blocks dropped: {checkpoint.dropped_mtp}")
-    asked = _Asked(checkpoint, output, limit, most_bytes, drop_mtp, work, ledger_of(memory))
+    asked = _Asked(checkpoint, output, limit, most_bytes, drop_mtp, work, ledger_of(memory), Phases())
     if texts is None:
         assert scores is not None
         print(f"planning by {scores.source}; nothing goes through the model, so its figures are not known")
@@ -131,7 +132,7 @@ def run_compress(
     else:
         print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
         result = _by_recipe(asked, own_recipe, texts) if given is None else _by_plan(asked, given, texts)
-    cost = cost_of_the_run(started)
+    cost = cost_of_the_run(started) | {"seconds_by_phase": asked.phases.seconds}
     if memory is not None:
         cost["memory_limit_bytes"] = asked.ledger.limit
         if cost["peak_memory_bytes"] > asked.ledger.limit:
@@ -141,19 +142,19 @@ def run_compress(
 
 def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
     """Measured, planned, written, evaluated."""
-    own, told = texts.calibrated, (asked.ledger, progress_bar)
+    own, told = texts.calibrated, (asked.ledger, asked.phases)
     sampled = is_sampled(recipe, asked.shapes(recipe.method).model)
     if sampled:
         print(f"prices come from a sample: {EXPERTS} experts of a layer, {ROWS} rows of a matrix")
     with _room(asked, recipe.method, texts, not sampled) as room, _kept(asked, texts, {"recipe": repr(recipe)}) as kept:
         made = _provenance(asked, texts, recipe)
-        prepared = job.prepare(asked.checkpoint, own, recipe, made, progress_bar, kept, room)
+        prepared = job.prepare(asked.checkpoint, own, recipe, made, asked.phases, kept, room)
         return job.compress_checkpoint(prepared, asked.output, asked.limit, texts.evaluated, *told)
 
 
 def _by_plan(asked: _Asked, plan: Plan, texts: _Texts) -> job.Result:
     """Written and evaluated."""
-    own, told = texts.calibrated, (asked.ledger, progress_bar)
+    own, told = texts.calibrated, (asked.ledger, asked.phases)
     with _room(asked, plan.method, texts) as room, _kept(asked, texts, {"plan": digest(plan)}) as kept:
         to, made = (asked.output, asked.most_bytes, texts.evaluated), _provenance(asked, texts, None)
         return job.carry_out(asked.checkpoint, plan, own, made, *to, *told, kept, room.kept)
@@ -167,7 +168,7 @@ def _by_scores(asked: _Asked, recipe: Recipe, scores: ExpertScores) -> job.Resul
     made = job.provenance_by_scores(scores, asked.checkpoint.dropped_mtp)
     made_of = {"recipe": repr(recipe), "plan": digest(plan), "--drop-mtp": str(asked.drop_mtp)}
     with _room(asked, recipe.method, None), kept_work(asked.work, asked.output, asked.checkpoint, made_of) as kept:
-        return job.carry_out_unseen(asked.checkpoint, plan, made, asked.output, budget, progress_bar, kept)
+        return job.carry_out_unseen(asked.checkpoint, plan, made, asked.output, budget, asked.phases, kept)
 
 
 def _room(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.formats import GroupedCodes, select_experts
+from moejax.machine import accelerator_memory
 from moejax.model.config import Config
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.leaves import Taps, named_leaves, prefixed
@@ -26,8 +27,10 @@ from moejax.model.moe import Experts, MoE, Routing, wide_dtype
 from moejax.model.rope import Angles
 from moejax.model.steps import run_block
 
-# Numbers in a slice of experts, at most: a gigabyte in float32. All experts of a small model are one slice.
+# Numbers in a slice of experts, at most: a gigabyte in float32. All experts of a small model are one slice. On an
+# accelerator a slice takes that share of its memory in float32, if that is more.
 MOST_NUMBERS = 1 << 28
+_SHARE_ACCELERATED = 1 / 16
 
 # Numbers in the hidden states that go through a slice together, at most.
 MOST_STATES = 1 << 25
@@ -144,9 +147,10 @@ def around(mtp: MtpBlock, block: Block) -> MtpBlock:
 
 
 def experts_in_slice(config: Config) -> int:
-    """How many experts are asked for together: shapes alone decide."""
-    each = 3 * config.hidden_size * config.moe_intermediate_size
-    return max(1, min(config.n_routed_experts, MOST_NUMBERS // each))
+    """How many experts are asked for together: shapes alone decide, and an accelerator's memory."""
+    each, own = 3 * config.hidden_size * config.moe_intermediate_size, accelerator_memory()
+    most = MOST_NUMBERS if own is None else max(MOST_NUMBERS, int(_SHARE_ACCELERATED * own) // 4)
+    return max(1, min(config.n_routed_experts, most // each))
 
 
 def slices_of(num_experts: int, per_slice: int) -> list[range]:

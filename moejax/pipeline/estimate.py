@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.calibrate import Inputs
 from moejax.formats import GroupFormat, TernaryFormat
 from moejax.model import DeepseekV3
 from moejax.model.weights import block_name
@@ -32,7 +33,7 @@ from moejax.planning.plan import PROJECTIONS
 from moejax.planning.predict import Curve, LossCurves
 from moejax.planning.sensitivity import Sensitivity
 from moejax.transforms.prune import gate_scores
-from moejax.transforms.quantize import quantization_errors
+from moejax.transforms.rounding import rounding_errors
 
 REROUTING_RATIO = 1.1
 PRUNING_OVER_ROUNDING = 3.8
@@ -70,11 +71,7 @@ def gaussian_errors(formats: Sequence[GroupFormat], seed: int = 0) -> np.ndarray
     """E|w - q|^2 / E|w|^2 of weights drawn from a Gaussian, (F,), rounded as `quantize` rounds."""
     weight = jax.random.normal(jax.random.key(seed), _GAUSSIAN_SHAPE)
     outputs, inputs = _GAUSSIAN_SHAPE
-    errors_F = np.zeros(len(formats))
-    for group_size, kind in {(own.group_size, own.scale_kind) for own in formats}:
-        chosen = [f for f, own in enumerate(formats) if (own.group_size, own.scale_kind) == (group_size, kind)]
-        levels = jnp.asarray([formats[f].levels for f in chosen], jnp.float32)
-        errors_F[chosen] = quantization_errors(weight, jnp.ones(inputs), jnp.ones(outputs), levels, group_size, kind)
+    errors_F = rounding_errors(weight, Inputs(jnp.ones(inputs)), formats, jnp.ones(outputs))
     return errors_F / float(jnp.sum(weight**2))
 
 

@@ -10,6 +10,7 @@ from moejax.calibrate.products import input_name
 from moejax.checkpoint.shelf import shelf_beside
 from moejax.formats import payload_bytes
 from moejax.ledger import Ledger
+from moejax.machine import accelerator_memory
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.hidden_states import Keep, as_it_is
@@ -61,7 +62,8 @@ def room_in(
     left = ledger.left - needed
     with shelf_beside(output, int(_SHELF * left)) as shelf:
         rounded, within = (_ROUNDED, _WITHIN) if keeps_rounded else (0.0, _ROUNDED + _WITHIN)
-        yield Room(int(_STATISTICS * left), int(rounded * left), int(within * left), shelf.put)
+        beside_experts = min(left, accelerator_memory() or left)
+        yield Room(int(_STATISTICS * left), int(rounded * left), int(within * beside_experts), shelf.put)
 
 
 def working_bytes(model: DeepseekV3, tokens: int, hessians: bool) -> int:

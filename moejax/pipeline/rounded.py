@@ -10,13 +10,13 @@ import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes, row_parts, rows
+from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes, row_parts
 from moejax.kernels import hadamard
 from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
-from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, experts_together
+from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, experts_together
 from moejax.transforms.rounding import rounding_error, to_float32
 
 _EXPERTS = "mlp.experts"
@@ -90,12 +90,6 @@ class InFormats:
             each = (to_float32(cut(leaf, own)) for leaf in (self.leaf, rounded))
             error += float(rounding_error(*each, inputs, self.output_weight[own]))
         return error
-
-
-def cut(leaf: Leaf, own: slice) -> Leaf:
-    """Of `row_parts`: those rows of a matrix; of what is no matrix, or has no others, all."""
-    size = own.stop - own.start
-    return leaf if size == leaf.shape[0] else rows(leaf, own.start, size)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from moejax.calibrate import ExpertStatistics, Inputs
 from moejax.formats import ExpertWeights, GroupFormat, Leaf, parse_group_format, row_parts
 from moejax.model import DeepseekV3
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.rounded import ExpertsInFormats, InFormats, cut, require_finite
+from moejax.pipeline.rounded import ExpertsInFormats, InFormats, require_finite
 from moejax.pipeline.variants import USED_ROWS
 from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
 from moejax.transforms.imitate import energy_by_output, imitate
-from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder
-from moejax.transforms.rounding import round_weight, rounding_error, to_float32
+from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, some_rows
+from moejax.transforms.rounding import rounding_errors, to_float32
 
 EXPERTS, ROWS, CHUNKS = 8, 256, 4
 
@@ -57,7 +57,7 @@ class Sampled:
         inputs, output_O = own.inputs(), np.asarray(own.output_weight, np.float64).reshape(-1)
         energy_O = _energies(own.leaf, inputs)
         row_R, weight_R = _sample(energy_O, output_O)
-        self.relative[own.name] = self._errors(_rows(own.leaf, row_R), inputs, weight_R)
+        self.relative[own.name] = self._errors(some_rows(own.leaf, row_R), inputs, weight_R)
         error_F = self.relative[own.name] * np.sum(energy_O * output_O)
         require_finite(own.name, own.leaf, error_F)
         return error_F
@@ -70,7 +70,7 @@ class Sampled:
             matrix = own.of.weights.expert(k)
             energy_O = _energies(matrix, own.of.inputs(k))
             row_R, weight_R = _sample(energy_O, output_EO[k])
-            rows.append(_rows(matrix, row_R))
+            rows.append(some_rows(matrix, row_R))
             weights.append(weight_R)
             energies.append(float(np.sum(energy_O * output_EO[k])))
         # Each relative error counts as the expert's energy.
@@ -110,9 +110,7 @@ class Sampled:
         return to, float(self.relative[name][self._formats.index(to)])
 
     def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray) -> np.ndarray:
-        counts_R = jnp.asarray(weight_R, jnp.float32)
-        rounded = (to_float32(round_weight(row_RI, inputs, own)) for own in self._formats)
-        return np.asarray([rounding_error(row_RI, own_RI, inputs, counts_R) for own_RI in rounded], np.float64)
+        return rounding_errors(row_RI, inputs, self._formats, jnp.asarray(weight_R, jnp.float32))
 
 
 def seen_by_variants(held_out_BT: np.ndarray, rounder: Rounder) -> np.ndarray:
@@ -159,15 +157,3 @@ def _expert_energies(weights: ExpertWeights, moment_EI: jax.Array, output_EO: ja
         return jnp.sum(energy_by_output(matrix, moment_I) * output_O)
 
     return jax.lax.map(of, (weights.index_E, moment_EI, output_EO))
-
-
-def _rows(leaf: Leaf, row_R: np.ndarray) -> jax.Array:
-    """Some rows (R, I), in float32."""
-    found = jnp.zeros((len(row_R), leaf.shape[-1]))
-    parts, start = row_parts(leaf, MOST_NUMBERS), 0
-    for part in parts:
-        own_OI = to_float32(cut(leaf, part)).reshape(-1, leaf.shape[-1])
-        here = (row_R >= start) & (row_R < start + len(own_OI))
-        found = jnp.where(here[:, None], own_OI[np.where(here, row_R - start, 0)], found)
-        start += len(own_OI)
-    return found

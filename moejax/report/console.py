@@ -1,6 +1,7 @@
 """Progress bars on standard error, and the tables that commands print."""
 
 import math
+import time
 from collections.abc import Iterable, Sequence, Sized
 from typing import TypeVar
 
@@ -33,6 +34,21 @@ def progress_bar(steps: Iterable[Step], description: str) -> Iterable[Step]:
             bar.advance(task)
     if not console.is_interactive:  # a file or a pipe is told of what comes to its end alone
         console.print(bar.get_renderable())
+
+
+class Phases:
+    """Progress bars that remember the seconds each phase of a job took, by what it is called; one that comes several
+    times takes their sum."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, steps: Iterable[Step], description: str, /) -> Iterable[Step]:
+        started = time.monotonic()
+        try:
+            yield from progress_bar(steps, description)
+        finally:
+            self.seconds[description] = self.seconds.get(description, 0.0) + time.monotonic() - started
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -116,6 +116,7 @@ def cost_rows(cost: dict[str, Any]) -> Rows:
     peak, limit = format_size(cost["peak_memory_bytes"]), cost.get("memory_limit_bytes")
     return [
         ("time", f"{cost['seconds']:.0f} s"),
+        *((f"of it {name}", f"{seconds:.0f} s") for name, seconds in cost.get("seconds_by_phase", {}).items()),
         ("peak memory", peak if limit is None else f"{peak} of {format_size(limit)}"),
     ]
 

@@ -3,6 +3,7 @@
 Inputs that lie in few directions want less damping than others. Where tokens are many that is worth nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,14 +20,14 @@ from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.error_feedback import DAMPING, damping_for
-from moejax.transforms.rounder import AFRESH, Projection, experts_together, requantize
+from moejax.transforms.rounder import AFRESH, Projection, experts_together, requantize, some_rows
 from moejax.transforms.rounding import rounding_error, to_float32
 
 # Multiples of `damping_for` that are tried.
 MULTIPLES = (0.1, 0.3, 1.0, 3.0)
 
-# What every matrix is rounded to for this.
-_FORMAT = "int2g128"
+# What every matrix is rounded to for this, and how many of its rows, spread evenly.
+_FORMAT, _MOST_ROWS = "int2g128", 4096
 
 
 def has_few_tokens(config: Config, tokens: int) -> bool:
@@ -89,10 +90,14 @@ def choose_damping_of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> ja
     if not _are_few(inputs.tokens, leaf.shape[-1]):
         return None
 
-    def rounded(multiple: jax.Array) -> list[Leaf]:
-        return [requantize(leaf, inputs._replace(damping=multiple), _FORMAT)]
+    num_rows = math.prod(leaf.shape[:-1])
+    row_R = np.linspace(0, num_rows - 1, min(num_rows, _MOST_ROWS)).round().astype(int)
+    some = leaf if len(row_R) == num_rows else some_rows(leaf, row_R)
 
-    return _best(rounded, [leaf], [held_out])
+    def rounded(multiple: jax.Array) -> list[Leaf]:
+        return [requantize(some, inputs._replace(damping=multiple), _FORMAT)]
+
+    return _best(rounded, [some], [held_out])
 
 
 def _of_experts(

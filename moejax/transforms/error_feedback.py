@@ -81,6 +81,27 @@ def quantize_with_feedback(
     return in_parts(weight, MOST_ROWS, round_rows)
 
 
+@partial(jax.jit, static_argnames=("group_size", "scale_kind"))
+def quantized_with_feedback(
+    weight: jax.Array,
+    hessian: jax.Array,
+    levels_F: jax.Array,
+    group_size: int,
+    damping: jax.Array | float = DAMPING,
+    scale_kind: ScaleKind = "bf16",
+) -> jax.Array:
+    """What `quantize_with_feedback` rounds a weight (..., O, I) to at each of F numbers of levels, (F, ..., O, I)
+    float32: all of them step by step together, since a step takes a device that computes many numbers as long as few.
+    """
+    inputs = weight.shape[-1]
+
+    def rounded(levels: jax.Array) -> jax.Array:
+        own = _round(weight.reshape(-1, inputs), hessian, levels, group_size, damping, scale_kind, "diagonal")
+        return own.weight_IO()[:inputs].T.reshape(weight.shape)
+
+    return jax.vmap(rounded)(levels_F)
+
+
 @partial(jax.jit, static_argnames=("group_size", "scale_kind", "column_order"))
 def _round(
     weight_OI: jax.Array,
@@ -231,7 +252,8 @@ def _recode(
         change_O = (steps_O - steps_BO[b]) * scale_O
         return steps_BO.at[b].set(steps_O), slope_BO - own_BB[b][:, None] * change_O
 
-    return jax.lax.fori_loop(0, len(steps_BO), recode, (steps_BO, slope_BO))[0]
+    # In one piece, without a step between: what a loop's steps cost on a GPU is nearly all that rounding takes there.
+    return jax.lax.fori_loop(0, len(steps_BO), recode, (steps_BO, slope_BO), unroll=len(steps_BO))[0]
 
 
 def _round_group(

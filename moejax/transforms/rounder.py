@@ -11,14 +11,17 @@ import numpy as np
 
 from moejax.calibrate import ExpertStatistics, Inputs
 from moejax.formats import ExpertWeights, Leaf, parse_group_format, row_parts, rows
+from moejax.machine import accelerator_memory
 from moejax.planning import KEEP
 from moejax.transforms.rounding import round_weight, to_float32
 
 # Numbers of a matrix that are in float32 together, at most; its rows are rounded each by itself.
 MOST_NUMBERS = 1 << 26
 
-# How many experts are rounded together, at most, and in how many bytes of weights and Hessians.
+# How many experts are rounded together, at most, and in how many bytes of weights and Hessians; on an accelerator, of
+# its memory.
 _EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
+_EXPERTS_ACCELERATED, _SHARE_ACCELERATED = 32, 1 / 12
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,34 @@ def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     to, parts = parse_group_format(target), row_parts(leaf, MOST_NUMBERS)
     if len(parts) == 1:
         return round_weight(to_float32(leaf), inputs, to)
-    each = (rows(leaf, own.start, own.stop - own.start) for own in parts)
-    return jax.tree.map(lambda *own: jnp.concatenate(own), *(round_weight(to_float32(own), inputs, to) for own in each))
+    each = (round_weight(to_float32(cut(leaf, own)), inputs, to) for own in parts)
+    return jax.tree.map(lambda *own: jnp.concatenate(own), *each)
+
+
+def cut(leaf: Leaf, own: slice) -> Leaf:
+    """Of `row_parts`: those rows of a matrix; of what is no matrix, or has no others, all."""
+    size = own.stop - own.start
+    return leaf if size == leaf.shape[0] else rows(leaf, own.start, size)
+
+
+def some_rows(leaf: Leaf, row_R: np.ndarray) -> jax.Array:
+    """Rows of all matrices of a leaf (..., O, I), counted through, (R, I) in float32."""
+    found, start = jnp.zeros((len(row_R), leaf.shape[-1])), 0
+    for part in row_parts(leaf, MOST_NUMBERS):
+        own_OI = to_float32(cut(leaf, part)).reshape(-1, leaf.shape[-1])
+        here = (row_R >= start) & (row_R < start + len(own_OI))
+        found = jnp.where(here[:, None], own_OI[np.where(here, row_R - start, 0)], found)
+        start += len(own_OI)
+    return found
 
 
 def experts_together(shape: tuple[int, ...]) -> int:
     """How many of a layer's experts (E, O, I) are rounded together."""
-    _, outputs, inputs = shape
-    return max(1, min(_EXPERTS_TOGETHER, _BYTES_TOGETHER // (4 * inputs * (outputs + inputs))))
+    (_, outputs, inputs), own = shape, accelerator_memory()
+    most, size = (_EXPERTS_TOGETHER, _BYTES_TOGETHER)
+    if own is not None:
+        most, size = _EXPERTS_ACCELERATED, int(_SHARE_ACCELERATED * own)
+    return max(1, min(most, size // (4 * inputs * (outputs + inputs))))
 
 
 @partial(jax.jit, static_argnames="projection")

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import Inputs
-from moejax.formats import IntFormat
+from moejax.formats import IntFormat, parse_group_format
 from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
-from moejax.transforms.rounding import round_weight, rounding_error, to_float32
+from moejax.transforms.rounding import round_weight, rounding_error, rounding_errors, to_float32
 
 SHAPE = (2, 5, 64)
 
@@ -58,3 +58,19 @@ def test_damping_is_the_usual_one_times_the_inputs_own() -> None:
     found = round_weight(leaf, inputs._replace(damping=0.1), to)
     assert np.array_equal(to_float32(found), to_float32(expected))
     assert not np.array_equal(to_float32(found), to_float32(round_weight(leaf, inputs, to)))
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_errors_in_many_formats_are_those_in_each(correlated: bool) -> None:
+    weight, _, output_weight, inputs = problem(correlated)
+    leaf, counts = jnp.asarray(weight[0], jnp.float32), jnp.asarray(output_weight[0], jnp.float32)
+    formats = [parse_group_format(name) for name in ("int2g32", "int3g64e8", "ternaryg32", "int4g32", "int2g64e8")]
+    each = [rounding_error(leaf, to_float32(round_weight(leaf, inputs, own)), inputs, counts) for own in formats]
+    assert rounding_errors(leaf, inputs, formats, counts) == pytest.approx(np.asarray(each), rel=1e-4)
+
+
+def test_a_shorter_last_group_has_its_error_too() -> None:
+    weight, _, _, inputs = problem(correlated=True)
+    leaf, counts, to = jnp.asarray(weight[0], jnp.float32), jnp.ones(SHAPE[1]), IntFormat(2, 128)
+    expected = rounding_error(leaf, to_float32(round_weight(leaf, inputs, to)), inputs, counts)
+    assert rounding_errors(leaf, inputs, [to], counts) == pytest.approx(np.asarray([expected]), rel=1e-4)
