@@ -76,7 +76,7 @@ class Sampled:
         # Each relative error counts as the expert's energy.
         share_E = np.asarray(energies) / sum(energies) if sum(energies) > 0 else np.full(len(every), 1 / len(every))
         each = [weight_R * share for weight_R, share in zip(weights, share_E, strict=True)]
-        if own.of.statistics.shares_hessian(own.of.own):
+        if own.of.shares_hessian:
             found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each))
         else:
             found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)

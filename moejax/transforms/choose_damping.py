@@ -19,7 +19,7 @@ from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced, sliced_mtp
 from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
-from moejax.transforms.error_feedback import DAMPING, damping_for
+from moejax.transforms.hessian import DAMPING, damping_for
 from moejax.transforms.rounder import AFRESH, Projection, experts_together, requantize, some_rows
 from moejax.transforms.rounding import rounding_error, to_float32
 

@@ -15,11 +15,9 @@ from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
 from moejax.formats.grouped import centre, round_to_codes
 from moejax.formats.scales import as_stored, encode_scales
 from moejax.kernels import product
-from moejax.transforms.quantize import in_parts, positive, search_scales
-
-# How much the Hessian's diagonal grows (see `damped`): where tokens are many; per input and token where they are few.
-DAMPING = 0.03
-DAMPING_PER_INPUT = 0.7
+from moejax.machine import accelerator_memory
+from moejax.transforms.hessian import DAMPING, damped, factor, in_whole_groups
+from moejax.transforms.quantize import in_parts, search_scales
 
 # Candidate scales, as shares of the best without feedback. Feedback adds others' errors to the weights of a group.
 SHARES = np.asarray([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35], np.float32)
@@ -28,16 +26,15 @@ SHARES = np.asarray([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35], np.float32)
 SWEEPS = 3
 
 # Rows rounded together at most: what rounding takes beside the weight grows with them. More are cut into equal parts.
+# On an accelerator they take that share of its memory, if those are more.
 MOST_ROWS = 8192
+_SHARE_ACCELERATED = 1 / 48
 
 # In which order columns are rounded: from the largest diagonal of the Hessian to the smallest, or from last to first.
 ColumnOrder = Literal["diagonal", "natural"]
 
 # Columns whose changes reach the rest of their group together; it divides every group size.
 _COLUMNS = 8
-
-# What an input that fills a group up counts, as a share of the others' mean.
-_PADDING = 1e-6
 
 
 class Rounded(NamedTuple):
@@ -78,7 +75,13 @@ def quantize_with_feedback(
         rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
         return _pack(rounded, weight.shape, to)
 
-    return in_parts(weight, MOST_ROWS, round_rows)
+    return in_parts(weight, rows_together(inputs), round_rows)
+
+
+def rows_together(inputs: int) -> int:
+    """How many rows of so many inputs are rounded together, at most."""
+    own = accelerator_memory()
+    return MOST_ROWS if own is None else max(MOST_ROWS, int(_SHARE_ACCELERATED * own) // (4 * inputs))
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_kind"))
@@ -112,31 +115,9 @@ def _round(
     scale_kind: ScaleKind,
     column_order: ColumnOrder,
 ) -> Rounded:
-    weight_IO, damped_II = _in_whole_groups(weight_OI.T.astype(jnp.float32), damped(hessian_II, damping), group_size)
+    weight_IO, damped_II = in_whole_groups(weight_OI.T.astype(jnp.float32), damped(hessian_II, damping), group_size)
     fed_back = feed_back(weight_IO, damped_II, levels, group_size, scale_kind, column_order)
     return descend(weight_IO, damped_II, fed_back, levels, scale_kind=scale_kind)
-
-
-def _in_whole_groups(weight_IO: jax.Array, hessian_II: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """With inputs behind a shorter last group whose weights are zero, which no other input makes up for, and which cost
-    next to nothing."""
-    if not (more := -len(weight_IO) % group_size):
-        return weight_IO, hessian_II
-    own = _PADDING * jnp.mean(jnp.diagonal(hessian_II)) * jnp.eye(more)
-    return jnp.pad(weight_IO, ((0, more), (0, 0))), jax.scipy.linalg.block_diag(hessian_II, own)
-
-
-def damping_for(tokens: jax.Array | float, inputs: int) -> jax.Array:
-    """The damping that suits a Hessian of so many tokens: in proportion to inputs per token, at least DAMPING."""
-    return jnp.maximum(DAMPING, DAMPING_PER_INPUT * inputs / jnp.maximum(tokens, 1))
-
-
-def damped(hessian_II: jax.Array, damping: jax.Array | float) -> jax.Array:
-    """H with `damping` * sqrt(H_ii * mean H_jj) added to its diagonal, in float32: less to the inputs that matter less,
-    but more in proportion. Inputs never seen count a little, as `positive` has it."""
-    hessian_II = hessian_II.astype(jnp.float32)
-    seen_I = positive(jnp.diagonal(hessian_II))
-    return hessian_II + jnp.diag(damping * jnp.sqrt(seen_I) * jnp.sqrt(jnp.mean(seen_I)))
 
 
 def feed_back(
@@ -162,7 +143,7 @@ def feed_back(
     """
     natural = column_order == "natural"
     order_I = jnp.arange(len(weight_IO)) if natural else _by_diagonal(jnp.diagonal(hessian_II), group_size)
-    upper_II = _factor(hessian_II[order_I][:, order_I])
+    upper_II = factor(hessian_II[order_I][:, order_I])
     pivot_I = jnp.diagonal(upper_II)
     feedback_II = jnp.triu(upper_II, 1) / pivot_I[:, None]
     start = jnp.zeros_like(weight_IO)
@@ -290,12 +271,6 @@ def _by_diagonal(diagonal_I: jax.Array, group_size: int) -> jax.Array:
     diagonal_NG = diagonal_I.reshape(-1, group_size)
     order_N, order_NG = jnp.argsort(jnp.sum(diagonal_NG, axis=1)), jnp.argsort(diagonal_NG, axis=1)
     return (order_N[:, None] * group_size + order_NG[order_N]).reshape(-1)
-
-
-def _factor(hessian_II: jax.Array) -> jax.Array:
-    """U, upper triangular, of H = U^T U; of H's diagonal alone, which means no feedback, where float32 finds none."""
-    upper_II = jnp.linalg.cholesky(hessian_II, upper=True, symmetrize_input=False)
-    return jnp.where(jnp.all(jnp.isfinite(upper_II)), upper_II, jnp.diag(jnp.sqrt(positive(jnp.diagonal(hessian_II)))))
 
 
 def _cut(x: jax.Array, n: jax.Array, group_size: int, axis: int = 0) -> jax.Array:

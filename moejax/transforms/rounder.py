@@ -13,6 +13,7 @@ from moejax.calibrate import ExpertStatistics, Inputs
 from moejax.formats import ExpertWeights, Leaf, parse_group_format, row_parts, rows
 from moejax.machine import accelerator_memory
 from moejax.planning import KEEP
+from moejax.transforms.error_feedback import rows_together
 from moejax.transforms.rounding import round_weight, to_float32
 
 # Numbers of a matrix that are in float32 together, at most; its rows are rounded each by itself.
@@ -40,6 +41,11 @@ class Projection:
     def own(self) -> str:
         """Its name among an expert's projections."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def shares_hessian(self) -> bool:
+        """Whether these experts are rounded by one Hessian, their layer's."""
+        return self.statistics.shares_hessian(self.own)
 
     def name_of(self, k: int) -> str:
         """The name of the k-th of these experts' matrix."""
@@ -69,16 +75,19 @@ class Afresh:
         return requantize(leaf, inputs, target)
 
     def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        """Several are rounded together; the last of them beside some that were rounded already, so that the number of
-        experts compiles nothing anew."""
+        """Several are rounded together, so that the number of experts compiles little anew: those that share a Hessian
+        by powers of two; others in as many as there may be, the last beside some that were rounded already."""
         if target == KEEP:
             return [of.weights.expert(e) for e in some]
-        rounded_together = jax.vmap(partial(round_weight, to=parse_group_format(target)))
-        together, leaves = experts_together(of.weights.shape), []
-        for start in range(0, len(some), together):
-            own = np.resize(list(some)[start : start + together], together)
-            rounded = jax.device_get(rounded_together(*_matrices_and_inputs(of.weights, of.statistics, own, of.own)))
-            count = min(together, len(some) - start)
+        to, (_, outputs, inputs), shared = parse_group_format(target), of.weights.shape, of.shares_hessian
+        together = max(1, rows_together(inputs) // outputs) if shared else experts_together(of.weights.shape)
+        rounded_together = partial(round_weight, to=to)
+        leaves: list[Leaf] = []
+        while count := min(together, len(some) - len(leaves)):
+            count = 1 << count.bit_length() >> 1 if shared else count
+            own = np.resize(list(some)[len(leaves) : len(leaves) + count], count if shared else together)
+            given = _matrices_and_inputs(of.weights, of.statistics, own, of.own)
+            rounded = jax.device_get((rounded_together if shared else jax.vmap(rounded_together))(*given))
             leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in range(count)]
         return leaves
 
@@ -127,7 +136,9 @@ def experts_together(shape: tuple[int, ...]) -> int:
 def _matrices_and_inputs(
     weights: ExpertWeights, experts: ExpertStatistics, member_B: jax.Array, projection: str
 ) -> tuple[jax.Array, Inputs]:
-    """Matrices (B, O, I) of some experts of an original, and their inputs."""
+    """Matrices (B, O, I) of some experts of an original, and their inputs: one where they share a Hessian."""
     (bucket,) = weights.buckets
     matrices = jax.tree.map(lambda a: a[weights.index_E[member_B]], bucket)
+    if experts.shares_hessian(projection):
+        return to_float32(matrices), experts.inputs(projection, member_B[0])
     return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(member_B)

@@ -10,7 +10,8 @@ import numpy as np
 from moejax.calibrate import Inputs
 from moejax.formats import GroupedCodes, GroupFormat, dense
 from moejax.kernels import product
-from moejax.transforms.error_feedback import damping_for, quantize_with_feedback, quantized_with_feedback
+from moejax.transforms.error_feedback import quantize_with_feedback, quantized_with_feedback
+from moejax.transforms.hessian import damping_for
 from moejax.transforms.quantize import quantization_errors, quantize
 
 

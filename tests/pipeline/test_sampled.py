@@ -150,6 +150,8 @@ def test_experts_that_share_a_hessian_are_rounded_together(
     sampled.look_at_experts(own)
     found_EF, expected_EF = sampled.expert_errors(own), own.errors()
     np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=1e-3)
+    together, one = AFRESH.experts(own.of, range(3), formats[0].name), AFRESH.experts(own.of, [1], formats[0].name)
+    np.testing.assert_allclose(to_float32(together[1]), to_float32(one[0]), atol=1e-6)
 
 
 def test_large_models_are_sampled_and_others_as_the_recipe_says(prepared: Prepared) -> None:

@@ -14,12 +14,8 @@ from moejax.formats import ExpertWeights, Leaf, parse_group_format
 from moejax.model import named_leaves
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.choose_damping import MULTIPLES, choose_damping, has_few_tokens
-from moejax.transforms.error_feedback import (
-    DAMPING,
-    DAMPING_PER_INPUT,
-    damping_for,
-    quantize_with_feedback,
-)
+from moejax.transforms.error_feedback import quantize_with_feedback
+from moejax.transforms.hessian import DAMPING, DAMPING_PER_INPUT, damping_for
 from moejax.transforms.rounding import to_float32
 from seen_by_blocks import statistics_with_hessians
 from small_models import CONFIG, small_model

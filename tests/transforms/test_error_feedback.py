@@ -22,7 +22,8 @@ from moejax.formats import ExpertWeights, GroupFormat, IntFormat, ScaleKind, Ter
 from moejax.model import DeepseekV3, named_leaves
 from moejax.tokenizer import load_tokenizer
 from moejax.transforms import error_feedback as module
-from moejax.transforms.error_feedback import ColumnOrder, Rounded, damped, damping_for, descend, feed_back
+from moejax.transforms.error_feedback import ColumnOrder, Rounded, descend, feed_back
+from moejax.transforms.hessian import damped, damping_for
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 

@@ -4,7 +4,8 @@ import pytest
 
 from moejax.calibrate import Inputs
 from moejax.formats import IntFormat, parse_group_format
-from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
+from moejax.transforms.error_feedback import quantize_with_feedback
+from moejax.transforms.hessian import damping_for
 from moejax.transforms.rounding import round_weight, rounding_error, rounding_errors, to_float32
 
 SHAPE = (2, 5, 64)

@@ -33,7 +33,8 @@ from moejax.evaluate.text import chunks, read_text
 from moejax.formats import ExpertWeights, IntFormat, TernaryFormat
 from moejax.model import DeepseekV3, named_leaves
 from moejax.tokenizer import load_tokenizer
-from moejax.transforms.error_feedback import damping_for, quantize_with_feedback
+from moejax.transforms.error_feedback import quantize_with_feedback
+from moejax.transforms.hessian import damping_for
 from moejax.transforms.rounding import round_weight, to_float32
 
 LAYERS, EXPERTS, GROUP = (0, 2), 4, 128

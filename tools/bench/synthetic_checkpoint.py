@@ -1,10 +1,10 @@
 """Write a checkpoint of DeepSeek-V3's layers, or of smaller ones, to compress: some 27 GB with three layers.
 
-    python tools/bench/synthetic_checkpoint.py OUTPUT [--layers 3] [--hidden-size 7168] [--experts 256]
-           [--expert-size 2048] [--vocabulary 129280]
+    python tools/bench/synthetic_checkpoint.py OUTPUT [--layers 3] [--dense-layers 1] [--hidden-size 7168]
+           [--experts 256] [--expert-size 2048] [--vocabulary 129280]
 
-The first layer is dense, the others have experts; all is as in the published checkpoint otherwise, FP8 blocks of
-128 x 128 included. The tokenizer is the tiny checkpoint's.
+The first layers are dense, one unless told otherwise, the others have experts; all is as in the published checkpoint
+otherwise, FP8 blocks of 128 x 128 included. The tokenizer is the tiny checkpoint's.
 
 What makes it like a trained model, as far as time and memory can tell: weights are normal within an FP8 block, and
 blocks differ in size as e^(0.3 z) by inputs and e^(0.15 z) by outputs, z normal, so that a few inputs weigh most;
@@ -39,7 +39,13 @@ UNIT = 20.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the folder to write; it must not exist")
-    for name, default in (("layers", 3), ("hidden-size", 7168), ("experts", 256), ("expert-size", 2048)):
+    for name, default in (
+        ("layers", 3),
+        ("dense-layers", 1),
+        ("hidden-size", 7168),
+        ("experts", 256),
+        ("expert-size", 2048),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=129280)
     options = parser.parse_args()
@@ -59,7 +65,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
     heads = max(1, round(raw["num_attention_heads"] * share))
     return raw | {
         "num_hidden_layers": options.layers,
-        "first_k_dense_replace": 1,
+        "first_k_dense_replace": options.dense_layers,
         "num_nextn_predict_layers": 0,
         "hidden_size": options.hidden_size,
         "intermediate_size": max(BLOCK, round(raw["intermediate_size"] * share / BLOCK) * BLOCK),
