@@ -14,6 +14,7 @@ from moejax.checkpoint.atomic import partial_path, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
+from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
@@ -26,12 +27,13 @@ from moejax.ledger import Ledger, ledger_of
 from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.check import Limit, check_limit, check_plan_bytes, require_original
+from moejax.pipeline.duration import expected
 from moejax.pipeline.fit_device import Device, context_for
 from moejax.pipeline.outlook import plan_by_scores
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import Room, room_in
 from moejax.pipeline.sampled import EXPERTS, ROWS, is_sampled
-from moejax.pipeline.shapes import Shapes, shapes_of
+from moejax.pipeline.shapes import Shapes, ready, shapes_of
 from moejax.pipeline.work import Work
 from moejax.planning import Method
 from moejax.planning.expert_scores import ExpertScores, expert_scores_from_json
@@ -133,6 +135,8 @@ def run_compress(
         print(f"calibrating on {texts.calibration.source}; evaluating on {texts.evaluation.source}")
         result = _by_recipe(asked, own_recipe, texts) if given is None else _by_plan(asked, given, texts)
     cost = cost_of_the_run(started) | {"seconds_by_phase": asked.phases.seconds}
+    if asked.phases.expected:
+        cost["expected_seconds_by_phase"] = asked.phases.expected
     if memory is not None:
         cost["memory_limit_bytes"] = asked.ledger.limit
         if cost["peak_memory_bytes"] > asked.ledger.limit:
@@ -148,6 +152,9 @@ def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
         print(f"prices come from a sample: {EXPERTS} experts of a layer, {ROWS} rows of a matrix")
     with _room(asked, recipe.method, texts, not sampled) as room, _kept(asked, texts, {"recipe": repr(recipe)}) as kept:
         made = _provenance(asked, texts, recipe)
+        if sampled:
+            source = ready(CheckpointSource(asked.checkpoint), recipe.method)
+            asked.phases.expected = expected(source, recipe, own, room, len(texts.evaluated))
         prepared = job.prepare(asked.checkpoint, own, recipe, made, asked.phases, kept, room)
         return job.compress_checkpoint(prepared, asked.output, asked.limit, texts.evaluated, *told)
 

@@ -22,7 +22,7 @@ from moejax.pipeline.rounded import ExpertsInFormats, InFormats, require_finite
 from moejax.pipeline.variants import USED_ROWS
 from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
-from moejax.transforms.imitate import energy_by_output, imitate
+from moejax.transforms.imitate import energy_by_output, imitate, imitate_expert
 from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, some_rows
 from moejax.transforms.rounding import rounding_errors, to_float32
 
@@ -99,11 +99,10 @@ class Sampled:
 
     def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
         """As a `Rounder`."""
-        each = [of.weights.expert(k) for k in some]
         if target == KEEP:
-            return each
-        own = self._format_and_error(of.name, target)
-        return [imitate(to_float32(leaf), of.inputs(k).second_moment, *own) for k, leaf in zip(some, each, strict=True)]
+            return [of.weights.expert(k) for k in some]
+        own, moment_EI = self._format_and_error(of.name, target), of.statistics.input_second_moment(of.own)
+        return [imitate_expert(of.weights, k, moment_EI, *own) for k in some]
 
     def _format_and_error(self, name: str, target: str) -> tuple[GroupFormat, float]:
         to = parse_group_format(target)

@@ -38,17 +38,37 @@ def progress_bar(steps: Iterable[Step], description: str) -> Iterable[Step]:
 
 class Phases:
     """Progress bars that remember the seconds each phase of a job took, by what it is called; one that comes several
-    times takes their sum."""
+    times takes their sum. Where seconds are `expected`, every such phase begins by saying what is left, as much longer
+    or shorter as those before it were."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.expected: dict[str, float] = {}
 
     def __call__(self, steps: Iterable[Step], description: str, /) -> Iterable[Step]:
-        started = time.monotonic()
+        if description in self.expected and description not in self.seconds:
+            self._tell()
+        started, before = time.monotonic(), self.seconds.get(description, 0.0)
         try:
             yield from progress_bar(steps, description)
         finally:
-            self.seconds[description] = self.seconds.get(description, 0.0) + time.monotonic() - started
+            self.seconds[description] = before + time.monotonic() - started
+
+    def _tell(self) -> None:
+        """Of what has not begun."""
+        done = [name for name in self.expected if name in self.seconds]
+        taken, thought = (sum(own[name] for name in done) for own in (self.seconds, self.expected))
+        ratio = taken / thought if thought > 0 else 1.0
+        left = {name: ratio * own for name, own in self.expected.items() if name not in self.seconds}
+        each = ", ".join(f"{name} {format_seconds(own)}" for name, own in left.items())
+        print(f"about {format_seconds(sum(left.values()))} to go: {each}", flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -116,9 +116,18 @@ def cost_rows(cost: dict[str, Any]) -> Rows:
     peak, limit = format_size(cost["peak_memory_bytes"]), cost.get("memory_limit_bytes")
     return [
         ("time", f"{cost['seconds']:.0f} s"),
-        *((f"of it {name}", f"{seconds:.0f} s") for name, seconds in cost.get("seconds_by_phase", {}).items()),
+        *(
+            (f"of it {name}", f"{seconds:.0f} s{_expectation(cost, name)}")
+            for name, seconds in cost.get("seconds_by_phase", {}).items()
+        ),
         ("peak memory", peak if limit is None else f"{peak} of {format_size(limit)}"),
     ]
+
+
+def _expectation(cost: dict[str, Any], phase: str) -> str:
+    """What was said of a phase before it began, if anything."""
+    seconds = cost.get("expected_seconds_by_phase", {}).get(phase)
+    return "" if seconds is None else f", {seconds:.0f} s expected"
 
 
 def plan_rows(plan: Plan, config: Config) -> Rows:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from moejax.formats import GroupFormat
+from moejax.formats import ExpertWeights, GroupFormat, dense, matrix
 from moejax.formats.grouped import centre, group, round_to_codes, ungroup
 from moejax.kernels import product
 from moejax.transforms.quantize import positive
@@ -39,6 +39,29 @@ def imitate(
     deviation. So it shrinks as rounded weights do.
     """
     return _imitate(weight, positive(second_moment), to.levels, _STEPS[to.levels], relative_error, to.group_size)
+
+
+def imitate_expert(
+    weights: ExpertWeights, e: int, moment_EI: jax.Array, to: GroupFormat, relative_error: jax.Array | float
+) -> jax.Array:
+    """What `imitate` makes of expert e's matrix among those of one format, (O, I), whose inputs' second moments are
+    `moment_EI`; in one step, since a layer has many."""
+    return _imitate_expert(weights, e, moment_EI, to.levels, _STEPS[to.levels], relative_error, to.group_size)
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _imitate_expert(
+    weights: ExpertWeights,
+    e: int,
+    moment_EI: jax.Array,
+    levels: jax.Array | int,
+    step: jax.Array | float,
+    relative_error: jax.Array | float,
+    group_size: int,
+) -> jax.Array:
+    (bucket,) = weights.buckets
+    own = dense(matrix(bucket, weights.index_E[e]), jnp.dtype(jnp.float32))
+    return _imitate(own, positive(moment_EI[e]), levels, step, relative_error, group_size)
 
 
 @jax.jit
