@@ -1,5 +1,6 @@
 """Progress bars, with a clock that the tests turn."""
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import rich.console
 
-from moejax.report.console import progress_bar
+from moejax.report.console import Phases, format_seconds, progress_bar
 
 
 @pytest.fixture
@@ -57,3 +58,41 @@ def test_a_file_is_told_of_what_comes_to_its_end_alone(capsys: pytest.CaptureFix
     assert list(progress_bar(["a", "b"], "some work")) == ["a", "b"]
     printed = capsys.readouterr().err
     assert "2/2" in printed and printed.count("\n") == 1
+
+
+def test_phases_say_what_is_left_by_what_those_before_took(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: own.now)
+    phases = Phases()
+    phases.expected = {"measuring": 3600.0, "trying": 60.0, "writing": 7200.0}
+    for name, seconds in (
+        ("reading", 1.0),
+        ("measuring", 7200.0),
+        ("trying", 100.0),
+        ("trying", 20.0),
+        ("writing", 1.0),
+    ):
+        for _ in phases([0], name):
+            own.now += seconds
+    assert capsys.readouterr().out.splitlines() == [
+        "about 3.0 h to go: measuring 60 min, trying 60 s, writing 2.0 h",
+        "about 4.0 h to go: trying 2 min, writing 4.0 h",
+        "about 4.0 h to go: writing 4.0 h",
+    ]
+    assert phases.seconds == {"reading": 1.0, "measuring": 7200.0, "trying": 120.0, "writing": 1.0}
+
+
+def test_phases_of_which_nothing_is_expected_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = Phases()
+    assert list(phases([1, 2], "measuring")) == [1, 2] and list(phases.seconds) == ["measuring"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5000, "83 min"), (5400, "1.5 h"), (86400, "24.0 h")],
+)
+def test_seconds_in_words(seconds: float, words: str) -> None:
+    assert format_seconds(seconds) == words
