@@ -196,7 +196,7 @@ def _of_weights(index: int, block: SlicedBlock, sums: BlockStatistics, recipe: R
     to, name = formats[len(formats) // 2], f"layers.{index}"
     members = block.ranges[0]
     experts = block.experts_of(members)
-    relative = {f"{name}.mlp.experts.{own}": np.full((len(members), 1), 0.1) for own in named_leaves(experts)}
+    relative = {f"{name}.mlp.experts.{own}": np.full(1, 0.1) for own in named_leaves(experts)}
     seconds = [0.0, 0.0]
     of = experts_in_formats(name, members, experts, sums.experts, [to], Sampled([to], relative))
     for own in of.values():

@@ -26,7 +26,7 @@ class BlockMeasures:
     tokens of |y' - y|^2 / |y|^2, y the block's output and y' that with the weight, or a projection of all experts, in
     its family's probed format; none in MTP blocks. scores_E: by which experts are pruned, peak_E: their largest
     outputs, pruned: what pruning by the scores does, rising; None and empty in blocks without experts. relative: where
-    errors come from a sample, by weight its relative error in every format (`Sampled`), as `errors`; else empty.
+    errors come from a sample, by weight its relative error in every format (`Sampled`); else empty.
     """
 
     errors: Mapping[str, np.ndarray]

@@ -59,8 +59,9 @@ class Errors:
     def look_at(self, weights: Mapping[str, ExpertsInFormats]) -> None:
         """At a sample of a layer's experts, by projection."""
         assert self._sampled is not None
-        for weight in weights.values():
+        for own, weight in weights.items():
             self._sampled.look_at_experts(weight)
+            self._relative[own] = self._sampled.relative[weight.of.name].tolist()
 
     def add_slice(self, members: Sequence[int], weights: Mapping[str, ExpertsInFormats]) -> None:
         """Of some experts by projection, unless they have been added: slices rise, and may come anew."""
@@ -68,9 +69,6 @@ class Errors:
             self._seen.add(members[0])
             for own, weight in weights.items():
                 self._found.setdefault(own, []).extend(self._of_experts(weight).tolist())
-                if self._sampled is not None:
-                    relative = self._sampled.relative[weight.of.name]
-                    self._relative.setdefault(own, []).extend(relative[e].tolist() for e in members)
 
     def _of_experts(self, weight: ExpertsInFormats) -> np.ndarray:
         if self._sampled is None:

@@ -100,11 +100,10 @@ def test_what_it_imitates_errs_as_much_as_it_tells(
         assert float(jnp.sum(energy_by_output(error, moment_I))) == pytest.approx(told, rel=1e-3)
     down = experts(list(range(12)))["mlp.experts.down"]
     sampled.look_at_experts(down)
-    told_EF = sampled.expert_errors(down)
     (imitated,) = sampled.experts(down.of, [3], FORMATS[1].name)
     moment_I, gate2 = down.of.inputs(3).second_moment, down.of.statistics.gate2_E[3]
     error = float(gate2 * jnp.sum(energy_by_output(imitated - to_float32(down.of.weights.expert(3)), moment_I)))
-    assert error == pytest.approx(told_EF[3, 1], rel=1e-3)
+    assert error == pytest.approx(sampled.expert_errors(down)[3, 1], rel=1e-3)
 
 
 def test_what_is_kept_stays_as_it_is(matrices: Mapping[str, InFormats]) -> None:
@@ -137,29 +136,6 @@ def test_errors_that_are_fed_back_are_told_too(original: DeepseekV3, prepared: P
 
 
 @pytest.mark.slow
-def test_with_error_feedback_every_expert_has_its_own_relative_error(
-    original: DeepseekV3, prepared: Prepared, block: SlicedBlock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sums = calibrate(original, prepared.trials.calibrated.chunks, hessians=True).blocks[LAYER].experts
-    assert sums is not None
-    every, some, formats = range(12), [1, 4, 8], FORMATS
-    for name in ("mlp.experts.gate", "mlp.experts.down"):
-        own, few = (
-            experts_in_formats(NAME, members, block.experts_of(members), sums, formats, AFRESH)[name]
-            for members in (every, some)
-        )
-        expected_EF, off = own.errors(), []
-        for rows in (32, None):
-            if rows is None:
-                monkeypatch.setattr(Sampled, "_levels", lambda self, of: np.ones(of.of.weights.num_experts))
-            sampled = Sampled(formats, {})
-            sampled.look_at_experts(few)
-            off.append(np.std(np.log(sampled.expert_errors(own) / expected_EF), axis=0))
-        monkeypatch.undo()
-        assert np.all(off[0] < 0.6 * off[1])
-
-
-@pytest.mark.slow
 def test_experts_that_share_a_hessian_are_rounded_together(
     original: DeepseekV3, prepared: Prepared, block: SlicedBlock
 ) -> None:
@@ -173,7 +149,7 @@ def test_experts_that_share_a_hessian_are_rounded_together(
     sampled = Sampled(formats, {})
     sampled.look_at_experts(own)
     found_EF, expected_EF = sampled.expert_errors(own), own.errors()
-    np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=0.05)
+    np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=1e-3)
     together, one = AFRESH.experts(own.of, range(3), formats[0].name), AFRESH.experts(own.of, [1], formats[0].name)
     np.testing.assert_allclose(to_float32(together[1]), to_float32(one[0]), atol=1e-6)
 
