@@ -115,12 +115,13 @@ class MeasuredLayer:
 
     def alternatives(self, members: Sequence[int], experts: Experts) -> AlternativeOf:
         """Of some experts: those in which projections, by their names, are in formats, by their numbers."""
+        experts = dense_experts(experts)  # once for all alternatives
         weights = self._in_formats(members, experts)
         self.errors.add_slice(members, weights)
 
         def of(alternative: Any) -> Experts:
             new = {own.rpartition(".")[2]: weights[own].rounded(f) for own, f in alternative or ()}
-            return dense_experts(experts, new)
+            return dense_experts(experts, new) if new else experts
 
         return of
 

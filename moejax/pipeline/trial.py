@@ -179,10 +179,11 @@ class _Layer:
 
     def alternatives(self, members: Sequence[int], experts: Experts) -> AlternativeOf:
         """What plans make of some experts."""
+        experts = dense_experts(experts)  # once for all plans
 
         def of(plan: Any) -> Experts:
             if plan is None:
-                return dense_experts(experts)
+                return experts
             compressed = compressed_slice(
                 members, experts, self._plans[plan], self._statistics, self._rounder, self._name
             )
