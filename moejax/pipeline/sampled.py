@@ -24,7 +24,7 @@ from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
 from moejax.transforms.imitate import energy_by_output, imitate, imitate_expert
 from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, some_rows
-from moejax.transforms.rounding import rounding_errors, to_float32
+from moejax.transforms.rounding import rounding_error, rounding_errors, to_float32
 
 EXPERTS, ROWS, CHUNKS = 8, 256, 4
 
@@ -44,21 +44,23 @@ def is_sampled(recipe: Recipe, model: DeepseekV3) -> bool:
 class Sampled:
     """What is known of a sample; and the `Rounder` that imitates accordingly.
 
-    relative: the relative error in every format, (F,), by a matrix's name in the model, or that of all experts'
-    projection.
+    relative: the relative error with which weights are imitated in every format, (F,), by a matrix's name in the model,
+    or that of all experts' projection.
     """
 
     def __init__(self, formats: Sequence[GroupFormat], relative: Mapping[str, np.ndarray]):
         self.relative = dict(relative)
         self._formats = formats
+        self._told: dict[str, np.ndarray] = {}
 
     def errors(self, own: InFormats) -> np.ndarray:
         """`InFormats.errors`, by some rows of the matrix."""
         inputs, output_O = own.inputs(), np.asarray(own.output_weight, np.float64).reshape(-1)
         energy_O = _energies(own.leaf, inputs)
         row_R, weight_R = _sample(energy_O, output_O)
-        self.relative[own.name] = self._errors(some_rows(own.leaf, row_R), inputs, weight_R)
-        error_F = self.relative[own.name] * np.sum(energy_O * output_O)
+        found_3F = self._errors(some_rows(own.leaf, row_R), inputs, weight_R)
+        self.relative[own.name] = _imitated(found_3F)
+        error_F = found_3F[0] * np.sum(energy_O * output_O)
         require_finite(own.name, own.leaf, error_F)
         return error_F
 
@@ -77,16 +79,16 @@ class Sampled:
         share_E = np.asarray(energies) / sum(energies) if sum(energies) > 0 else np.full(len(every), 1 / len(every))
         each = [weight_R * share for weight_R, share in zip(weights, share_E, strict=True)]
         if own.of.shares_hessian:
-            found_F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each))
+            found_3F = self._errors(jnp.concatenate(rows), own.of.inputs(0), np.concatenate(each))
         else:
-            found_F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)
-        self.relative[own.of.name] = found_F
+            found_3F = np.sum([self._errors(rows[k], own.of.inputs(k), each[k]) for k in every], axis=0)
+        self._told[own.of.name], self.relative[own.of.name] = found_3F[0], _imitated(found_3F)
 
     def expert_errors(self, own: ExpertsInFormats) -> np.ndarray:
         """`ExpertsInFormats.errors`, of all experts of a layer some of which were looked at."""
         moment_EI = own.of.statistics.input_second_moment(own.of.own)
         energy_E = np.asarray(_expert_energies(own.of.weights, moment_EI, own.output_weight()), np.float64)
-        error_EF = energy_E[:, None] * self.relative[own.of.name]
+        error_EF = energy_E[:, None] * self._told[own.of.name]
         for k in np.flatnonzero(~np.isfinite(error_EF).all(axis=1)).tolist():
             require_finite(own.of.name_of(k), own.of.weights.expert(k), error_EF[k])
         return error_EF
@@ -109,7 +111,25 @@ class Sampled:
         return to, float(self.relative[name][self._formats.index(to)])
 
     def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray) -> np.ndarray:
-        return rounding_errors(row_RI, inputs, self._formats, jnp.asarray(weight_R, jnp.float32))
+        """Of some rows, by what they count, in every format, (3, F): the errors; and those of weights that imitate with
+        a relative error of 1, by their inputs' Hessian, and with inputs taken as uncorrelated."""
+        counts_R = jnp.asarray(weight_R, jnp.float32)
+        told_F = rounding_errors(row_RI, inputs, self._formats, counts_R)
+        if inputs.hessian is None:
+            return np.stack([told_F, np.ones_like(told_F), np.ones_like(told_F)])
+        imitated_2F = np.ones((2, len(told_F)))
+        for f, to in enumerate(self._formats):
+            own_RI = imitate(row_RI, inputs.second_moment, to, 1.0)
+            for n, by in enumerate((inputs, inputs._replace(hessian=None))):
+                imitated_2F[n, f] = rounding_error(row_RI, own_RI, by, counts_R)
+        return np.stack([told_F, *imitated_2F])
+
+
+def _imitated(found_3F: np.ndarray) -> np.ndarray:
+    """The relative error with which weights imitate what is told of some: what imitates has errors that go along with
+    the weights, which inputs that correlate make more of than of errors that were fed back."""
+    told_F, correlated_F, alone_F = found_3F
+    return told_F * alone_F / np.maximum(correlated_F, 1e-300)
 
 
 def seen_by_variants(held_out_BT: np.ndarray, rounder: Rounder) -> np.ndarray:

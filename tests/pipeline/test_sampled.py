@@ -132,7 +132,11 @@ def test_errors_that_are_fed_back_are_told_too(original: DeepseekV3, prepared: P
     statistics = calibrate(original, prepared.trials.calibrated.chunks, hessians=True).blocks[LAYER]
     for own in matrices_in_formats(NAME, named_leaves(block.trunk), statistics, FORMATS[1:2], AFRESH).values():
         sampled = Sampled(FORMATS[1:2], {})
-        np.testing.assert_allclose(sampled.errors(own), own.errors(), rtol=1e-3)
+        told_F = sampled.errors(own)
+        np.testing.assert_allclose(told_F, own.errors(), rtol=1e-3)
+        # And imitated, by the Hessian of inputs that correlate.
+        imitates = replace(own, rounder=sampled)
+        np.testing.assert_allclose(imitates.errors(), told_F, rtol=1e-3)
 
 
 @pytest.mark.slow
