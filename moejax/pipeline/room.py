@@ -58,7 +58,8 @@ def room_in(
     """
     needed = working_bytes(model, tokens, hessians)
     if not ledger.fits(needed):
-        ledger.refuse(f"a block of the model, on {_BATCH} chunks of {tokens} tokens, cannot be worked on", needed)
+        on = f", on {_BATCH} chunks of {tokens} tokens," if tokens else ""
+        ledger.refuse(f"a block of the model{on} cannot be worked on", needed)
     left = ledger.left - needed
     with shelf_beside(output, int(_SHELF * left)) as shelf:
         rounded, within = (_ROUNDED, _WITHIN) if keeps_rounded else (0.0, _ROUNDED + _WITHIN)
