@@ -24,6 +24,9 @@ MOST_NUMBERS = 1 << 26
 _EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
 _EXPERTS_ACCELERATED, _SHARE_ACCELERATED = 32, 1 / 12
 
+# Numbers of a matrix that takes longer to round than another size of stack takes to compile.
+_LARGE = 1 << 22
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -75,17 +78,18 @@ class Afresh:
         return requantize(leaf, inputs, target)
 
     def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        """Several are rounded together, so that the number of experts compiles little anew: those that share a Hessian
-        by powers of two; others in as many as there may be, the last beside some that were rounded already."""
+        """Several are rounded together, so that the number of experts compiles little anew: by powers of two where they
+        are large or share a Hessian; else in as many as there may be, the last beside some that were rounded already.
+        """
         if target == KEEP:
             return [of.weights.expert(e) for e in some]
         to, (_, outputs, inputs), shared = parse_group_format(target), of.weights.shape, of.shares_hessian
         together = max(1, rows_together(inputs) // outputs) if shared else experts_together(of.weights.shape)
-        rounded_together = partial(round_weight, to=to)
+        rounded_together, by_powers = partial(round_weight, to=to), shared or outputs * inputs >= _LARGE
         leaves: list[Leaf] = []
         while count := min(together, len(some) - len(leaves)):
-            count = 1 << count.bit_length() >> 1 if shared else count
-            own = np.resize(list(some)[len(leaves) : len(leaves) + count], count if shared else together)
+            count = 1 << count.bit_length() >> 1 if by_powers else count
+            own = np.resize(list(some)[len(leaves) : len(leaves) + count], count if by_powers else together)
             given = _matrices_and_inputs(of.weights, of.statistics, own, of.own)
             rounded = jax.device_get((rounded_together if shared else jax.vmap(rounded_together))(*given))
             leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in range(count)]
