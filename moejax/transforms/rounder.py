@@ -80,12 +80,16 @@ class Afresh:
     def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
         """Several are rounded together, so that the number of experts compiles little anew: by powers of two where they
         are large or share a Hessian; else in as many as there may be, the last beside some that were rounded already.
+        Large ones without Hessians go one by one, in a sixth of the time: by rows that a cache holds.
         """
         if target == KEEP:
             return [of.weights.expert(e) for e in some]
         to, (_, outputs, inputs), shared = parse_group_format(target), of.weights.shape, of.shares_hessian
+        is_large = outputs * inputs >= _LARGE
+        if is_large and of.statistics.layer.x_DD is None:
+            return [requantize(of.weights.expert(k), of.inputs(k), target) for k in some]
         together = max(1, rows_together(inputs) // outputs) if shared else experts_together(of.weights.shape)
-        rounded_together, by_powers = partial(round_weight, to=to), shared or outputs * inputs >= _LARGE
+        rounded_together, by_powers = partial(round_weight, to=to), shared or is_large
         leaves: list[Leaf] = []
         while count := min(together, len(some) - len(leaves)):
             count = 1 << count.bit_length() >> 1 if by_powers else count

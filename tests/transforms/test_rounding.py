@@ -85,7 +85,7 @@ def test_a_shorter_last_group_has_its_error_too() -> None:
 
 @pytest.mark.parametrize("large", [1, 1 << 30])
 def test_experts_are_rounded_as_each_alone(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By powers of two, and beside some that are rounded already."""
+    """One by one, and beside some that are rounded already."""
     monkeypatch.setattr(rounder, "_LARGE", large)
     weights = one_bucket(jnp.asarray(np.random.RandomState(0).normal(size=(11, 32, 64)), jnp.float32))
     config = replace(CONFIG, n_routed_experts=11, hidden_size=64, moe_intermediate_size=32)
