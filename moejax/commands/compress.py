@@ -184,7 +184,8 @@ def _room(
     """For chunks of the texts, or for none."""
     tokens = 0 if texts is None else texts.calibrated.chunks.shape[1]
     model = asked.shapes(method).model
-    return room_in(asked.ledger, model, tokens, method.error_feedback, asked.output, keeps_rounded)
+    given = method.error_feedback, asked.output, keeps_rounded, asked.most_bytes
+    return room_in(asked.ledger, model, tokens, *given)
 
 
 def _kept(asked: _Asked, texts: _Texts, by: Mapping[str, str]) -> AbstractContextManager[Work]:

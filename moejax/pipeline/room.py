@@ -48,15 +48,21 @@ NO_ROOM = Room()
 
 @contextmanager
 def room_in(
-    ledger: Ledger, model: DeepseekV3, tokens: int, hessians: bool, output: Path, keeps_rounded: bool = True
+    ledger: Ledger,
+    model: DeepseekV3,
+    tokens: int,
+    hessians: bool,
+    output: Path,
+    keeps_rounded: bool = True,
+    most_bytes: int = 0,
 ) -> Iterator[Room]:
     """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
-    or without. What does not fit lies in a folder beside `output`, which is removed behind. Where rounded weights are
-    not kept, states within a block have their share.
+    or without, to write so many bytes at most. What does not fit lies in a folder beside `output`, which is removed
+    behind. Where rounded weights are not kept, states within a block have their share.
 
     Raises InputError where not even the work on one block fits.
     """
-    needed = working_bytes(model, tokens, hessians)
+    needed = working_bytes(model, tokens, hessians, most_bytes)
     if not ledger.fits(needed):
         on = f", on {_BATCH} chunks of {tokens} tokens," if tokens else ""
         ledger.refuse(f"a block of the model{on} cannot be worked on", needed)
@@ -67,15 +73,33 @@ def room_in(
         yield Room(int(_STATISTICS * left), int(rounded * left), int(within * beside_experts), shelf.put)
 
 
-def working_bytes(model: DeepseekV3, tokens: int, hessians: bool) -> int:
+def working_bytes(model: DeepseekV3, tokens: int, hessians: bool, most_bytes: int = 0) -> int:
     """What measuring, trying and writing one block of an abstract model, or embedding or head, take at most: weights as
-    they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; and a
-    block's Hessians."""
+    they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; a block's
+    Hessians; and its share of what is written, and once more while experts of a format are put together."""
     blocks = [*model.layers, *(own.block for own in model.mtp)]
     outer = max(payload_bytes(own.get_value()) for own in (model.embed, model.head))
     of_block = max(_block_bytes(block, tokens) for block in blocks)
     hessian = max(map(_hessian_bytes, blocks)) if hessians else 0
-    return _PROGRAMS + max(of_block, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian
+    written = max(map(_numbers, blocks)) / _numbers(model) * most_bytes
+    writing = max(map(_rounding_bytes, blocks)) + int(2 * written)
+    return _PROGRAMS + max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian
+
+
+def _numbers(part: DeepseekV3 | Block) -> int:
+    return sum(math.prod(own.shape) for own in named_leaves(part).values())
+
+
+def _rounding_bytes(block: Block) -> int:
+    """What is read of a block while its experts are rounded, and what rounding one of them takes."""
+    leaves, c = named_leaves(block), block.config
+    trunk = payload_bytes({name: own for name, own in leaves.items() if IN_BLOCK[name].role != "routed experts"})
+    if not isinstance(block.mlp, MoE):
+        return trunk
+    assert block.mlp.experts is not None
+    share = min(1.0, 2 * experts_in_slice(c) / block.mlp.num_experts)
+    searching = _searching_bytes(c.hidden_size * c.moe_intermediate_size)
+    return trunk + int(share * payload_bytes(named_leaves(block.mlp.experts))) + searching
 
 
 def _block_bytes(block: Block, tokens: int) -> int:

@@ -94,3 +94,6 @@ def test_deepseek_v3_fits_small_machines() -> None:
     model = abstract_original(json.loads(config_path("models", "deepseek_v3").read_text()))
     plain, fed_back = (working_bytes(model, 512, hessians) for hessians in (False, True))
     assert 5 * GB < plain < 10 * GB and plain + 4 * GB < fed_back < plain + 12 * GB
+    # A layer's share of 103 GB is 1.8 GB, which is there twice; of 600 GB it is 10 GB.
+    assert working_bytes(model, 512, False, 103 * GB) == plain
+    assert working_bytes(model, 512, False, 600 * GB) > 20 * GB
