@@ -136,3 +136,7 @@ def test_programs_that_are_forgotten_are_compiled_anew(monkeypatch: pytest.Monke
     machine.forget_programs()
     twice(jnp.ones(3))
     assert len(traced) == 2
+
+
+def test_a_cpu_is_no_accelerator() -> None:
+    assert machine.accelerator_memory() is None

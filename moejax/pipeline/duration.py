@@ -5,12 +5,12 @@ Pieces of the job are done and timed on one layer with a few slices of its exper
     seconds of a phase = sum over kinds of pieces of seconds of one * how many there are
 
 Where a layer's experts are several slices, of two numbers of slices and of runs the seconds per slice and run follow;
-where they are one slice, the trunk's share of a run is part of the slice's.
+where they are one, what a run takes is shared out between it and the trunk.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,10 +29,12 @@ from moejax.model.weights import block_and_name, row_of
 from moejax.pipeline.activated_experts import candidates
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.crossing import AlternativeOf
-from moejax.pipeline.probes import EMBEDDING, EXPERTS_DOWN, EXPERTS_WIDE, PRUNED_SHARES, Change, changes_of
+from moejax.pipeline.measured_layer import tried_counts
+from moejax.pipeline.options import allowed_counts, order_of_pruning
+from moejax.pipeline.probes import EMBEDDING, EXPERTS_DOWN, EXPERTS_WIDE, Change, changes_of
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.room import Room
-from moejax.pipeline.rounded import ExpertsInFormats, experts_in_formats
+from moejax.pipeline.room import BATCH, Room
+from moejax.pipeline.rounded import experts_in_formats
 from moejax.pipeline.sampled import EXPERTS as LOOKED_AT
 from moejax.pipeline.sampled import ROWS, Sampled, seen_by_variants
 from moejax.pipeline.variants import Changed, Variants
@@ -42,11 +44,8 @@ from moejax.transforms.rounder import AFRESH
 
 # Slices, and runs through them, of which the pieces are timed.
 _SLICES, _RUNS = (2, 4), (1, 3)
-# Chunks that are calibrated on together.
-_BATCH = 8
-# What of a layer's experts a family is, and how many runs of pruned experts there are in a layer.
+# What of a layer's experts a family is.
 _SHARES = {EXPERTS_WIDE: 2 / 3, EXPERTS_DOWN: 1 / 3}
-_PRUNING_RUNS = 2 * (len(PRUNED_SHARES) + 5)
 
 
 @dataclass(frozen=True)
@@ -72,41 +71,60 @@ def expected(source: Source, recipe: Recipe, calibrated: Calibrated, room: Room,
     """Seconds of every phase, by what its progress is called, of a job that evaluates so many chunks."""
     config = source.config
     seen_BT = seen_by_variants(calibrated.held_out, Sampled(recipe.formats, {}))
-    together = max(1, room.within // (4 * 4 * seen_BT.size * config.hidden_size))
+    together = room.runs_within(4 * seen_BT.size * config.hidden_size)
     pieces = timed_pieces(source, recipe, calibrated, seen_BT, room)
     return expected_seconds(pieces, config, recipe, len(calibrated.chunks), len(seen_BT), evaluated, together)
 
 
 def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT: np.ndarray, room: Room) -> Pieces:
     """Of a model's first layer with experts, or its last, on the chunks that variants see and on one batch to
-    calibrate on. Each is done once before it is timed, so that compiling does not count."""
+    calibrate on. Each is done once before it is timed, so that compiling does not count; embedding, layer and head are
+    in memory one after another."""
     config = source.config
     index = min(config.first_k_dense_replace, config.num_hidden_layers - 1)
-    whole, embedding = source.block(index), source.embedding()
+    most = len(slices_of(config.n_routed_experts, experts_in_slice(config))) if config.is_moe(index) else 0
+    numbers = sorted({min(own, most) for own in _SLICES})
+    cases = [(slices, runs) for slices in numbers for runs in _RUNS]
+    variants = [Variants(config, seen_BT, room) for _ in (cases[0], *cases)]  # one goes through untimed
+    one = Calibration(config, calibrated.chunks[:BATCH], hessians=recipe.error_feedback, kept=room.kept)
+    embedding = source.embedding()
+    for own in variants:
+        own.embedding(embedding)
+    one.embedding(embedding)
+    del embedding
+    pieces = _of_layer(index, source.block(index), variants, one, cases, recipe)
+    head, normed_1TD = source.head(), jnp.asarray(one.states[0][:1])
+    predicted = partial(head_log_probabilities, normed_1TD, head)
+    _seconds(predicted)
+    return replace(pieces, head=_seconds(predicted))
+
+
+def _of_layer(
+    index: int,
+    whole: SlicedBlock,
+    variants: Sequence[Variants],
+    one: Calibration,
+    cases: Sequence[tuple[int, int]],
+    recipe: Recipe,
+) -> Pieces:
+    """Of a layer, nothing of the head."""
     block = replace(whole, trunk=dense_trunk(whole.trunk))
     part = partial(_first_slices, block)
-    numbers = sorted({min(own, len(block.ranges)) for own in _SLICES}) or [0]
 
-    def run(slices: int, runs: int) -> float:
-        variants = Variants(config, seen_BT, room)
-        variants.embedding(embedding)
+    def run(own: Variants, slices: int, runs: int) -> float:
         others = [(str(n), Changed()) for n in range(runs - 1)]
-        return _seconds(lambda: variants.block(index, part(slices), others, _dense))
+        return _seconds(lambda: own.block(index, part(slices), others, _dense))
 
-    run(numbers[0], 1)
-    cases = [(slices, runs) for slices in numbers for runs in _RUNS]
-    read, through, trunk = _fitted([(s, s * r, r) for s, r in cases], [run(*own) for own in cases])
-    one = Calibration(config, calibrated.chunks[:_BATCH], hessians=recipe.error_feedback, kept=room.kept)
-    one.embedding(embedding)
+    first, *others = variants
+    run(first, *cases[0])
+    seconds = [run(own, *case) for own, case in zip(others, cases, strict=True)]
+    read, through, trunk = _fitted([(slices, slices * runs, runs) for slices, runs in cases], seconds)
+    numbers = sorted({slices for slices, _ in cases})
     sums = one.observe(index, part(numbers[0]))
     seconds = [_seconds(partial(one.observe, index, part(own))) for own in numbers]
     both, trunk_observed = _fitted([(own, 1) for own in numbers], seconds)
-    imitated, rounded = _of_weights(index, block, sums, recipe)
-    head, normed_1TD = source.head(), one.states[0][:1]
-    predicted = partial(head_log_probabilities, jnp.asarray(normed_1TD), head)
-    jax.block_until_ready(predicted())
-    observed = max(0.0, both - read)
-    return Pieces(read, through, trunk, observed, trunk_observed, imitated, rounded, _seconds(predicted))
+    weights = _of_weights(index, block, sums, recipe)
+    return Pieces(read, through, trunk, max(0.0, both - read), trunk_observed, *weights, head=0.0)
 
 
 def expected_seconds(
@@ -119,7 +137,7 @@ def expected_seconds(
     per_layer = len(slices_of(config.n_routed_experts, experts_in_slice(config)))
     # Dense layers count by their numbers.
     layers = moe + (config.num_hidden_layers - moe) * sizes.dense / sizes.trunk
-    batches, changes = math.ceil(chunks / _BATCH), changes_of(config, recipe.formats)
+    batches, changes = math.ceil(chunks / BATCH), changes_of(config, recipe.formats)
     calibrating = (layers + drafts) * batches * pieces.trunk_observed
     calibrating += (moe + drafts) * per_layer * (pieces.read + batches * pieces.observed)
 
@@ -128,13 +146,15 @@ def expected_seconds(
         reads = moe * per_layer * math.ceil(runs / together) * pieces.read
         return reads + moe * per_layer * whole * pieces.run + layers * through_trunk * pieces.trunk_run
 
+    order = order_of_pruning(np.zeros(config.n_routed_experts), config, recipe)
+    pruned = 2 * len(tried_counts(allowed_counts(order, config, recipe)))
     begun = 1 + float(np.mean([_begun(changes, layer) for layer in range(config.num_hidden_layers)]))
     tried = sizes.matrices + 3  # each matrix, and projection of the experts, on one chunk
     looked_at = ROWS * config.hidden_size * (3 * LOOKED_AT * moe + sizes.matrices * layers)
     shares = moe + sum(len(own.layers) * sum(_SHARES.get(family, 0.0) for family in own.families) for own in changes)
     measuring = (
         calibrating
-        + passing(begun + tried + _PRUNING_RUNS, begun + tried / seen + _PRUNING_RUNS, begun + tried / seen)
+        + passing(begun + tried + pruned, begun + tried / seen + pruned, begun + tried / seen)
         + (moe + drafts * (1 + per_layer)) * pieces.read
         + pieces.rounded * (len(recipe.formats) * looked_at + 4 * sizes.outer)
         + pieces.imitated * shares * sizes.experts
@@ -188,8 +208,8 @@ def _begun(changes: list[Change], layer: int) -> int:
 
 
 def _of_weights(index: int, block: SlicedBlock, sums: BlockStatistics, recipe: Recipe) -> tuple[float, float]:
-    """Seconds per number to imitate and to round, of an expert's projections, or of the trunk's largest matrix where
-    there are no experts; in the format whose bits are in the middle."""
+    """Seconds per number to imitate and to round, of an expert's projections, in the format whose bits are in the
+    middle; 0 where there are no experts."""
     formats = sorted(recipe.formats, key=lambda own: own.bits)
     if not formats or sums.experts is None:
         return 0.0, 0.0
@@ -202,18 +222,14 @@ def _of_weights(index: int, block: SlicedBlock, sums: BlockStatistics, recipe: R
     for own in of.values():
         some = range(min(4, len(members)))
         jobs: tuple[Callable[[], object], ...] = (
-            partial(_ready, own),
+            partial(own.rounded, 0),
             partial(AFRESH.experts, own.of, some, to.name),
         )
         for n, (job, count) in enumerate(zip(jobs, (len(members), len(some)), strict=True)):
-            job()
+            _seconds(job)
             seconds[n] += _seconds(job) / count
     each = sum(math.prod(own.of.weights.shape[1:]) for own in of.values())
     return seconds[0] / each, seconds[1] / each
-
-
-def _ready(own: ExpertsInFormats) -> object:
-    return jax.block_until_ready(own.rounded(0))
 
 
 def _first_slices(block: SlicedBlock, count: int) -> SlicedBlock:
@@ -225,8 +241,9 @@ def _dense(members: object, experts: Experts) -> AlternativeOf:
 
 
 def _seconds(do: Callable[[], object]) -> float:
+    """Until what it gives is there."""
     started = time.monotonic()
-    do()
+    jax.block_until_ready(do())
     return time.monotonic() - started
 
 

@@ -28,7 +28,7 @@ _PROGRAMS = 750_000_000
 # Arrays of as many numbers that searching scales, or feeding errors back, has beside a matrix.
 _SEARCH = 6
 # The chunks that go through a block together.
-_BATCH = 8
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Room:
     rounded: int = 0
     within: int = 4 << 30
     kept: Keep = as_it_is
+
+    def runs_within(self, states: int) -> int:
+        """How many runs of so many bytes of states may wait within a block for its next slice: what their experts take,
+        what these put out, and the rest of the block's."""
+        return max(1, self.within // (4 * states))
 
 
 # Statistics and rounded weights are made again, states stay where they are.
@@ -64,7 +69,7 @@ def room_in(
     """
     needed = working_bytes(model, tokens, hessians, most_bytes)
     if not ledger.fits(needed):
-        on = f", on {_BATCH} chunks of {tokens} tokens," if tokens else ""
+        on = f", on {BATCH} chunks of {tokens} tokens," if tokens else ""
         ledger.refuse(f"a block of the model{on} cannot be worked on", needed)
     left = ledger.left - needed
     with shelf_beside(output, int(_SHELF * left)) as shelf:
@@ -105,7 +110,7 @@ def _rounding_bytes(block: Block) -> int:
 def _block_bytes(block: Block, tokens: int) -> int:
     config = block.config
     trunk = {name: leaf for name, leaf in named_leaves(block).items() if IN_BLOCK[name].role != "routed experts"}
-    dense, states = 4 * sum(leaf.size for leaf in trunk.values()), 4 * _BATCH * tokens * config.hidden_size
+    dense, states = 4 * sum(leaf.size for leaf in trunk.values()), 4 * BATCH * tokens * config.hidden_size
     searching = max(_searching_bytes(leaf.size) for name, leaf in trunk.items() if IN_BLOCK[name].may_be_rounded)
     size = payload_bytes(trunk) + dense
     before = size + max(dense, searching) + 4 * states

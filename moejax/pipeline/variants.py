@@ -66,7 +66,7 @@ class Variants:
         self._used_U, self._place_BT = jnp.asarray(used_U), jnp.asarray(place_BT.reshape(tokens_BT.shape))
         self.by = angles(config, jnp.arange(tokens_BT.shape[1]), jnp.float32)
         self.original: jax.Array = jnp.zeros(())
-        self._most_bytes, self._kept = room.within, room.kept
+        self._room, self._kept = room, room.kept
         self.changed: dict[str, Kept] = {}
 
     def used_rows(self, embedding: Leaf) -> Leaf:
@@ -90,8 +90,7 @@ class Variants:
         for one by one behind the model's own run; runs of others among them take part."""
         behind: dict[str, Kept] = {}
         runs = chain([self._own(block)], self._others(block.trunk, changed, behind))
-        each = 4 * payload_bytes(self.original)
-        cross(block, runs, alternatives, self._most_bytes // each)
+        cross(block, runs, alternatives, self._room.runs_within(payload_bytes(self.original)))
         require_finite_block(f"layers.{index}", block, self.original, self.by, self.output)
         self.original, self.changed = self.output, behind
         del self.within, self.routed_TD, self.output

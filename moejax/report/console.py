@@ -47,19 +47,20 @@ class Phases:
 
     def __call__(self, steps: Iterable[Step], description: str, /) -> Iterable[Step]:
         if description in self.expected and description not in self.seconds:
-            self._tell()
+            self._tell(description)
         started, before = time.monotonic(), self.seconds.get(description, 0.0)
         try:
             yield from progress_bar(steps, description)
         finally:
             self.seconds[description] = before + time.monotonic() - started
 
-    def _tell(self) -> None:
-        """Of what has not begun."""
+    def _tell(self, beginning: str) -> None:
+        """Of what begins and what comes behind: a job that goes on may not have come by those before."""
         done = [name for name in self.expected if name in self.seconds]
         taken, thought = (sum(own[name] for name in done) for own in (self.seconds, self.expected))
         ratio = taken / thought if thought > 0 else 1.0
-        left = {name: ratio * own for name, own in self.expected.items() if name not in self.seconds}
+        names = list(self.expected)
+        left = {name: ratio * self.expected[name] for name in names[names.index(beginning) :]}
         each = ", ".join(f"{name} {format_seconds(own)}" for name, own in left.items())
         print(f"about {format_seconds(sum(left.values()))} to go: {each}", flush=True)
 

@@ -20,7 +20,7 @@ from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.hessian import DAMPING, damping_for
-from moejax.transforms.rounder import AFRESH, Projection, experts_together, requantize, some_rows
+from moejax.transforms.rounder import AFRESH, Projection, few_experts, requantize, some_rows
 from moejax.transforms.rounding import rounding_error, to_float32
 
 # Multiples of `damping_for` that are tried.
@@ -46,7 +46,7 @@ def choose_damping(
     model: DeepseekV3, statistics: Statistics, held_out: Statistics, progress: Progress = silent
 ) -> Statistics:
     """The same `statistics` with the damping that loses least: of MULTIPLES the one whose rounded Q has the least
-    E|(W - Q) x|^2 over the tokens of `held_out`, matrix by matrix.
+    E|(W - Q) x|^2 over the tokens of `held_out`, matrix by matrix, by 4,096 of its rows at most.
 
     The routed experts of a projection share one: the geometric mean counts, over those with most such tokens. Both
     statistics have Hessians. Weights whose tokens are many, so that `damping_for` is DAMPING, keep that.
@@ -105,7 +105,7 @@ def _of_experts(
 ) -> dict[str, jax.Array | None]:
     """By projection; the experts with most tokens are asked for once."""
     wide = (block.num_experts, block.config.moe_intermediate_size, block.config.hidden_size)
-    most = max(map(experts_together, (wide, (wide[0], wide[2], wide[1]))))
+    most = max(map(few_experts, (wide, (wide[0], wide[2], wide[1]))))
     members = np.argsort(-np.asarray(held_out.count_E), kind="stable")[:most]
     few = {projection: _experts_have_few(sums, projection) for projection in PROJECTIONS}
     experts = named_leaves(block.experts_of(members.tolist())) if any(few.values()) else {}
@@ -121,7 +121,7 @@ def _of_experts(
 def _of_projection(
     weights: ExpertWeights, sums: ExpertStatistics, held_out: ExpertStatistics, projection: str
 ) -> jax.Array | None:
-    members = range(min(weights.num_experts, experts_together(weights.shape)))
+    members = range(min(weights.num_experts, few_experts(weights.shape)))
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})

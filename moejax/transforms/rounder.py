@@ -131,12 +131,19 @@ def some_rows(leaf: Leaf, row_R: np.ndarray) -> jax.Array:
     return found
 
 
+def few_experts(shape: tuple[int, ...]) -> int:
+    """How many of a layer's experts (E, O, I) any device rounds together."""
+    return _that_fit(shape, _EXPERTS_TOGETHER, _BYTES_TOGETHER)
+
+
 def experts_together(shape: tuple[int, ...]) -> int:
-    """How many of a layer's experts (E, O, I) are rounded together."""
-    (_, outputs, inputs), own = shape, accelerator_memory()
-    most, size = (_EXPERTS_TOGETHER, _BYTES_TOGETHER)
-    if own is not None:
-        most, size = _EXPERTS_ACCELERATED, int(_SHARE_ACCELERATED * own)
+    """How many of a layer's experts (E, O, I) this device rounds together."""
+    own = accelerator_memory()
+    return few_experts(shape) if own is None else _that_fit(shape, _EXPERTS_ACCELERATED, int(_SHARE_ACCELERATED * own))
+
+
+def _that_fit(shape: tuple[int, ...], most: int, size: int) -> int:
+    _, outputs, inputs = shape
     return max(1, min(most, size // (4 * inputs * (outputs + inputs))))
 
 

@@ -143,3 +143,12 @@ def test_slices_may_be_left_before_their_end() -> None:
     next(slices)
     slices.close()  # type: ignore[attr-defined]
     assert set(asked) <= {0, 2}
+
+
+def test_an_accelerator_takes_larger_slices_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, hidden_size=7168, moe_intermediate_size=2048, n_routed_experts=256)
+    assert sliced.experts_in_slice(config) == 6
+    monkeypatch.setattr(sliced, "accelerator_memory", lambda: 100 * 10**9)
+    assert sliced.experts_in_slice(config) == 35
+    monkeypatch.setattr(sliced, "accelerator_memory", lambda: 10**9)
+    assert sliced.experts_in_slice(config) == 6

@@ -84,6 +84,13 @@ def test_phases_say_what_is_left_by_what_those_before_took(
     assert phases.seconds == {"reading": 1.0, "measuring": 7200.0, "trying": 120.0, "writing": 1.0}
 
 
+def test_phases_that_a_job_goes_on_behind_are_not_to_come(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = Phases()
+    phases.expected = {"measuring": 3600.0, "trying": 60.0, "writing": 7200.0}
+    assert list(phases([0], "trying")) == [0]
+    assert capsys.readouterr().out == "about 2.0 h to go: trying 60 s, writing 2.0 h\n"
+
+
 def test_phases_of_which_nothing_is_expected_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     phases = Phases()
     assert list(phases([1, 2], "measuring")) == [1, 2] and list(phases.seconds) == ["measuring"]

@@ -13,6 +13,7 @@ from moejax.calibrate import ExpertStatistics, Inputs, Statistics, calibrate
 from moejax.formats import ExpertWeights, Leaf, parse_group_format
 from moejax.model import named_leaves
 from moejax.planning.plan import PROJECTIONS
+from moejax.transforms import choose_damping as module
 from moejax.transforms.choose_damping import MULTIPLES, choose_damping, has_few_tokens
 from moejax.transforms.error_feedback import quantize_with_feedback
 from moejax.transforms.hessian import DAMPING, DAMPING_PER_INPUT, damping_for
@@ -69,6 +70,18 @@ def test_the_experts_of_a_projection_share_the_best_for_those_with_most_tokens()
     multiple = float(experts_of(chosen()).damping["down"])
     assert multiple == pytest.approx(MULTIPLES[int(np.argmin(np.log(each).mean(axis=0)))])
     assert float(experts_of(chosen()).inputs("down", 3).damping) == multiple
+
+
+def test_of_a_matrix_with_many_rows_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_ROWS", 5)
+    head, inputs, held = (
+        small_model().head.get_value(),
+        statistics_with_hessians().head_inputs(),
+        held_out().head_inputs(),
+    )
+    rows = to_float32(head)[np.linspace(0, head.shape[0] - 1, 5).round().astype(int)]
+    found = module.choose_damping_of_matrix(head, inputs, held)
+    assert found == pytest.approx(MULTIPLES[int(np.argmin(errors(rows, inputs, held)))])
 
 
 def test_every_matrix_but_the_router_has_one() -> None:

@@ -1,18 +1,12 @@
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.calibrate import Inputs, unseen_experts
+from moejax.calibrate import Inputs
 from moejax.formats import IntFormat, parse_group_format
-from moejax.pipeline.working_copy import one_bucket
-from moejax.transforms import rounder
 from moejax.transforms.error_feedback import quantize_with_feedback
 from moejax.transforms.hessian import damping_for
-from moejax.transforms.rounder import AFRESH, Projection
 from moejax.transforms.rounding import round_weight, rounding_error, rounding_errors, to_float32
-from small_models import CONFIG
 
 SHAPE = (2, 5, 64)
 
@@ -81,18 +75,3 @@ def test_a_shorter_last_group_has_its_error_too() -> None:
     leaf, counts, to = jnp.asarray(weight[0], jnp.float32), jnp.ones(SHAPE[1]), IntFormat(2, 128)
     expected = rounding_error(leaf, to_float32(round_weight(leaf, inputs, to)), inputs, counts)
     assert rounding_errors(leaf, inputs, [to], counts) == pytest.approx(np.asarray([expected]), rel=1e-4)
-
-
-@pytest.mark.parametrize("large", [1, 1 << 30])
-def test_experts_are_rounded_as_each_alone(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One by one, and beside some that are rounded already."""
-    monkeypatch.setattr(rounder, "_LARGE", large)
-    weights = one_bucket(jnp.asarray(np.random.RandomState(0).normal(size=(11, 32, 64)), jnp.float32))
-    config = replace(CONFIG, n_routed_experts=11, hidden_size=64, moe_intermediate_size=32)
-    statistics = unseen_experts(config)
-    of = Projection("layers.1.mlp.experts.gate", range(11), weights, statistics)
-    some = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 5]
-    together = AFRESH.experts(of, some, "int3g64")
-    for own, k in zip(together, some, strict=True):
-        (alone,) = AFRESH.experts(of, [k], "int3g64")
-        assert np.array_equal(to_float32(own), to_float32(alone))
