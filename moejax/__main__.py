@@ -1,5 +1,15 @@
-"""`python -m moejax`."""
+"""The command `moejax`, and `python -m moejax`."""
 
-from moejax.cli import main
+from moejax.machine import with_large_pages
 
-main()
+
+def main() -> None:
+    """`cli.main`, in a process whose memory comes in large pages."""
+    with_large_pages()
+    from moejax.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -140,3 +142,21 @@ def test_programs_that_are_forgotten_are_compiled_anew(monkeypatch: pytest.Monke
 
 def test_a_cpu_is_no_accelerator() -> None:
     assert machine.accelerator_memory() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
+def test_a_process_begins_anew_for_large_pages_unless_told_otherwise(own: str | None) -> None:
+    program = """
+import os, sys
+from moejax.machine import with_large_pages
+print("begun")
+with_large_pages()
+print(os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.dev_mode)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if own is None else {"GLIBC_TUNABLES": own}
+    command = [sys.executable, "-u", "-X", "dev", "-c", program, "--a", "b c"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    begun = ["begun"] * (2 if own is None else 1)
+    assert ran.stdout.splitlines() == [*begun, f"{own or 'glibc.malloc.hugetlb=1'} ['--a', 'b c'] True"]

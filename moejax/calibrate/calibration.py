@@ -19,7 +19,7 @@ from moejax.model.hidden_states import HiddenStates, Keep, Kept, as_it_is
 from moejax.model.leaves import Taps
 from moejax.model.moe import Experts, MoE, Routing
 from moejax.model.rope import Angles
-from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, entered, leave, pieces, unjoin
+from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, entered, leave, pieces, there, unjoin
 from moejax.model.source import Source, source_of, walk
 from moejax.model.steps import run_norm
 from moejax.progress import Progress, counted, silent
@@ -147,10 +147,10 @@ class Calibration(HiddenStates):
             total = replace(total, products={name: self._kept(own) for name, own in total.products.items()})
         if not block.is_moe:
             return total, insides
-        sums = [self._kept(_there(inside).nothing_TD) for inside in insides]
+        sums = [self._kept(there(inside).nothing_TD) for inside in insides]
         slices = [self._observe_slice(*own, insides, sums) for own in block.slices()]
         return replace(total, experts=joined(slices, total.tokens)), [
-            self._kept(leave(_there(inside), jnp.asarray(own))) for inside, own in zip(insides, sums, strict=True)
+            self._kept(leave(there(inside), jnp.asarray(own))) for inside, own in zip(insides, sums, strict=True)
         ]
 
     def _observe_slice(
@@ -174,11 +174,6 @@ class Calibration(HiddenStates):
         jax.block_until_ready(total)  # before the next slice is read
         each = {name: tuple(map(self._kept, getattr(total, name))) for name in ("x_EDD", "hidden_EFF")}
         return replace(total, x_EDD=each["x_EDD"], hidden_EFF=each["hidden_EFF"])
-
-
-def _there(inside: Entered) -> Entered:
-    """The arrays themselves."""
-    return jax.tree.map(jnp.asarray, inside)
 
 
 def _plus(total: BlockStatistics | None, own: BlockStatistics) -> BlockStatistics:

@@ -1,4 +1,4 @@
-"""The four operations tiled for XLA: a weight is unpacked, or converted, a cache-sized tile of output rows at a time.
+"""The four operations tiled for XLA: a weight is unpacked, or converted, a tile of output rows at a time.
 
 On CPU `jax.lax.ragged_dot` computes every expert for every row; `expert_matmul` here visits only the experts hit.
 """
@@ -14,9 +14,10 @@ from moejax.formats import ExpertWeights, Leaf, PackedTensor, dense, matrix, row
 from moejax.kernels.hadamard_matrix import hadamard_factors, hadamard_order
 from moejax.kernels.reference import PRECISION, accumulator
 
-# An unpacked tile stays in a core's second-level cache: 0.6 G weights/s outside of it against 14 inside, measured on
-# one row of a 7168 x 2048 and a 2048 x 2048 matrix of 4-bit weights.
-TILE_BYTES = 1 << 20
+# A tile is worth two cores, and whole vectors wide: XLA takes a product of few outputs on one core, and 36 of them in
+# kernels for narrow matrices (6 x 2048 x 7168 with 64 rows each, two cores: 217 ms by tiles of 1 MB, 118 by tiles of 4;
+# one row of 4-bit weights 14 and 11 ms).
+TILE_BYTES, VECTORS = 1 << 22, 64
 # Of an expert's last block of rows some are not its own: with blocks of 64 most shapes take 0.6 to 0.85 of the time
 # that they take with 256, and 256 x 128 a third more. Smaller blocks gain on large matrices and lose on small ones.
 MAX_ROW_BLOCK = 64
@@ -153,8 +154,8 @@ def _per_matrix(operation: Callable[[jax.Array, Leaf], jax.Array], x: jax.Array,
 def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Carry], Carry], init: Carry) -> Carry:
     """tile(start, size, carry) for consecutive tiles of the output rows of a matrix (O, I)."""
     outputs, inputs = shape
-    most = GPU_TILE_BYTES if _is_on_gpu() else TILE_BYTES
-    size = min(outputs, max(1, most // (4 * inputs)))
+    most = (GPU_TILE_BYTES if _is_on_gpu() else TILE_BYTES) // (4 * inputs)
+    size = min(outputs, most // VECTORS * VECTORS or max(1, most))
     whole = outputs // size
     if whole == 1 and size == outputs:
         return tile(0, size, init)

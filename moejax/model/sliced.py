@@ -204,10 +204,15 @@ def entered(trunk: Block, x_BTD: jax.Array, by: Angles, taps: Taps | None = None
 enter = jax.jit(entered)
 
 
+def there(inside: Entered) -> Entered:
+    """The arrays themselves, where some have been put away."""
+    return jax.tree.map(jnp.asarray, inside)
+
+
 @jax.jit
 def leave(entered: Entered, routed_TD: jax.Array) -> jax.Array:
     """The block's output (B, T, D)."""
-    y_TD = routed_TD.astype(entered.normed_TD.dtype) + entered.shared_TD
+    y_TD = routed_TD.astype(entered.shared_TD.dtype) + entered.shared_TD
     return entered.x_BTD + y_TD.reshape(entered.x_BTD.shape)
 
 

@@ -43,7 +43,7 @@ from moejax.planning.fit import PRUNING_WEIGHTS
 from moejax.transforms.rounder import AFRESH
 
 # Slices, and runs through them, of which the pieces are timed.
-_SLICES, _RUNS = (2, 4), (1, 3)
+_CASES = ((2, 1), (4, 1), (2, 4))
 # What of a layer's experts a family is.
 _SHARES = {EXPERTS_WIDE: 2 / 3, EXPERTS_DOWN: 1 / 3}
 
@@ -83,9 +83,8 @@ def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT
     config = source.config
     index = min(config.first_k_dense_replace, config.num_hidden_layers - 1)
     most = len(slices_of(config.n_routed_experts, experts_in_slice(config))) if config.is_moe(index) else 0
-    numbers = sorted({min(own, most) for own in _SLICES})
-    cases = [(slices, runs) for slices in numbers for runs in _RUNS]
-    variants = [Variants(config, seen_BT, room) for _ in (cases[0], *cases)]  # one goes through untimed
+    cases = [(min(slices, most), runs) for slices, runs in _CASES]
+    variants = [Variants(config, seen_BT, room) for _ in (cases[-1], *cases)]  # one goes through untimed
     one = Calibration(config, calibrated.chunks[:BATCH], hessians=recipe.error_feedback, kept=room.kept)
     embedding = source.embedding()
     for own in variants:
@@ -116,7 +115,7 @@ def _of_layer(
         return _seconds(lambda: own.block(index, part(slices), others, _dense))
 
     first, *others = variants
-    run(first, *cases[0])
+    run(first, *cases[-1])
     seconds = [run(own, *case) for own, case in zip(others, cases, strict=True)]
     read, through, trunk = _fitted([(slices, slices * runs, runs) for slices, runs in cases], seconds)
     numbers = sorted({slices for slices, _ in cases})
@@ -149,12 +148,12 @@ def expected_seconds(
     order = order_of_pruning(np.zeros(config.n_routed_experts), config, recipe)
     pruned = 2 * len(tried_counts(allowed_counts(order, config, recipe)))
     begun = 1 + float(np.mean([_begun(changes, layer) for layer in range(config.num_hidden_layers)]))
-    tried = sizes.matrices + 3  # each matrix, and projection of the experts, on one chunk
+    tried = sizes.matrices + 3  # each matrix, and projection of the experts, on one chunk, as pruning
     looked_at = ROWS * config.hidden_size * (3 * LOOKED_AT * moe + sizes.matrices * layers)
     shares = moe + sum(len(own.layers) * sum(_SHARES.get(family, 0.0) for family in own.families) for own in changes)
     measuring = (
         calibrating
-        + passing(begun + tried + pruned, begun + tried / seen + pruned, begun + tried / seen)
+        + passing(begun + tried + pruned, begun + (tried + pruned) / seen, begun + tried / seen)
         + (moe + drafts * (1 + per_layer)) * pieces.read
         + pieces.rounded * (len(recipe.formats) * looked_at + 4 * sizes.outer)
         + pieces.imitated * shares * sizes.experts

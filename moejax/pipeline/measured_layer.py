@@ -46,6 +46,10 @@ class Errors:
         self._found: dict[str, list[Any]] = {}
         self._seen: set[int] = set()
 
+    @property
+    def are_sampled(self) -> bool:
+        return self._sampled is not None
+
     def add(self, weights: Mapping[str, InFormats]) -> None:
         """Of matrices outside the routed experts, by name."""
         for own, weight in weights.items():
@@ -103,6 +107,7 @@ class MeasuredLayer:
         self._spoiled: dict[str, float] = {}
         self._pruned: list[Any] = []
         self._compared = max(1, len(variants.tokens_BT) // _ONE_IN)
+        self._pruned_on = self._compared if errors.are_sampled else len(variants.tokens_BT)
 
     def measures(self) -> dict[str, Any]:
         """`BlockMeasures`, as JSON holds it, once all runs have ended."""
@@ -126,8 +131,8 @@ class MeasuredLayer:
         return of
 
     def runs(self) -> Iterator[Run]:
-        """Of a few sequences with one weight, or a projection of all experts, in the format of its family's probes, and
-        of all with experts pruned."""
+        """Of a few sequences with one weight, or a projection of all experts, in the format of its family's probes; and
+        with experts pruned, of all, or of those few where errors come from a sample."""
         x_BTD, formats = self._variants.original[: self._compared], self._recipe.formats
         for own in [*self._weights, *self._projections] if formats else []:
             change = self._rounded([own], probed_format(family_of(own), formats))
@@ -172,19 +177,21 @@ class MeasuredLayer:
         pruned_E = jnp.isin(jnp.arange(mlp.num_experts), self._order[:count])
         found: dict[str, jax.Array] = {}
 
+        def original() -> Entered:
+            assert isinstance(self._variants.within, Entered)
+            return _first(self._variants.within, self._pruned_on)
+
         def by(route: Callable[[Entered], Routing]) -> Entered:
-            within = self._variants.within
-            assert isinstance(within, Entered)
-            return within._replace(routing=route(within))
+            return original()._replace(routing=route(original()))
 
         def keep_lost(inside: Inside, lost_TD: jax.Array | None) -> None:
             assert lost_TD is not None
             found["lost"] = lost_TD
 
         def end(inside: Inside, rerouted_TD: jax.Array | None) -> None:
-            own, y_TD = self._variants.within, self._variants.routed_TD
-            assert isinstance(own, Entered) and y_TD is not None and rerouted_TD is not None
-            error = pruning_error(own.routing, pruned_E, y_TD, found["lost"], rerouted_TD)
+            own, y_TD = original(), self._variants.routed_TD
+            assert y_TD is not None and rerouted_TD is not None
+            error = pruning_error(own.routing, pruned_E, y_TD[: len(rerouted_TD)], found["lost"], rerouted_TD)
             y_BTD, other_BTD = (own[: self._compared] for own in (self._variants.output, leave(inside, rerouted_TD)))
             self._pruned.append((count, list(map(float, error)), float(_spoiled(y_BTD, other_BTD))))
 
@@ -209,6 +216,14 @@ class MeasuredLayer:
     @cached_property
     def _allowed(self) -> np.ndarray:
         return allowed_counts(self._order, self._trunk.config, self._recipe)
+
+
+def _first(within: Entered, count: int) -> Entered:
+    """Of so many sequences."""
+    x_BTD = within.x_BTD[:count]
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]
+    by_token = within.normed_TD, within.routing, within.shared_TD
+    return Entered(x_BTD, *jax.tree.map(lambda own: own[:tokens], by_token))
 
 
 # For every choice of experts one program.

@@ -43,8 +43,8 @@ class Room:
 
     def runs_within(self, states: int) -> int:
         """How many runs of so many bytes of states may wait within a block for its next slice: what their experts take,
-        what these put out, and the rest of the block's."""
-        return max(1, self.within // (4 * states))
+        once more while runs are put together, and what these put out; the rest is put away."""
+        return max(1, self.within // (3 * states))
 
 
 # Statistics and rounded weights are made again, states stay where they are.

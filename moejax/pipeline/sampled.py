@@ -4,8 +4,9 @@ Of a layer's experts EXPERTS are looked at, at even places in the order of what 
 matrix ROWS rows, drawn in proportion to their energy (`imitate`), at even places of its running sum. They are rounded
 to every format, as they will be if the plan says so, and give the kind's relative error, sum of errors / sum of
 energies. Every matrix's error is its own energy times that; variants of the model have weights that err as much.
-Variants, plans that are tried among them, see CHUNKS of the chunks held out. (The first 128 or 256 tokens of eight, as
-many or half as many in all, led to plans with a tenth more KL divergence on a 55M model: contexts were too short.)
+Variants, plans that are tried among them, see CHUNKS of the chunks held out, and experts are pruned on one of them.
+(The first 128 or 256 tokens of eight, as many or half as many in all, led to plans with a tenth more KL divergence on a
+55M model: contexts were too short.)
 """
 
 from collections.abc import Mapping, Sequence

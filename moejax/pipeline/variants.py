@@ -90,7 +90,7 @@ class Variants:
         for one by one behind the model's own run; runs of others among them take part."""
         behind: dict[str, Kept] = {}
         runs = chain([self._own(block)], self._others(block.trunk, changed, behind))
-        cross(block, runs, alternatives, self._room.runs_within(payload_bytes(self.original)))
+        cross(block, runs, alternatives, self._room.runs_within(payload_bytes(self.original)), self._kept)
         require_finite_block(f"layers.{index}", block, self.original, self.by, self.output)
         self.original, self.changed = self.output, behind
         del self.within, self.routed_TD, self.output

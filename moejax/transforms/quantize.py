@@ -27,7 +27,7 @@ MOST_WEIGHTS = 1 << 24
 
 
 # Every share reads the weights again: of a matrix with more than caches hold, about so many are searched at a time.
-_CACHED, _TOGETHER = 1 << 23, 1 << 18
+_CACHED, _TOGETHER = 1 << 23, 1 << 19
 
 
 def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> GroupedCodes:

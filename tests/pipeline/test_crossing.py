@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,6 +43,34 @@ def test_every_run_is_that_of_the_block_with_its_alternative(per_slice: int, tog
         np.testing.assert_allclose(found[n], [plain, changed][n % 2], rtol=1e-5, atol=1e-6)
     waves = 1 if per_slice == 12 else -(-4 // together)
     assert alternatives_asked == own.ranges * waves
+
+
+@pytest.mark.parametrize("count", [2, 7, 11])
+def test_runs_that_meet_the_same_experts_are_what_they_are_alone(count: int) -> None:
+    """Bit for bit, whatever their tokens and how many there are and go to experts, if one has sixteen or more."""
+    own, other, x_BTD = block(5), sliced(MODEL.layers[2]), jnp.tile(X_BTD, (16, 1, 1))
+    trunks = [own.trunk, own.trunk.with_leaves({}, experts_per_token=2)]
+
+    def alternatives(members: Any, experts: Experts) -> AlternativeOf:
+        return lambda name: other.experts_of(members) if name == "other" else experts
+
+    def runs(found: dict[int, jax.Array]) -> list[Run]:
+        return [
+            run_of(
+                lambda n=n: trunks[n % 3 == 1],
+                (1 + n) * x_BTD[: 16 + n % 2],
+                BY,
+                found_at(found, n),
+                "other" if n > 7 else None,
+            )
+            for n in range(count)
+        ]
+
+    together, alone = dict[int, jax.Array](), dict[int, jax.Array]()
+    cross(own, runs(together), alternatives, count)
+    cross(own, runs(alone), alternatives, 1)
+    for n in range(count):
+        np.testing.assert_array_equal(together[n], alone[n])
 
 
 def found_at(found: dict[int, jax.Array], n: int) -> Callable[[jax.Array], None]:
