@@ -57,7 +57,7 @@ def test_runs_that_meet_the_same_experts_are_what_they_are_alone(count: int) -> 
     def runs(found: dict[int, jax.Array]) -> list[Run]:
         return [
             run_of(
-                lambda n=n: trunks[n % 3 == 1],
+                partial(trunks.__getitem__, n % 3 == 1),
                 (1 + n) * x_BTD[: 16 + n % 2],
                 BY,
                 found_at(found, n),
