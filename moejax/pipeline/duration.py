@@ -162,9 +162,12 @@ def expected_seconds(
     again = calibrating if recipe.error_feedback else 0.0  # Hessians are not kept
     numbers = (moe + drafts) * sizes.experts + (layers + drafts) * sizes.trunk
     plans, scalings = len(PRUNING_WEIGHTS) - 1, 1 + recipe.fit_routing_scale
-    per_token = len(candidates(recipe, config, [config.n_routed_experts]))
+    # The first walk has tried the best plan with the model's own number of experts per token.
+    fewer = [
+        own for own in candidates(recipe, config, [config.n_routed_experts]) if own != (config.num_experts_per_tok,)
+    ]
     trying = 0.0
-    for tries, different in ((plans, plans), (per_token, 1)):
+    for tries, different in ((plans, plans), (len(fewer), 1)) if fewer else ((plans, plans),):
         through = 1 + tries * scalings
         fits = tries * (scalings - 1)
         trying += again + passing(through + fits, through + fits, through) + pieces.head * seen * through

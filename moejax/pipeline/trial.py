@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -67,7 +67,7 @@ class Tried(NamedTuple):
 class Trials:
     """What trying plans out needs: what is compressed, its statistics, the chunks held out, on which plans are tried,
     or on some of them where prices come from a sample. The rounder remembers what it has rounded, the work what was
-    measured."""
+    measured, `known` what was tried, by name."""
 
     source: Source
     calibrated: Calibrated
@@ -75,9 +75,17 @@ class Trials:
     rounder: Rounder
     work: Work
     room: Room = NO_ROOM
+    known: dict[str, Tried] = field(default_factory=dict)
 
     def of(self, tries: Sequence[Try], progress: Progress) -> list[Tried]:
-        """Each tried out, in one walk over the model, unless the work knows."""
+        """Each tried out, those that have not been before in one walk over the model."""
+        new = list({own.name: own for own in tries if own.name not in self.known}.values())
+        if new:
+            self.known.update(zip((own.name for own in new), self._walked(new, progress), strict=True))
+        return [self.known[own.name] for own in tries]
+
+    def _walked(self, tries: Sequence[Try], progress: Progress) -> list[Tried]:
+        """Each tried out, unless the work knows."""
         names = [own.name for own in tries]
         stage = f"trying {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
 

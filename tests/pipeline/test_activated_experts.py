@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -13,8 +14,9 @@ from moejax.pipeline.activated_experts import (
 )
 from moejax.pipeline.job import Prepared
 from moejax.pipeline.recipe import Recipe
+from moejax.pipeline.trial import Trials, Tried, Try
 from moejax.planning import BlockPlan, Plan
-from moejax.progress import silent
+from moejax.progress import Progress, silent
 from moejax.transforms.experts_per_token import paper_rule
 from small_checkpoint import CONFIG as RAW_CONFIG
 from small_job import Job
@@ -43,6 +45,23 @@ def test_a_recipe_may_do_without_fitted_scales(prepared: Prepared, job: Job) -> 
     recipe, plan = Recipe(experts_per_token=2, fit_routing_scale=False), job.planned.candidates[0].plan
     (choice,) = try_activated_experts(prepared.trials, plan, recipe, silent)
     assert choice.experts_per_token == (2, 2, 2) and not choice.is_scaled
+
+
+def test_what_has_been_tried_is_not_tried_again(prepared: Prepared, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, walks = job.planned.candidates[0].plan, list[int]()
+    walked = Trials._walked
+
+    def counted(self: Trials, tries: Sequence[Try], progress: Progress) -> list[Tried]:
+        walks.append(len(tries))
+        return walked(self, tries, progress)
+
+    monkeypatch.setattr(Trials, "_walked", counted)
+    trials = replace(prepared.trials, known={})
+    first, again = (try_activated_experts(trials, plan, Recipe(experts_per_token=3), silent) for _ in range(2))
+    assert walks == [2] and first == again
+    measured = try_activated_experts(trials, plan, Recipe(experts_per_token="measured"), silent)
+    assert walks[1:] == [len(measured) - 2] and set(first) < set(measured)
+    assert measured == list(job.planned.activated)
 
 
 @pytest.mark.parametrize("n", [0, -1])
