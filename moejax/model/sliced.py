@@ -27,9 +27,9 @@ from moejax.model.moe import Experts, MoE, Routing, wide_dtype
 from moejax.model.rope import Angles
 from moejax.model.steps import run_block
 
-# Numbers in a slice of experts, at most: a gigabyte in float32. All experts of a small model are one slice. On an
+# Numbers in a slice of experts, at most: half a gigabyte in float32. All experts of a small model are one slice. On an
 # accelerator a slice takes that share of its memory in float32, if that is more.
-MOST_NUMBERS = 1 << 28
+MOST_NUMBERS = 1 << 27
 _SHARE_ACCELERATED = 1 / 16
 
 # Numbers in the hidden states that go through a slice together, at most.
