@@ -4,20 +4,27 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate.expert_statistics import EXPERT_PRODUCTS_BYTES, ExpertStatistics, expert_statistics, joined
+from moejax.calibrate.expert_statistics import (
+    EXPERT_PRODUCTS_BYTES,
+    PRODUCTS,
+    ExpertStatistics,
+    expert_statistics,
+    joined,
+)
 from moejax.calibrate.products import Inputs, input_products, products
 from moejax.calibrate.statistics import BlockStatistics, Statistics
 from moejax.model.config import Config, require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, MtpBlock
 from moejax.model.finite import require_finite_block, require_finite_mtp
-from moejax.model.hidden_states import HiddenStates, Keep, Kept, as_it_is
+from moejax.model.hidden_states import WITHIN, HiddenStates, Keep, Kept, as_it_is
 from moejax.model.leaves import Taps
-from moejax.model.moe import Experts, MoE, Routing
+from moejax.model.moe import Experts, MoE, Routing, wide_dtype
 from moejax.model.rope import Angles
 from moejax.model.sliced import Entered, SlicedBlock, SlicedMtp, entered, leave, pieces, there, unjoin
 from moejax.model.source import Source, source_of, walk
@@ -54,6 +61,7 @@ class Calibration(HiddenStates):
 
     A walk takes it through every block and it keeps what it saw. Where others take the blocks' places for those behind
     them (`observe`, then `run`), calibration follows compression. `kept` puts away states, and sums of outer products.
+    Of what a block's experts take and put out about `within` bytes are in memory; for more they are read again.
     """
 
     def __init__(
@@ -65,11 +73,13 @@ class Calibration(HiddenStates):
         hessians: bool = False,
         expert_bytes: int = EXPERT_PRODUCTS_BYTES,
         kept: Keep = as_it_is,
+        within: int = WITHIN,
     ):
         require_tokens(chunks, config)
         batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
         super().__init__(config, batches, jnp.float32, drafts=config.num_nextn_predict_layers > 0, kept=kept)
         self._chunks, self._hessians = chunks, hessians
+        self._together = max(1, within // (2 * 4 * batch * chunks.shape[1] * config.hidden_size))
         self._max_bytes_each = expert_bytes // config.n_routed_experts if hessians else None
         self._observed: list[BlockStatistics] = []
 
@@ -147,33 +157,58 @@ class Calibration(HiddenStates):
             total = replace(total, products={name: self._kept(own) for name, own in total.products.items()})
         if not block.is_moe:
             return total, insides
-        sums = [self._kept(there(inside).nothing_TD) for inside in insides]
-        slices = [self._observe_slice(*own, insides, sums) for own in block.slices()]
-        return replace(total, experts=joined(slices, total.tokens)), [
-            self._kept(leave(there(inside), jnp.asarray(own))) for inside, own in zip(insides, sums, strict=True)
-        ]
+        slices, outputs = self._slices(block, insides)
+        return replace(total, experts=joined(slices, total.tokens)), outputs
+
+    def _slices(self, block: SlicedBlock, insides: Sequence[Entered]) -> tuple[Iterator[ExpertStatistics], list[Kept]]:
+        """Of every slice of the experts, over all batches, asked for one by one; and the block's outputs, which are
+        there behind the last."""
+        outputs: list[Kept] = []
+        groups = [insides[n : n + self._together] for n in range(0, len(insides), self._together)]
+        so_far: list[Any] = [None] * len(block.ranges)
+        for group in groups[:-1]:
+            for n, own in enumerate(self._of_group(block, group, so_far, outputs)):
+                so_far[n] = jax.tree.map(self._kept, own)
+        return map(self._products_kept, self._of_group(block, groups[-1], so_far, outputs)), outputs
+
+    def _products_kept(self, of: ExpertStatistics) -> ExpertStatistics:
+        kept: dict[str, Any] = {name: tuple(map(self._kept, getattr(of, name))) for name in PRODUCTS}
+        return replace(of, **kept)
+
+    def _of_group(
+        self, block: SlicedBlock, group: Sequence[Entered], so_far: Sequence[Any], outputs: list[Kept]
+    ) -> Iterator[ExpertStatistics]:
+        """Of every slice, over a few batches and those before, whose statistics `so_far` are."""
+        # What experts take, and no more of what may lie on the disk.
+        taken = [jax.tree.map(jnp.asarray, (own.normed_TD, own.routing)) for own in group]
+        sums = [jnp.zeros_like(normed_TD, wide_dtype(normed_TD)) for normed_TD, _ in taken]
+        for (members, experts), before in zip(block.slices(), so_far, strict=True):
+            total = None if before is None else jax.tree.map(jnp.array, before)
+            yield self._observe_slice(members, experts, taken, sums, total)
+        del taken
+        outputs += [self._kept(leave(there(inside), own)) for inside, own in zip(group, sums, strict=True)]
 
     def _observe_slice(
-        self, members: Sequence[int], experts: Experts, insides: Sequence[Entered], sums: list[Kept]
+        self,
+        members: Sequence[int],
+        experts: Experts,
+        taken: Sequence[tuple[jax.Array, Routing]],
+        sums: list[jax.Array],
+        total: ExpertStatistics | None,
     ) -> ExpertStatistics:
-        """Of some experts; what they put out comes to the `sums`."""
-        total = None
-        for n, kept in enumerate(insides):
-            # What experts take, and no more of what may lie on the disk.
-            normed_TD, routing, routed_TD = jax.tree.map(jnp.asarray, (kept.normed_TD, kept.routing, sums[n]))
+        """Of some experts, beside what there is; what they put out comes to the `sums`."""
+        for n, (normed_TD, routing) in enumerate(taken):
             # One piece at least, though it may have no rows, so that there are statistics.
-            every = list(pieces(routing, members, self.config.hidden_size)) or [(0, 1)] * (n == 0)
+            every = list(pieces(routing, members, self.config.hidden_size)) or [(0, 1)] * (total is None)
             for start, rows in every:
-                given = (normed_TD, routing, routed_TD)
-                routed_TD, own = _observe_piece(
+                given = (normed_TD, routing, sums[n])
+                sums[n], own = _observe_piece(
                     experts, members[0], start, *given, rows=rows, max_bytes_each=self._max_bytes_each
                 )
                 total = own if total is None else _merged_experts(total, own)
-            sums[n] = self._kept(routed_TD)
         assert total is not None
         jax.block_until_ready(total)  # before the next slice is read
-        each = {name: tuple(map(self._kept, getattr(total, name))) for name in ("x_EDD", "hidden_EFF")}
-        return replace(total, x_EDD=each["x_EDD"], hidden_EFF=each["hidden_EFF"])
+        return total
 
 
 def _plus(total: BlockStatistics | None, own: BlockStatistics) -> BlockStatistics:

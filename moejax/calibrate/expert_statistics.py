@@ -1,6 +1,6 @@
 """What calibration remembers of routed experts: sums (and a peak) over the tokens that chose each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -144,16 +144,28 @@ class ExpertStatistics:
         return slope2_EF * down_norm2_EF
 
 
-# What has a row of every expert.
+# What has a row of every expert; and what is in one array or several.
 _ROWS = [field.name for field in fields(ExpertStatistics) if field.name.rpartition("_")[2] in ("E", "ED", "EF")]
+PRODUCTS = ("x_EDD", "hidden_EFF")
 
 
-def joined(slices: Sequence[ExpertStatistics], tokens: jax.Array) -> ExpertStatistics:
-    """Of all experts of a layer that so many tokens came to, from those of consecutive ones."""
-    rows: dict[str, Any] = {name: jnp.concatenate([getattr(own, name) for own in slices]) for name in _ROWS}
-    layer = replace(jax.tree.map(lambda *own: sum(own[1:], own[0]), *(own.layer for own in slices)), tokens=tokens)
-    x_EDD, hidden_EFF = (tuple(chain(*own)) for own in zip(*((s.x_EDD, s.hidden_EFF) for s in slices), strict=True))
-    return replace(slices[0], layer=layer, x_EDD=x_EDD, hidden_EFF=hidden_EFF, **rows)
+def joined(slices: Iterable[ExpertStatistics], tokens: jax.Array) -> ExpertStatistics:
+    """Of all experts of a layer that so many tokens came to, from those of consecutive ones; their layer's sums, which
+    may hold Hessians, are let go of one after another."""
+    each: list[dict[str, Any]] = []
+    layer: LayerSums | None = None
+    for own in slices:
+        layer = own.layer if layer is None else _sum(layer, own.layer)
+        each.append({name: getattr(own, name) for name in (*_ROWS, *PRODUCTS)})
+        del own
+    assert layer is not None
+    rows: dict[str, Any] = {name: jnp.concatenate([own[name] for own in each]) for name in _ROWS}
+    products: dict[str, Any] = {name: tuple(chain(*(own[name] for own in each))) for name in PRODUCTS}
+    return ExpertStatistics(**rows, **products, layer=replace(layer, tokens=tokens))
+
+
+# In place: a layer's Hessians are 200 MB of DeepSeek-V3.
+_sum = partial(jax.jit, donate_argnums=0)(partial(jax.tree.map, jnp.add))
 
 
 def unseen_experts(config: Config) -> ExpertStatistics:

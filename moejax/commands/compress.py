@@ -164,7 +164,7 @@ def _by_plan(asked: _Asked, plan: Plan, texts: _Texts) -> job.Result:
     own, told = texts.calibrated, (asked.ledger, asked.phases)
     with _room(asked, plan.method, texts) as room, _kept(asked, texts, {"plan": digest(plan)}) as kept:
         to, made = (asked.output, asked.most_bytes, texts.evaluated), _provenance(asked, texts, None)
-        return job.carry_out(asked.checkpoint, plan, own, made, *to, *told, kept, room.kept)
+        return job.carry_out(asked.checkpoint, plan, own, made, *to, *told, kept, room)
 
 
 def _by_scores(asked: _Asked, recipe: Recipe, scores: ExpertScores) -> job.Result:

@@ -21,6 +21,9 @@ Kept = Any
 # Puts an array away until it is needed again.
 Keep = Callable[[jax.Array], Kept]
 
+# Bytes of states within a block that are in memory, unless told otherwise.
+WITHIN = 4 << 30
+
 
 def as_it_is(array: jax.Array) -> Kept:
     """Keeps an array where it is."""

@@ -11,7 +11,7 @@ from moejax.calibrate import BlockStatistics, Inputs, Statistics
 from moejax.formats import Leaf, payload_bytes
 from moejax.model import Config
 from moejax.model.deepseek_v3 import Block
-from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.planning import BlockPlan, Method
 from moejax.transforms.on_the_way import Known, Observed, StatisticsOnTheWay, observed
@@ -29,16 +29,26 @@ class KeptStatistics:
     """Statistics of the original's states: the first walk over its parts makes them and keeps them, if they take no
     more than `most_bytes`; if they do, every walk makes them again. They are the same."""
 
-    def __init__(self, config: Config, method: Method, calibrated: Calibrated, most_bytes: int, kept: Keep = as_it_is):
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        calibrated: Calibrated,
+        most_bytes: int,
+        kept: Keep = as_it_is,
+        within: int = WITHIN,
+    ):
         self.known: Statistics | None = None
-        self._put = kept
+        self._put, self._within = kept, within
         self._config, self._method, self._calibrated, self._most_bytes = config, method, calibrated, most_bytes
 
     def on_the_way(self) -> StatisticsOnTheWay:
         """For one walk."""
         if self.known is not None:
             return Known(self.known)
-        made = observed(self._config, *self._calibrated, hessians=self._method.error_feedback, kept=self._put)
+        made = observed(
+            self._config, *self._calibrated, hessians=self._method.error_feedback, kept=self._put, within=self._within
+        )
         return _Keeping(made, self, self._config.num_blocks) if self._most_bytes > 0 else made
 
     def keep(self, statistics: Statistics) -> None:

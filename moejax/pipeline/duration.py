@@ -85,7 +85,9 @@ def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT
     most = len(slices_of(config.n_routed_experts, experts_in_slice(config))) if config.is_moe(index) else 0
     cases = [(min(slices, most), runs) for slices, runs in _CASES]
     variants = [Variants(config, seen_BT, room) for _ in (cases[-1], *cases)]  # one goes through untimed
-    one = Calibration(config, calibrated.chunks[:BATCH], hessians=recipe.error_feedback, kept=room.kept)
+    one = Calibration(
+        config, calibrated.chunks[:BATCH], hessians=recipe.error_feedback, kept=room.kept, within=room.within
+    )
     embedding = source.embedding()
     for own in variants:
         own.embedding(embedding)

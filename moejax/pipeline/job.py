@@ -17,7 +17,6 @@ from moejax.evaluate.divergence import Evaluation, evaluate
 from moejax.evaluate.memory import needs, read_within
 from moejax.evaluate.text import Text
 from moejax.ledger import Ledger, ledger_of
-from moejax.model.hidden_states import Keep, as_it_is
 from moejax.pipeline.activated_experts import (
     ActivatedExperts,
     try_activated_experts,
@@ -30,7 +29,7 @@ from moejax.pipeline.measure import measure
 from moejax.pipeline.options import options
 from moejax.pipeline.prices import LayerPruning, Prices
 from moejax.pipeline.recipe import Recipe
-from moejax.pipeline.room import Room
+from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.sampled import Sampled, is_sampled
 from moejax.pipeline.search import Candidate, search, try_out
@@ -80,9 +79,18 @@ class Prepared:
         own = self.trials
         # One that imitates rounds nothing.
         rounder = AFRESH if isinstance(own.rounder, Sampled) else own.rounder
-        known, kept = own.statistics.known, own.room.kept
         return write_plan(
-            own.source, self.shapes, plan, own.calibrated, output, budget, progress, known, rounder, own.work, kept
+            own.source,
+            self.shapes,
+            plan,
+            own.calibrated,
+            output,
+            budget,
+            progress,
+            own.statistics.known,
+            rounder,
+            own.work,
+            own.room,
         )
 
 
@@ -165,7 +173,7 @@ def prepare(
         ready(CheckpointSource(checkpoint), recipe.method),
     )
     config, room = shapes.config, room or Room(*(ledger_of(None).left // 4,) * 3)
-    statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept)
+    statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept, room.within)
     sampled = Sampled(recipe.formats, {}) if is_sampled(recipe, shapes.model) else None
     rounder: Rounder = RoundedWeights(room.rounded) if sampled is None else sampled
     measured = measure(source, recipe, calibrated, statistics.on_the_way, rounder, work, progress, room, sampled)
@@ -231,13 +239,13 @@ def carry_out(
     ledger: Ledger,
     progress: Progress,
     work: Work = NOT_KEPT,
-    kept: Keep = as_it_is,
+    room: Room = NO_ROOM,
 ) -> Result:
     """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
     shapes = shapes_of(checkpoint, plan.method, provenance)
     evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, ledger, progress)
     source = ready(CheckpointSource(checkpoint), plan.method)
-    written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work, kept=kept)
+    written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work, room=room)
     return Result(plan, written, evaluated())
 
 

@@ -13,7 +13,7 @@ from moejax.ledger import Ledger
 from moejax.machine import accelerator_memory
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.moe import MoE
 from moejax.model.sliced import MOST_STATES, experts_in_slice
 from moejax.model.weights import IN_BLOCK
@@ -38,7 +38,7 @@ class Room:
 
     statistics: int = 0
     rounded: int = 0
-    within: int = 4 << 30
+    within: int = WITHIN
     kept: Keep = as_it_is
 
     def runs_within(self, states: int) -> int:

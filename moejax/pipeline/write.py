@@ -7,10 +7,10 @@ from pathlib import Path
 from moejax.calibrate import Statistics
 from moejax.checkpoint.native import item_of
 from moejax.checkpoint.native_writer import NativeWriter, native_writer
-from moejax.model.hidden_states import Keep, as_it_is
 from moejax.model.leaves import Weight
 from moejax.model.source import Source
 from moejax.pipeline.calibrated import Calibrated
+from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.shapes import Shapes
 from moejax.pipeline.work import NOT_KEPT, Work
 from moejax.planning import Plan
@@ -32,13 +32,13 @@ def write_plan(
     known: Statistics | None = None,
     rounder: Rounder = AFRESH,
     work: Work = NOT_KEPT,
-    kept: Keep = as_it_is,
+    room: Room = NO_ROOM,
 ) -> int:
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
-    Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known`, `rounder` and
-    `kept` as in `calibrate_and_compress`; without `calibrated` nothing goes through the model. Where work is kept,
-    items that an earlier run of the job has finished are taken over; the folder is the same. Raises what
+    Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known` and `rounder` as
+    in `calibrate_and_compress`, states have the `room`; without `calibrated` nothing goes through the model. Where work
+    is kept, items that an earlier run of the job has finished are taken over; the folder is the same. Raises what
     `native_writer` and `calibrate_and_compress` raise.
     """
     rounder = AFRESH if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
@@ -50,7 +50,15 @@ def write_plan(
             compress_by(source, plan, Unseen(source.config), parts, progress=progress)
         elif writer.missing and calibrated is not None:
             calibrate_and_compress(
-                source, plan, *calibrated, parts, known=known, rounder=rounder, kept=kept, progress=progress
+                source,
+                plan,
+                *calibrated,
+                parts,
+                known=known,
+                rounder=rounder,
+                kept=room.kept,
+                within=room.within,
+                progress=progress,
             )
     return writer.bytes
 

@@ -11,7 +11,7 @@ from moejax.calibrate import Calibration, Inputs, Statistics
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.leaves import Weight, prefixed
 from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.model.source import ModelSource, Source, Step, walk
@@ -80,6 +80,7 @@ def calibrate_and_compress(
     rounder: Rounder = AFRESH,
     batch: int = 8,
     kept: Keep = as_it_is,
+    within: int = WITHIN,
     progress: Progress = silent,
 ) -> None:
     """`compress` with the statistics that the plan's method asks for, made of token chunks (N, T) on the way: of the
@@ -90,7 +91,7 @@ def calibrate_and_compress(
     method is sequential, every block is calibrated on what the compressed blocks before it put out, with the experts
     and the routing that the plan gives it; its damping is chosen for the original's states all the same. Statistics of
     those that are `known`, damping chosen, are not made again, nor is what the rounder knows. `kept` puts states and
-    experts' Hessians away until they are needed.
+    experts' Hessians away until they are needed, and about `within` bytes of states are in memory within a block.
 
     Raises InputError as `compress` and `calibrate` do.
     """
@@ -99,10 +100,10 @@ def calibrate_and_compress(
     if known is not None:
         statistics = Known(known)
     else:
-        made = observed(config, chunks, held_out, hessians=method.error_feedback, batch=batch, kept=kept)
+        made = observed(config, chunks, held_out, hessians=method.error_feedback, batch=batch, kept=kept, within=within)
         statistics = made if made.held_out is not None or not method.sequential else None
     if method.sequential:
-        followed = Calibration(config, chunks, batch, hessians=method.error_feedback, kept=kept)
+        followed = Calibration(config, chunks, batch, hessians=method.error_feedback, kept=kept, within=within)
         statistics = Followed(followed, statistics)
     assert statistics is not None
     compress_by(source, plan, statistics, parts, rounder=rounder, progress=progress)

@@ -16,7 +16,7 @@ from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics, u
 from moejax.formats import Leaf
 from moejax.model import Config, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.leaves import Weight
 from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced
 from moejax.model.weights import IN_BLOCK
@@ -141,10 +141,11 @@ def observed(
     hessians: bool,
     batch: int = 8,
     kept: Keep = as_it_is,
+    within: int = WITHIN,
 ) -> Observed:
-    """On token chunks (N, T); with Hessians, and where tokens are few, damping is chosen on those held out. `kept` puts
-    states and experts' Hessians away."""
-    begun = partial(Calibration, config, batch=batch, hessians=hessians, kept=kept)
+    """On token chunks (N, T); with Hessians, and where tokens are few, damping is chosen on those held out. `kept` and
+    `within` as in `Calibration`."""
+    begun = partial(Calibration, config, batch=batch, hessians=hessians, kept=kept, within=within)
     is_damped = hessians and has_few_tokens(config, chunks.size)
     return Observed(begun(chunks), begun(held_out) if is_damped else None)
 

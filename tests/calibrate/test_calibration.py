@@ -1,5 +1,8 @@
 """Calibration that follows compression, against plain calibration of the models that it comes by."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +11,12 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import BlockStatistics, Calibration, Statistics, calibrate
+from moejax.checkpoint.shelf import shelf_beside
 from moejax.formats import dense
 from moejax.model import DeepseekV3, named_leaves
-from moejax.model.sliced import sliced, sliced_mtp
+from moejax.model.hidden_states import Keep, as_it_is
+from moejax.model.moe import Experts
+from moejax.model.sliced import SlicedBlock, sliced, sliced_mtp
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, small_model
 
@@ -57,6 +63,38 @@ def test_without_hessians_there_are_none() -> None:
     behind_all_layers(small_model(), following)
     assert following.head_inputs().hessian is None
     assert_alike(following.head_inputs().second_moment, statistics_with_hessians().head_inputs().second_moment)
+
+
+@pytest.mark.parametrize("hessians", [False, True])
+def test_a_few_batches_at_a_time_are_the_same_to_the_last_bit_and_each_time_read_the_experts(
+    hessians: bool, tmp_path: Path
+) -> None:
+    """And so are those of which what is not at work lies on the disk."""
+    model, asked = small_model(), list[int]()
+
+    def block(layer: int) -> SlicedBlock:
+        own = replace(sliced(model.layers[layer]), per_slice=5)
+
+        def experts_of(members: Sequence[int]) -> Experts:
+            asked.append(members[0])
+            return own.experts_of(members)
+
+        return replace(own, experts_of=experts_of)
+
+    def through(within: int, kept: Keep) -> tuple[BlockStatistics, list[Any]]:
+        calibration = Calibration(CONFIG, CHUNKS, batch=1, hessians=hessians, kept=kept, within=within)
+        calibration.embedding(model.embed.get_value())
+        calibration.run(0, sliced(model.layers[0]))
+        asked.clear()
+        return calibration.through(1, block(1)), calibration.states
+
+    of_batch = 2 * 4 * CHUNKS.shape[1] * CONFIG.hidden_size
+    expected = jax.tree.map(np.asarray, through(1 << 30, as_it_is))
+    assert asked == [0, 5, 10]
+    for batches, groups in ((1, len(CHUNKS)), (2, -(-len(CHUNKS) // 2))):
+        with shelf_beside(tmp_path / "output", 0) as shelf:
+            jax.tree.map(np.testing.assert_array_equal, through(batches * of_batch, shelf.put), expected)
+        assert asked == [0, 5, 10] * groups and groups > 1
 
 
 @pytest.fixture(scope="module")

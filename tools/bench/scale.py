@@ -1,11 +1,13 @@
 """What `moejax compress` takes of memory and time, as models grow: deeper, and with more experts.
 
     python tools/bench/scale.py FOLDER --calibration FILE --text FILE [--memory SIZE] [--recipe NAME|FILE]
-           [--layers 3 6 12] [--experts 16 32 64] [--budget 6x] [--json FILE] [-- MORE SIZES OF synthetic_checkpoint.py]
+           [--layers 3 6 12] [--experts 16 32 64] [--budget 6x] [--json FILE] [--plot FILE.svg]
+           [-- MORE SIZES OF synthetic_checkpoint.py]
 
 For every number of layers, with the fewest experts, and every number of experts, with the fewest layers, a checkpoint
 is made in FOLDER (see `synthetic_checkpoint.py`), compressed on 16 chunks by a process of its own, and removed. Prints
-bytes, seconds and the most memory that the process held, beside what it was allowed.
+bytes, seconds and the most memory that the process held, beside what it was allowed; `--plot` draws that (it needs
+matplotlib).
 """
 
 import argparse
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--budget", default="6x")
     parser.add_argument("--chunks", default="16")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = sys.argv[1:]
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options, sizes = parser.parse_args(arguments[:at]), arguments[at + 1 :]
@@ -50,6 +53,33 @@ def main() -> None:
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.plot:
+        draw(rows, min(options.layers), min(options.experts), options.plot)
+
+
+def draw(rows: list[dict[str, Any]], least_layers: int, least_experts: int, file: Path) -> None:
+    """Peak memory beside the model's bytes in BF16 and what was allowed: over layers, and over experts."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "moejax"
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.2, 4.0), sharey=True, layout="constrained")
+    for axes, of, other, least in (
+        (panels[0], "layers", "experts", least_experts),
+        (panels[1], "experts", "layers", least_layers),
+    ):
+        own = sorted((row for row in rows if row[other] == least), key=lambda row: row[of])
+        lines = (("peak memory", "peak_memory_bytes", "C0o-"), ("--memory", "memory_limit_bytes", "C7--"))
+        for label, name, style in (*lines, ("the model in BF16", "original_bytes", "C3^:")):
+            if all(name in row for row in own):
+                axes.plot([row[of] for row in own], [row[name] / 1e9 for row in own], style, label=label)
+        axes.set(xlabel=f"{of} ({least} {other})", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set(ylabel="GB")
+    figure.savefig(file, metadata={"Date": None})
 
 
 def compressed(layers: int, experts: int, sizes: list[str], options: argparse.Namespace) -> dict[str, Any]:
