@@ -140,7 +140,9 @@ def expected_seconds(
     layers = moe + (config.num_hidden_layers - moe) * sizes.dense / sizes.trunk
     batches, changes = math.ceil(chunks / BATCH), changes_of(config, recipe.formats)
     calibrating = (layers + drafts) * batches * pieces.trunk_observed
-    calibrating += (moe + drafts) * per_layer * (pieces.read + batches * pieces.observed)
+    # So many batches in the memory of so many runs (`Room.runs_within`, `Calibration`), of which slices are read anew.
+    groups = math.ceil(batches / max(1, 3 * together * seen // (2 * BATCH)))
+    calibrating += (moe + drafts) * per_layer * (groups * pieces.read + batches * pieces.observed)
 
     def passing(runs: float, whole: float, through_trunk: float) -> float:
         """Of so many runs a layer, which are so many of all chunks, through its experts and through its trunk."""
