@@ -42,8 +42,8 @@ from moejax.pipeline.working_copy import dense_experts, dense_trunk
 from moejax.planning.fit import PRUNING_WEIGHTS
 from moejax.transforms.rounder import AFRESH
 
-# Slices, and runs through them, of which the pieces are timed.
-_CASES = ((2, 1), (4, 1), (2, 4))
+# Slices, and runs through them, of which the pieces are timed: enough slices to tell them from what the trunk takes.
+_CASES = ((4, 1), (24, 1), (24, 4))
 # What of a layer's experts a family is.
 _SHARES = {EXPERTS_WIDE: 2 / 3, EXPERTS_DOWN: 1 / 3}
 
@@ -117,7 +117,7 @@ def _of_layer(
         return _seconds(lambda: own.block(index, part(slices), others, _dense))
 
     first, *others = variants
-    run(first, *cases[-1])
+    run(first, cases[0][0], cases[-1][1])
     seconds = [run(own, *case) for own, case in zip(others, cases, strict=True)]
     read, through, trunk = _fitted([(slices, slices * runs, runs) for slices, runs in cases], seconds)
     numbers = sorted({slices for slices, _ in cases})
