@@ -44,6 +44,7 @@ from moejax.transforms.rounder import AFRESH
 
 # Slices, and runs through them, of which the pieces are timed: enough slices to tell them from what the trunk takes.
 _CASES = ((4, 1), (24, 1), (24, 4))
+_RUNS = (1, 4)
 # What of a layer's experts a family is.
 _SHARES = {EXPERTS_WIDE: 2 / 3, EXPERTS_DOWN: 1 / 3}
 
@@ -84,7 +85,7 @@ def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT
     index = min(config.first_k_dense_replace, config.num_hidden_layers - 1)
     most = len(slices_of(config.n_routed_experts, experts_in_slice(config))) if config.is_moe(index) else 0
     cases = [(min(slices, most), runs) for slices, runs in _CASES]
-    variants = [Variants(config, seen_BT, room) for _ in (cases[-1], *cases)]  # one goes through untimed
+    variants = [Variants(config, seen_BT, room) for _ in (*_RUNS, *cases)]  # some go through untimed
     one = Calibration(
         config, calibrated.chunks[:BATCH], hessians=recipe.error_feedback, kept=room.kept, within=room.within
     )
@@ -116,9 +117,9 @@ def _of_layer(
         others = [(str(n), Changed()) for n in range(runs - 1)]
         return _seconds(lambda: own.block(index, part(slices), others, _dense))
 
-    first, *others = variants
-    run(first, cases[0][0], cases[-1][1])
-    seconds = [run(own, *case) for own, case in zip(others, cases, strict=True)]
+    for own, runs in zip(variants, _RUNS, strict=False):
+        run(own, cases[0][0], runs)
+    seconds = [run(own, *case) for own, case in zip(variants[len(_RUNS) :], cases, strict=True)]
     read, through, trunk = _fitted([(slices, slices * runs, runs) for slices, runs in cases], seconds)
     numbers = sorted({slices for slices, _ in cases})
     sums = one.observe(index, part(numbers[0]))
