@@ -61,7 +61,8 @@ class Calibration(HiddenStates):
 
     A walk takes it through every block and it keeps what it saw. Where others take the blocks' places for those behind
     them (`observe`, then `run`), calibration follows compression. `kept` puts away states, and sums of outer products.
-    Of what a block's experts take and put out about `within` bytes are in memory; for more they are read again.
+    About `within` bytes of what a block's experts take and put out are in memory; of more, a few batches go through
+    all experts, which are read anew for the next ones.
     """
 
     def __init__(

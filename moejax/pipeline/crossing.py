@@ -119,7 +119,7 @@ def _through(runs: Sequence[Run], slices: Iterable[tuple[Sequence[int], Alternat
 
 class _Party:
     """Runs, by their places among all, that meet the same experts, as one of all their tokens: a slice's products are
-    of more rows, and each row is what it is alone, to the last bit where an expert has sixteen rows or more."""
+    of more rows, and each row is what it is alone: on a CPU to the last bit, if an expert has sixteen rows or more."""
 
     def __init__(self, places: Sequence[int], insides: Sequence[Entered]):
         self.places, self._size = places, len(insides[0].normed_TD)

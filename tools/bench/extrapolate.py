@@ -26,6 +26,7 @@ from moejax.pipeline.duration import expected_seconds, timed_pieces
 from moejax.pipeline.job import split_calibration
 from moejax.pipeline.room import room_in
 from moejax.pipeline.sampled import Sampled, seen_by_variants
+from moejax.pipeline.shapes import ready
 from moejax.resources import config_path
 from moejax.tokenizer import load_tokenizer
 
@@ -53,7 +54,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir=".") as folder,
         room_in(ledger_of(options.memory), *given, Path(folder) / "output", keeps_rounded=False) as room,
     ):
-        pieces = timed_pieces(CheckpointSource(checkpoint), recipe, calibrated, seen_BT, room)
+        pieces = timed_pieces(ready(CheckpointSource(checkpoint), recipe.method), recipe, calibrated, seen_BT, room)
         together = room.runs_within(4 * seen_BT.size * checkpoint.config.hidden_size)
     counts = options.chunks, len(seen_BT), options.evaluated, together
     phases = {
