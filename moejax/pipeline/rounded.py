@@ -16,6 +16,7 @@ from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
+from moejax.planning import KEEP
 from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, experts_together
 from moejax.transforms.rounding import rounding_error, to_float32
 
@@ -26,7 +27,8 @@ class RoundedWeights:
     """A `Rounder` that remembers, by name and format, as much as `most_bytes` hold: plans that agree on a matrix and
     its format share the work.
 
-    It suits one model and its statistics: what a matrix is rounded to depends on them.
+    It suits one model and its statistics: what a matrix is rounded to depends on them. What a plan keeps is as it was
+    given, which is dense where plans are tried, and is not remembered.
     """
 
     def __init__(self, most_bytes: int, rounder: Rounder = AFRESH):
@@ -50,7 +52,7 @@ class RoundedWeights:
 
     def _remember(self, name: str, target: str, leaf: Leaf) -> None:
         size = payload_bytes(leaf)
-        if size <= self._bytes_left:
+        if target != KEEP and size <= self._bytes_left:
             self._known[name, target] = leaf
             self._bytes_left -= size
 

@@ -27,6 +27,7 @@ from moejax.pipeline.job import (
 from moejax.pipeline.options import options, order_of_pruning
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.shapes import copied_files, shapes_for
+from moejax.pipeline.trial import Try
 from moejax.planning import Plan
 from moejax.planning.fit import Problem
 from moejax.planning.plan import KEEP, from_json
@@ -167,6 +168,20 @@ def test_a_second_job_writes_the_same_bytes(prepared: Prepared, job: Job, tmp_pa
     )
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (job.output / file).read_bytes()
+
+
+def test_experts_that_a_tried_plan_keeps_are_written_as_they_were(prepared: Prepared, job: Job, tmp_path: Path) -> None:
+    made, source = job.planned.plan, prepared.trials.source
+    blocks = [replace(own, experts={**own.experts, "down": (KEEP,) * len(own.keep or ())}) for own in made.blocks]
+    plan = replace(made, blocks=tuple(own if own.keep else old for own, old in zip(blocks, made.blocks, strict=True)))
+    per_token = tuple(own.experts_per_token or 0 for own in plan.blocks[: source.config.num_hidden_layers])
+    prepared.trials.of([Try(plan, per_token, is_scaled=False)], silent)
+    prepared.write(plan, tmp_path / "kept", prepared.shapes.size_of(plan))
+    index = source.config.num_hidden_layers - 1
+    written = named_leaves(load_model(open_checkpoint(tmp_path / "kept")))[f"layers.{index}.mlp.experts.down"]
+    assert isinstance(written, ExpertWeights)
+    original = source.block(index).experts_of(plan.blocks[index].keep or ()).down.get_value()
+    jax.tree.map(np.testing.assert_array_equal, written.buckets, original.buckets)
 
 
 def test_a_plan_over_the_budget_is_not_written(prepared: Prepared, job: Job, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from moejax.formats import ExpertWeights, Leaf
 from moejax.pipeline.job import Prepared
 from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.working_copy import one_bucket
+from moejax.planning import KEEP
 from moejax.transforms.rounder import Projection
 
 INPUTS = Inputs(jnp.ones(1))
@@ -74,3 +75,14 @@ def test_what_has_no_room_is_rounded_again(statistics: ExpertStatistics, most_by
     for _ in range(2):
         assert list(map(first, rounder.experts(experts(statistics, range(3)), range(3), "int2g128"))) == [0, 1, 2]
     assert len(rounds.asked) == 6 - remembered
+
+
+def test_what_is_kept_is_what_is_given_each_time(statistics: ExpertStatistics) -> None:
+    rounder, of = RoundedWeights(1 << 20), experts(statistics, [4])
+    rounder.matrix("layers.0.mlp.up", jnp.zeros((1, 1)), INPUTS, KEEP)
+    rounder.experts(of, [0], KEEP)
+    as_stored = jnp.zeros((1, 1), jnp.bfloat16)
+    assert rounder.matrix("layers.0.mlp.up", as_stored, INPUTS, KEEP) is as_stored
+    stored = Projection(of.name, of.members, one_bucket(as_stored[None]), of.statistics)
+    (kept,) = rounder.experts(stored, [0], KEEP)
+    assert isinstance(kept, jax.Array) and kept.dtype == jnp.bfloat16
