@@ -21,6 +21,8 @@ def random_leaf(spec: str, seed: int = 0) -> Leaf:
             return jnp.asarray(rng.integers(0, 2**32, a.shape, np.uint32))
         if a.dtype == jnp.uint8:
             return jnp.asarray(rng.integers(216, 256, a.shape, np.uint8))
+        if a.dtype == jnp.uint16:
+            return jnp.asarray(rng.normal(size=a.shape).astype(np.float16).view(np.uint16))
         return jnp.asarray(rng.normal(size=a.shape).astype(a.dtype))
 
     return jax.tree.map(random_array, abstract_leaf(spec))
@@ -60,7 +62,8 @@ def ternary_codes(words: IntArray, inputs: int) -> IntArray:
 def to_numpy(leaf: Leaf) -> FloatArray:
     """The dense weight, (..., O, I)."""
     if isinstance(leaf, GroupedInt):
-        steps = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits, leaf.inputs) - (2**leaf.bits - 1) / 2
+        zero = 2 ** (leaf.bits - 1) if leaf.is_signed else (2**leaf.bits - 1) / 2
+        steps = planar_codes(np.asarray(leaf.words, np.int64), leaf.bits, leaf.inputs) - zero
         return steps * scale_of_each(leaf)
     if isinstance(leaf, GroupedTernary):
         return (ternary_codes(np.asarray(leaf.words, np.int64), leaf.inputs) - 1) * scale_of_each(leaf)
@@ -77,7 +80,10 @@ def scale_of_each(leaf: GroupedCodes) -> FloatArray:
 
 
 def scales_of(stored: jax.Array | np.ndarray) -> FloatArray:
-    """What stored scales stand for: bfloat16 for itself, a byte 8 e + m for (1 + m/8) 2^(e - 28), but 0 for 0."""
+    """What stored scales stand for: bfloat16 for itself, a byte 8 e + m for (1 + m/8) 2^(e - 28), but 0 for 0, and
+    two bytes for a float16."""
+    if stored.dtype == np.uint16:
+        return np.asarray(stored).view(np.float16).astype(np.float64)
     if stored.dtype != np.uint8:
         return np.asarray(stored, np.float64)
     exponent, mantissa = np.divmod(np.asarray(stored, np.int64), 8)

@@ -12,11 +12,13 @@ from moejax.formats.dense import (
     take_rows,
 )
 from moejax.formats.experts import ExpertWeights, experts_in_buckets, gather_experts, select_experts
+from moejax.formats.families import parse_format
+from moejax.formats.format import Format
 from moejax.formats.fp8_blocks import Fp8Blocks
-from moejax.formats.group_format import GroupFormat, IntFormat, TernaryFormat, parse_group_format
-from moejax.formats.grouped import GroupedCodes
-from moejax.formats.grouped_int import GroupedInt
-from moejax.formats.grouped_ternary import GroupedTernary
+from moejax.formats.group_format import GroupFormat
+from moejax.formats.grouped import GroupedCodes, Levels
+from moejax.formats.grouped_int import GroupedInt, IntFormat, SignedIntFormat
+from moejax.formats.grouped_ternary import GroupedTernary, TernaryFormat
 from moejax.formats.packed import PackedTensor
 from moejax.formats.parts import ByteParts, byte_parts
 from moejax.formats.scales import ScaleKind
@@ -25,6 +27,7 @@ from moejax.formats.spec import abstract_experts, abstract_leaf, describe
 __all__ = [
     "ByteParts",
     "ExpertWeights",
+    "Format",
     "Fp8Blocks",
     "GroupFormat",
     "GroupedCodes",
@@ -32,8 +35,10 @@ __all__ = [
     "GroupedTernary",
     "IntFormat",
     "Leaf",
+    "Levels",
     "PackedTensor",
     "ScaleKind",
+    "SignedIntFormat",
     "TernaryFormat",
     "abstract_experts",
     "abstract_leaf",
@@ -44,7 +49,7 @@ __all__ = [
     "format_name",
     "gather_experts",
     "matrix",
-    "parse_group_format",
+    "parse_format",
     "payload_bytes",
     "reshape_outputs",
     "row_parts",

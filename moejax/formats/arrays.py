@@ -1,5 +1,6 @@
 """Arrays known by shape and dtype alone, and slices of arrays that cost what they return, inside a loop too."""
 
+import math
 from typing import cast
 
 import jax
@@ -9,6 +10,11 @@ import jax.numpy as jnp
 def abstract_array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Stands where an array of that shape will stand."""
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))
+
+
+def array_bytes(array: jax.Array) -> int:
+    """Of an array, abstract or concrete."""
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def slice_axis(array: jax.Array, start: jax.Array | int, size: int, axis: int) -> jax.Array:

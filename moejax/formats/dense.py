@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats.arrays import slice_axis
+from moejax.formats.arrays import array_bytes, slice_axis
 from moejax.formats.packed import PackedTensor
 
 Leaf = jax.Array | PackedTensor
@@ -56,4 +56,4 @@ def format_name(leaf: Leaf) -> str:
 
 def payload_bytes(tree: object) -> int:
     """Bytes of every array in a tree of leaves, abstract or concrete: what it takes on disk without metadata."""
-    return sum(int(np.prod(a.shape, dtype=np.int64)) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree))
+    return sum(map(array_bytes, jax.tree.leaves(tree)))

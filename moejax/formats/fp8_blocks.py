@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from moejax.formats.arrays import slice_axis
+from moejax.formats.arrays import array_bytes, slice_axis
 from moejax.formats.packed import PackedTensor
 
 
@@ -32,6 +32,10 @@ class Fp8Blocks(PackedTensor):
     @property
     def format_name(self) -> str:
         return f"fp8b{self.block[0]}x{self.block[1]}"
+
+    @property
+    def scale_bytes(self) -> int:
+        return array_bytes(self.scale_inv)
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         outputs, inputs = self.shape[-2:]

@@ -1,26 +1,39 @@
 """What packed codes in groups along the input axis share, whatever their layout: one scale a group, even levels."""
 
 import abc
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from moejax.formats.arrays import slice_axis
+from moejax.formats.arrays import array_bytes, slice_axis
 from moejax.formats.packed import PackedTensor
 from moejax.formats.scales import ScaleKind, decode_scales, kind_of
 
 
+class Levels(NamedTuple):
+    """The values (code - zero) * scale, 0 <= code <= highest; zero is a whole number or half-way between two. Traced,
+    one program serves all formats."""
+
+    highest: int | jax.Array
+    zero: float | jax.Array
+
+
+def about_zero(number: int) -> Levels:
+    """So many levels, as far above zero as below."""
+    return Levels(number - 1, (number - 1) / 2)
+
+
 class GroupedCodes(PackedTensor):
-    """weight[..., o, i] = (code[..., o, i] - (levels - 1)/2) * scale[..., o, i // group_size], 0 <= code < levels.
+    """weight[..., o, i] = (code[..., o, i] - zero) * scale[..., o, i // group_size] (see `Levels`).
 
     The last group of a row is shorter where `group_size` does not divide its length.
 
-    Levels are evenly spaced and lie symmetrically about zero. Codes are chosen after the scale is rounded, so range
-    buys more than precision does: scales are bfloat16 (TPUs have no float16) or floats of eight bits (see `scales`).
+    Codes are chosen after the scale is rounded, so range buys more than precision does: scales are bfloat16 or floats
+    of eight bits, unless others' are to be held (see `scales`).
 
-    words: uint32 (..., O, W), each row packed by itself. scale: bfloat16 or uint8 (..., O, ceil(I/group_size)), which
-    `decoded_scale` reads. inputs: I, which neither says where words are padded; nothing cuts or joins rows.
+    words: uint32 (..., O, W), each row packed by itself. scale: (..., O, ceil(I/group_size)), which `decoded_scale`
+    reads. inputs: I, which neither says where words are padded; nothing cuts or joins rows.
     """
 
     words: jax.Array
@@ -34,12 +47,21 @@ class GroupedCodes(PackedTensor):
 
     @property
     @abc.abstractmethod
-    def levels(self) -> int:
-        """How many values a weight can take under its scale."""
+    def levels(self) -> Levels:
+        """The values that a weight can take under its scale."""
 
     @abc.abstractmethod
     def codes(self) -> jax.Array:
         """int32 (..., O, I)."""
+
+    @property
+    def scale_bytes(self) -> int:
+        return array_bytes(self.scale)
+
+    @property
+    def num_rows(self) -> int:
+        """Of all matrices."""
+        return self.size // self.inputs
 
     @property
     def scale_kind(self) -> ScaleKind:
@@ -51,8 +73,11 @@ class GroupedCodes(PackedTensor):
         return decode_scales(self.scale, dtype)
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        steps = self.codes().astype(dtype) - centre(self.levels)
-        return ungroup(group(steps, self.group_size) * self.decoded_scale(dtype)[..., None], self.inputs)
+        # A scale in float16 that were rounded to bfloat16 would shift its whole group.
+        wide = jnp.promote_types(dtype, jnp.float32) if self.scale_kind == "f16" else dtype
+        steps = self.codes().astype(wide) - self.levels.zero
+        weight = group(steps, self.group_size) * self.decoded_scale(wide)[..., None]
+        return ungroup(weight, self.inputs).astype(dtype)
 
     def rows(self, start: jax.Array | int, size: int) -> Self:
         return jax.tree.map(lambda a: slice_axis(a, start, size, a.ndim - 2), self)
@@ -62,11 +87,6 @@ class GroupedCodes(PackedTensor):
 
     def reshape_outputs(self, *shape: int) -> Self:
         return jax.tree.map(lambda a: a.reshape(*shape, a.shape[-1]), self)
-
-
-def centre(levels: int | jax.Array) -> float | jax.Array:
-    """The code, half-way between two integers where levels are even, that stands for zero."""
-    return (levels - 1) / 2
 
 
 def groups_per_row(inputs: int, group_size: int) -> int:
@@ -87,7 +107,7 @@ def ungroup(x: jax.Array, inputs: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)[..., :inputs]
 
 
-def round_to_codes(weight: jax.Array, scale: jax.Array, levels: int | jax.Array) -> jax.Array:
+def round_to_codes(weight: jax.Array, scale: jax.Array, levels: Levels) -> jax.Array:
     """The nearest code of each weight under its scale, as floats; any code where the scale is zero."""
     safe = jnp.where(scale == 0, jnp.ones_like(scale), scale)
-    return jnp.clip(jnp.round(weight / safe + centre(levels)), 0, 2 * centre(levels))
+    return jnp.clip(jnp.round(weight / safe + levels.zero), 0, levels.highest)

@@ -41,6 +41,16 @@ class PackedTensor(abc.ABC):
         """The same rows with the axes before I reshaped to `shape`; rows stay in order."""
 
     @property
+    @abc.abstractmethod
+    def scale_bytes(self) -> int:
+        """Of its bytes, those of scales."""
+
+    @property
+    def padding_bytes(self) -> int:
+        """Of its bytes, those of fields that no code fills, rounded."""
+        return 0
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 

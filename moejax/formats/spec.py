@@ -8,13 +8,13 @@ from moejax.errors import InputError, brief
 from moejax.formats.arrays import abstract_array
 from moejax.formats.dense import DENSE_NAMES, Leaf, format_name
 from moejax.formats.experts import ExpertWeights
+from moejax.formats.families import parse_format
 from moejax.formats.fp8_blocks import Fp8Blocks
-from moejax.formats.group_format import parse_group_format
 
 _DENSE_DTYPES = {short: jnp.dtype(name) for name, short in DENSE_NAMES.items()}
 # Bounded, because specs come from files: up to 8 axes of up to 15 digits.
 _LEAF = re.compile(r"(\w{1,40})\[((?:\d{1,15}(?:,\d{1,15}){0,7})?)\]", re.ASCII)
-_MAX_BUCKETS = 100  # there are 77 formats apart from FP8's blocks
+_MAX_BUCKETS = 100  # there are 85 formats apart from FP8's blocks
 
 
 def describe(leaf: Leaf | ExpertWeights) -> str:
@@ -38,7 +38,7 @@ def abstract_leaf(spec: str) -> Leaf:
         )
     if fp8 := re.fullmatch(r"fp8b([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", name):
         return _abstract_fp8(shape, (int(fp8[1]), int(fp8[2])))
-    return parse_group_format(name).abstract(shape)
+    return parse_format(name).abstract(shape)
 
 
 def abstract_experts(spec: str) -> ExpertWeights:

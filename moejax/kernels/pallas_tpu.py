@@ -21,7 +21,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moejax.formats import GroupedInt, Leaf, planar
-from moejax.formats.grouped import centre
 from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
@@ -55,8 +54,8 @@ def matmul(x: jax.Array, w: Leaf) -> jax.Array:
         x.reshape(-1, x.shape[-1]),
         w.words,
         w.scale,
-        tpu=partial(_multiply, bits=w.bits, interpret=False),
-        default=partial(_multiply, bits=w.bits, interpret=True),
+        tpu=partial(_multiply, bits=w.bits, zero=float(w.levels.zero), interpret=False),
+        default=partial(_multiply, bits=w.bits, zero=float(w.levels.zero), interpret=True),
     )
     return y_RO.reshape(*x.shape[:-1], w.shape[0])
 
@@ -67,7 +66,9 @@ def _derivative(given: tuple[jax.Array, Leaf], by: tuple[jax.Array, Leaf]) -> tu
     return matmul(*given), jax.jvp(xla.matmul, given, by)[1]
 
 
-def _multiply(x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: int, interpret: bool) -> jax.Array:
+def _multiply(
+    x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: int, zero: float, interpret: bool
+) -> jax.Array:
     (num_rows, inputs), (outputs, num_words), num_groups = x_RI.shape, words_OW.shape, scale_OG.shape[1]
     row_tile = min(num_rows, MAX_ROW_TILE, _tile(inputs * x_RI.dtype.itemsize, SUBLANES))
     output_tile = min(outputs, MAX_OUTPUT_TILE, _tile(inputs * x_RI.dtype.itemsize, LANES))
@@ -76,7 +77,7 @@ def _multiply(x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: i
     words = words_OW.T if by_column else words_OW
     words_block = (num_words, output_tile) if by_column else (output_tile, num_words)
     return pl.pallas_call(
-        partial(_kernel, bits=bits, by_column=by_column),
+        partial(_kernel, bits=bits, zero=zero, by_column=by_column),
         grid=(pl.cdiv(outputs, output_tile), pl.cdiv(num_rows, row_tile)),
         in_specs=[
             pl.BlockSpec((row_tile, inputs), lambda o, r: (r, 0)),
@@ -112,6 +113,7 @@ def _kernel(
     w_IO: jax.Ref,
     *,
     bits: int,
+    zero: float,
     by_column: bool,
 ) -> None:
     """y = x @ w for a tile of rows and one of outputs, whose weights are unpacked at their first tile of rows."""
@@ -120,14 +122,14 @@ def _kernel(
     def _() -> None:
         words_WO[...] = words_ref[...] if by_column else words_ref[...].T
         scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
-        _unpack(words_WO, scale_GO, w_IO, bits)
+        _unpack(words_WO, scale_GO, w_IO, bits, zero)
 
     precision = PRECISION if x_RI.dtype == jnp.float32 else None
     y = jnp.dot(x_RI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
     y_RO[...] = y.astype(y_RO.dtype)
 
 
-def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int) -> None:
+def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int, zero: float) -> None:
     inputs, outputs = w_IO.shape
     group_size = inputs // scale_GO.shape[0]
     run = _run(inputs, group_size, bits)
@@ -142,7 +144,7 @@ def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int) -> N
             fields = jax.lax.shift_right_logical(words, jnp.full_like(words, field * width))
             codes = (codes << width) | (fields & ((1 << width) - 1))
             plane_start += plane_words
-        levels = codes.astype(jnp.int32).astype(jnp.float32) - centre(2**bits)
+        levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
         scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
         w_IO[pl.ds(first, run), :] = (levels * scale).astype(w_IO.dtype)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import Inputs
-from moejax.formats import GroupFormat, TernaryFormat
+from moejax.formats import Format, TernaryFormat
 from moejax.model import DeepseekV3
 from moejax.model.weights import block_name
 from moejax.pipeline.options import order_of_pruning
@@ -67,7 +67,7 @@ def estimate_costs(
     return replace(allowed, tensors=tensors, experts=experts)
 
 
-def gaussian_errors(formats: Sequence[GroupFormat], seed: int = 0) -> np.ndarray:
+def gaussian_errors(formats: Sequence[Format], seed: int = 0) -> np.ndarray:
     """E|w - q|^2 / E|w|^2 of weights drawn from a Gaussian, (F,), rounded as `quantize` rounds."""
     weight = jax.random.normal(jax.random.key(seed), _GAUSSIAN_SHAPE)
     outputs, inputs = _GAUSSIAN_SHAPE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.formats import GroupFormat
+from moejax.formats import Format
 from moejax.model import Config, Layout
 from moejax.model.weights import IN_BLOCK, block_and_name, row_of
 
@@ -76,12 +76,12 @@ def layers_by_family(config: Config) -> dict[str, list[int]]:
     return {family: sorted(layers) for family, layers in found.items()}
 
 
-def probed_format(family: str, formats: Sequence[GroupFormat]) -> int:
+def probed_format(family: str, formats: Sequence[Format]) -> int:
     """The number of the format that a family's probes round to."""
     return _nearest(formats, _EXPERT_BITS if family in EXPERTS else _BITS)
 
 
-def rounding_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, dict[int, Change]]:
+def rounding_probes(config: Config, formats: Sequence[Format]) -> dict[str, dict[int, Change]]:
     """The probes of every family by layer; embedding and head have one, in no layer."""
     if not formats:
         return {}
@@ -100,7 +100,7 @@ def pruning_probes(config: Config) -> dict[float, dict[int, Change]]:
     return {share: {layer: Change((PRUNING,), (layer,), share) for layer in layers} for share in PRUNED_SHARES}
 
 
-def joint_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, list[Change]]:
+def joint_probes(config: Config, formats: Sequence[Format]) -> dict[str, list[Change]]:
     """The probes of all layers at once, by the kind of loss (`Losses`)."""
     every = range(config.num_hidden_layers)
     levels = sorted({_nearest(formats, bits) for bits in _JOINT_BITS}) if formats else []
@@ -111,7 +111,7 @@ def joint_probes(config: Config, formats: Sequence[GroupFormat]) -> dict[str, li
     }
 
 
-def changes_of(config: Config, formats: Sequence[GroupFormat]) -> list[Change]:
+def changes_of(config: Config, formats: Sequence[Format]) -> list[Change]:
     """All of them."""
     by_layer = [*rounding_probes(config, formats).values(), *pruning_probes(config).values()]
     singles = (change for own in by_layer for change in own.values())
@@ -119,7 +119,7 @@ def changes_of(config: Config, formats: Sequence[GroupFormat]) -> list[Change]:
     return [*singles, *joint]
 
 
-def _nearest(formats: Sequence[GroupFormat], bits: float) -> int:
+def _nearest(formats: Sequence[Format], bits: float) -> int:
     return min(range(len(formats)), key=lambda f: abs(formats[f].bits - bits))
 
 

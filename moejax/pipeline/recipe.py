@@ -5,13 +5,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from moejax.errors import InputError
-from moejax.formats import GroupFormat, parse_group_format
+from moejax.formats import Format, parse_format
 from moejax.planning.plan import KEEP, Method
 from moejax.transforms.prune import CRITERIA
 
 Groups = Literal["ragged", "equal"]
-_DEFAULT_FORMATS: tuple[GroupFormat, ...] = tuple(
-    parse_group_format(name) for name in ("int1g128", "ternaryg128", *(f"int{bits}g128" for bits in range(2, 9)))
+_DEFAULT_FORMATS: tuple[Format, ...] = tuple(
+    parse_format(name) for name in ("int1g128", "ternaryg128", *(f"int{bits}g128" for bits in range(2, 9)))
 )
 
 
@@ -39,7 +39,7 @@ class Recipe:
     "by size" does as the model's size asks for.
     """
 
-    formats: tuple[GroupFormat, ...] = _DEFAULT_FORMATS
+    formats: tuple[Format, ...] = _DEFAULT_FORMATS
     min_bits_outer: int = 4
     min_bits_block: int = 2
     criterion: str = "reap"
@@ -89,13 +89,13 @@ def recipe_from_toml(raw: Mapping[str, Any], source: str) -> Recipe:
     return recipe
 
 
-def _formats(names: Sequence[str], source: str) -> tuple[GroupFormat, ...]:
+def _formats(names: Sequence[str], source: str) -> tuple[Format, ...]:
     """Each once, by bits."""
     try:
-        formats = {parse_group_format(name) for name in names}
+        formats = {parse_format(name) for name in names}
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
-    return tuple(sorted(formats, key=lambda own: (own.bits, own.group_size, own.scale_kind)))
+    return tuple(sorted(formats, key=lambda own: (own.bits, own.group_size, own.name)))
 
 
 def _is_integer(value: Any) -> bool:

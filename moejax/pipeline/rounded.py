@@ -10,7 +10,7 @@ import numpy as np
 
 from moejax.calibrate import BlockStatistics, ExpertStatistics, Inputs
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, GroupFormat, Leaf, payload_bytes, row_parts
+from moejax.formats import ExpertWeights, Format, Leaf, payload_bytes, row_parts
 from moejax.kernels import hadamard
 from moejax.model.leaves import Weight, named_leaves
 from moejax.model.moe import Experts
@@ -65,7 +65,7 @@ class InFormats:
     each output counts, (..., O).
     """
 
-    formats: Sequence[GroupFormat]
+    formats: Sequence[Format]
     rounder: Rounder
     name: str
     leaf: Leaf
@@ -102,7 +102,7 @@ class ExpertsInFormats:
     their errors count (`ExpertStatistics.output_weight`).
     """
 
-    formats: Sequence[GroupFormat]
+    formats: Sequence[Format]
     rounder: Rounder
     of: Projection
     down_norm2: Callable[[], jax.Array]
@@ -147,7 +147,7 @@ def matrices_in_formats(
     part: str,
     leaves: Mapping[str, Weight],
     statistics: BlockStatistics,
-    formats: Sequence[GroupFormat],
+    formats: Sequence[Format],
     rounder: Rounder,
 ) -> dict[str, InFormats]:
     """Every weight of a trunk, or around one, that gets formats, by its name within; that part's name in the model is
@@ -165,7 +165,7 @@ def experts_in_formats(
     members: Sequence[int],
     experts: Experts,
     statistics: ExpertStatistics,
-    formats: Sequence[GroupFormat],
+    formats: Sequence[Format],
     rounder: Rounder,
 ) -> dict[str, ExpertsInFormats]:
     """Every projection of the experts `members` of a block of that name in the model, by its name within; the

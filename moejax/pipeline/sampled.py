@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import ExpertStatistics, Inputs
-from moejax.formats import ExpertWeights, GroupFormat, Leaf, parse_group_format, row_parts
+from moejax.formats import ExpertWeights, Format, Leaf, parse_format, row_parts
 from moejax.model import DeepseekV3
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.rounded import ExpertsInFormats, InFormats, require_finite
@@ -49,7 +49,7 @@ class Sampled:
     or that of all experts' projection.
     """
 
-    def __init__(self, formats: Sequence[GroupFormat], relative: Mapping[str, np.ndarray]):
+    def __init__(self, formats: Sequence[Format], relative: Mapping[str, np.ndarray]):
         self.relative = dict(relative)
         self._formats = formats
         self._told: dict[str, np.ndarray] = {}
@@ -107,8 +107,8 @@ class Sampled:
         own, moment_EI = self._format_and_error(of.name, target), of.statistics.input_second_moment(of.own)
         return [imitate_expert(of.weights, k, moment_EI, *own) for k in some]
 
-    def _format_and_error(self, name: str, target: str) -> tuple[GroupFormat, float]:
-        to = parse_group_format(target)
+    def _format_and_error(self, name: str, target: str) -> tuple[Format, float]:
+        to = parse_format(target)
         return to, float(self.relative[name][self._formats.index(to)])
 
     def _errors(self, row_RI: jax.Array, inputs: Inputs, weight_R: np.ndarray) -> np.ndarray:

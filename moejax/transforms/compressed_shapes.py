@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from moejax.formats import ExpertWeights, Leaf, format_name, parse_group_format
+from moejax.formats import ExpertWeights, Leaf, format_name, parse_format
 from moejax.formats.arrays import abstract_array
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.leaves import Weight
@@ -41,7 +41,7 @@ def _of(leaf: Weight, name: str, plan: BlockPlan) -> Weight:
 
 
 def _in_format(leaf: Leaf, target: str) -> Leaf:
-    return leaf if target == KEEP else parse_group_format(target).abstract(leaf.shape)
+    return leaf if target == KEEP else parse_format(target).abstract(leaf.shape)
 
 
 def _experts(weights: ExpertWeights, formats: Sequence[str]) -> ExpertWeights:

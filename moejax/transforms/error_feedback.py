@@ -1,6 +1,6 @@
 """Rounding with error feedback: columns not yet rounded make up for the errors of those that are.
 
-The number of levels is traced, so that every shape, group size and kind of scale compiles once for all formats.
+Levels are traced, so that every shape, group size and kind of scale compiles once for all formats.
 """
 
 from functools import partial
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import InputError
-from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
-from moejax.formats.grouped import centre, round_to_codes
+from moejax.formats import GroupedCodes, GroupFormat, Levels, ScaleKind
+from moejax.formats.grouped import round_to_codes
 from moejax.formats.scales import as_stored, encode_scales
 from moejax.kernels import product
 from moejax.machine import accelerator_memory
@@ -41,7 +41,7 @@ class Rounded(NamedTuple):
     """A weight (O, I) on even levels, inputs first: Q[o, i] = steps_IO[i, o] * scale_NO[i // group_size, o]; I is a
     multiple of the group size.
 
-    steps_IO: a code minus the centre of the levels. scale_NO: float32, but a number that stored scales hold.
+    steps_IO: a code minus the one that stands for zero. scale_NO: float32, but a number that stored scales hold.
     """
 
     steps_IO: jax.Array
@@ -88,17 +88,17 @@ def rows_together(inputs: int) -> int:
 def quantized_with_feedback(
     weight: jax.Array,
     hessian: jax.Array,
-    levels_F: jax.Array,
+    levels_F: Levels,
     group_size: int,
     damping: jax.Array | float = DAMPING,
     scale_kind: ScaleKind = "bf16",
 ) -> jax.Array:
-    """What `quantize_with_feedback` rounds a weight (..., O, I) to at each of F numbers of levels, (F, ..., O, I)
+    """What `quantize_with_feedback` rounds a weight (..., O, I) to at each of F sorts of levels, (F, ..., O, I)
     float32: all of them step by step together, since a step takes a device that computes many numbers as long as few.
     """
     inputs = weight.shape[-1]
 
-    def rounded(levels: jax.Array) -> jax.Array:
+    def rounded(levels: Levels) -> jax.Array:
         own = _round(weight.reshape(-1, inputs), hessian, levels, group_size, damping, scale_kind, "diagonal")
         return own.weight_IO()[:inputs].T.reshape(weight.shape)
 
@@ -109,7 +109,7 @@ def quantized_with_feedback(
 def _round(
     weight_OI: jax.Array,
     hessian_II: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     group_size: int,
     damping: jax.Array | float,
     scale_kind: ScaleKind,
@@ -123,7 +123,7 @@ def _round(
 def feed_back(
     weight_IO: jax.Array,
     hessian_II: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     group_size: int,
     scale_kind: ScaleKind = "bf16",
     column_order: ColumnOrder = "diagonal",
@@ -166,7 +166,7 @@ def descend(
     weight_IO: jax.Array,
     hessian_II: jax.Array,
     rounded: Rounded,
-    levels: jax.Array | int,
+    levels: Levels,
     sweeps: int = SWEEPS,
     scale_kind: ScaleKind = "bf16",
 ) -> Rounded:
@@ -196,7 +196,7 @@ def _descend_group(
     scale_O: jax.Array,
     own_GG: jax.Array,
     slope_GO: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     scale_kind: ScaleKind,
 ) -> tuple[jax.Array, jax.Array]:
     """Better steps, then a better scale, for one group; the slope is H D on entry.
@@ -221,7 +221,7 @@ def _descend_group(
 
 
 def _recode(
-    steps_BO: jax.Array, scale_O: jax.Array, own_BB: jax.Array, slope_BO: jax.Array, levels: jax.Array | int
+    steps_BO: jax.Array, scale_O: jax.Array, own_BB: jax.Array, slope_BO: jax.Array, levels: Levels
 ) -> jax.Array:
     """Better steps for a few columns, one after the other."""
     curvature_B = jnp.diagonal(own_BB)
@@ -229,7 +229,7 @@ def _recode(
     def recode(b: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         steps_BO, slope_BO = state
         wanted_O = steps_BO[b] * scale_O + slope_BO[b] / jnp.where(curvature_B[b] > 0, curvature_B[b], 1)
-        steps_O = round_to_codes(wanted_O, scale_O, levels) - centre(levels)
+        steps_O = round_to_codes(wanted_O, scale_O, levels) - levels.zero
         change_O = (steps_O - steps_BO[b]) * scale_O
         return steps_BO.at[b].set(steps_O), slope_BO - own_BB[b][:, None] * change_O
 
@@ -242,7 +242,7 @@ def _round_group(
     target_GO: jax.Array,
     own_GG: jax.Array,
     cost_G: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     scale_kind: ScaleKind,
 ) -> tuple[jax.Array, jax.Array]:
     """Steps (G, O) and scales (O,) of one group. Targets hold the feedback of the groups before, own_GG its own."""
@@ -254,7 +254,7 @@ def _round_group(
         steps_GSO, error_GSO, cost_SO = state
         g = group_size - 1 - k
         target_SO = target_GO[g] + product("h,hso->so", own_GG[g], error_GSO)
-        steps_SO = round_to_codes(target_SO, scale_SO, levels) - centre(levels)
+        steps_SO = round_to_codes(target_SO, scale_SO, levels) - levels.zero
         rounded_SO = steps_SO * scale_SO
         cost_SO = cost_SO + cost_G[g] * (target_SO - rounded_SO) ** 2
         return steps_GSO.at[g].set(steps_SO), error_GSO.at[g].set(weight_GO[g] - rounded_SO), cost_SO
@@ -286,6 +286,6 @@ def _put(x_IO: jax.Array, own_GO: jax.Array, n: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnums=(1, 2))
 def _pack(rounded: Rounded, shape: tuple[int, ...], to: GroupFormat) -> GroupedCodes:
     *outer, inputs = shape
-    codes_OI = (rounded.steps_IO[:inputs] + centre(to.levels)).T.astype(jnp.uint32)
+    codes_OI = (rounded.steps_IO[:inputs] + to.levels.zero).T.astype(jnp.uint32)
     scale_ON = encode_scales(rounded.scale_NO.T, to.scale_kind)
     return to.leaf(to.pack(codes_OI.reshape(shape)), scale_ON.reshape(*outer, -1), inputs)

@@ -11,8 +11,8 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from moejax.formats import ExpertWeights, GroupFormat, dense, matrix
-from moejax.formats.grouped import centre, group, round_to_codes, ungroup
+from moejax.formats import ExpertWeights, Format, Levels, dense, matrix
+from moejax.formats.grouped import about_zero, group, round_to_codes, ungroup
 from moejax.kernels import product
 from moejax.transforms.quantize import positive
 
@@ -28,25 +28,23 @@ def energy_by_output(weight: jax.Array, second_moment: jax.Array) -> jax.Array:
     return _energy(weight, positive(second_moment))
 
 
-def imitate(
-    weight: jax.Array, second_moment: jax.Array, to: GroupFormat, relative_error: jax.Array | float
-) -> jax.Array:
+def imitate(weight: jax.Array, second_moment: jax.Array, to: Format, relative_error: jax.Array | float) -> jax.Array:
     """A weight (..., O, I) with an error like that of a format, of that share of its energy:
 
         w + a (q - w),    a^2 sum h (q - w)^2 = relative_error * sum h w^2
 
-    with h = `second_moment` (I,), and q on the format's levels, their step what suits normal weights of the group's
-    deviation. So it shrinks as rounded weights do.
+    with h = `second_moment` (I,), and q on as many even levels as the format's bits are worth, their step what suits
+    normal weights of the group's deviation. So it shrinks as rounded weights do.
     """
-    return _imitate(weight, positive(second_moment), to.levels, _STEPS[to.levels], relative_error, to.group_size)
+    return _imitate(weight, positive(second_moment), *_grid(to), relative_error, to.group_size)
 
 
 def imitate_expert(
-    weights: ExpertWeights, e: int, moment_EI: jax.Array, to: GroupFormat, relative_error: jax.Array | float
+    weights: ExpertWeights, e: int, moment_EI: jax.Array, to: Format, relative_error: jax.Array | float
 ) -> jax.Array:
     """What `imitate` makes of expert e's matrix among those of one format, (O, I), whose inputs' second moments are
     `moment_EI`; in one step, since a layer has many."""
-    return _imitate_expert(weights, e, moment_EI, to.levels, _STEPS[to.levels], relative_error, to.group_size)
+    return _imitate_expert(weights, e, moment_EI, *_grid(to), relative_error, to.group_size)
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -54,7 +52,7 @@ def _imitate_expert(
     weights: ExpertWeights,
     e: int,
     moment_EI: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     step: jax.Array | float,
     relative_error: jax.Array | float,
     group_size: int,
@@ -62,6 +60,12 @@ def _imitate_expert(
     (bucket,) = weights.buckets
     own = dense(matrix(bucket, weights.index_E[e]), jnp.dtype(jnp.float32))
     return _imitate(own, positive(moment_EI[e]), levels, step, relative_error, group_size)
+
+
+def _grid(to: Format) -> tuple[Levels, float]:
+    """Levels about zero, and their step in deviations."""
+    count = round(2**to.bits)
+    return about_zero(count), _STEPS[count]
 
 
 @jax.jit
@@ -73,14 +77,14 @@ def _energy(weight: jax.Array, moment_I: jax.Array) -> jax.Array:
 def _imitate(
     weight: jax.Array,
     moment_I: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     step: jax.Array | float,
     relative_error: jax.Array | float,
     group_size: int,
 ) -> jax.Array:
     grouped = group(weight.astype(jnp.float32), group_size)
     scale = step * jnp.sqrt(jnp.mean(grouped**2, axis=-1, keepdims=True))
-    rounded = (round_to_codes(grouped, scale, levels) - centre(levels)) * scale
+    rounded = (round_to_codes(grouped, scale, levels) - levels.zero) * scale
     error = ungroup(rounded - grouped, weight.shape[-1])
     own, wanted = jnp.sum(_energy(error, moment_I)), relative_error * jnp.sum(_energy(weight, moment_I))
     return weight + jnp.sqrt(wanted / jnp.maximum(own, 1e-30)) * error

@@ -1,6 +1,6 @@
 """Rounding weights to even levels, group scales chosen to minimize the activation-weighted error.
 
-The number of levels is traced in the search: it compiles once per shape, group size and kind of scale for all formats.
+Levels are traced in the search: it compiles once per shape, group size and kind of scale for all formats.
 """
 
 import math
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.formats import GroupedCodes, GroupFormat, ScaleKind
+from moejax.formats import GroupedCodes, GroupFormat, Levels, ScaleKind
 from moejax.formats.group_format import encode
-from moejax.formats.grouped import centre, group, round_to_codes
+from moejax.formats.grouped import group, round_to_codes
 from moejax.formats.scales import as_stored
 from moejax.kernels import product
 
@@ -35,7 +35,7 @@ def quantize(weight: jax.Array, second_moment: jax.Array, to: GroupFormat) -> Gr
     uncorrelated: sum_i h_i (w_oi - q_oi)^2 in every group, h = `second_moment` (..., I) of the input.
 
     The scale is the best of a grid or the least-squares scale for the codes it gave,
-    s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - (levels - 1)/2.
+    s = sum_i h_i w_i c_i / sum_i h_i c_i^2 with c = code - zero.
     """
 
     def round_rows(weight: jax.Array) -> GroupedCodes:
@@ -63,7 +63,7 @@ def in_parts(weight: jax.Array, most_rows: int, round_rows: Callable[[jax.Array]
 def search_scales(
     weight: jax.Array,
     second_moment: jax.Array,
-    levels: jax.Array | int,
+    levels: Levels,
     group_size: int,
     scale_kind: ScaleKind = "bf16",
 ) -> tuple[jax.Array, jax.Array]:
@@ -78,17 +78,16 @@ def search_scales(
 
 
 def _search_scales(
-    weight: jax.Array, second_moment: jax.Array, levels: jax.Array | int, group_size: int, scale_kind: ScaleKind
+    weight: jax.Array, second_moment: jax.Array, levels: Levels, group_size: int, scale_kind: ScaleKind
 ) -> tuple[jax.Array, jax.Array]:
     w_grouped = group(weight.astype(jnp.float32), group_size)
     h_grouped = group(positive(second_moment), group_size)[..., None, :, :]
-    middle = centre(levels)
-    largest = jnp.max(jnp.abs(w_grouped), axis=-1) / middle
+    largest = jnp.max(jnp.abs(w_grouped), axis=-1) / (levels.highest - levels.zero)
 
     def assess(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Error of every group under the scale as it will be stored, and the least-squares scale for its codes."""
         stored = as_stored(scale, scale_kind)[..., None]
-        steps = round_to_codes(w_grouped, stored, levels) - middle
+        steps = round_to_codes(w_grouped, stored, levels) - levels.zero
         error = jnp.sum(h_grouped * (w_grouped - steps * stored) ** 2, axis=-1)
         step_norm2 = jnp.sum(h_grouped * steps**2, axis=-1)
         # With an odd number of levels, a group of zeros has no step but zero.
@@ -111,14 +110,14 @@ def quantization_errors(
     weight: jax.Array,
     second_moment: jax.Array,
     output_weight: jax.Array,
-    levels_F: jax.Array,
+    levels_F: Levels,
     group_size: int,
     scale_kind: ScaleKind = "bf16",
 ) -> jax.Array:
-    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F numbers of levels, (F, ...): the expected
+    """sum_o r_o sum_i h_i (w_oi - q_oi)^2 of `quantize`'s result at each of F sorts of levels, (F, ...): the expected
     squared error of the outputs, each weighted by r = `output_weight` (..., O)."""
 
-    def error_at(levels: jax.Array) -> jax.Array:
+    def error_at(levels: Levels) -> jax.Array:
         _, error = search_scales(weight, second_moment, levels, group_size, scale_kind)
         return product("...og,...o->...", error, output_weight.astype(error.dtype))
 

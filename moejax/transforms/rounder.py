@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.calibrate import ExpertStatistics, Inputs
-from moejax.formats import ExpertWeights, Leaf, parse_group_format, row_parts, rows
+from moejax.formats import ExpertWeights, Leaf, parse_format, row_parts, rows
 from moejax.machine import accelerator_memory
 from moejax.planning import KEEP
 from moejax.transforms.error_feedback import rows_together
@@ -84,7 +84,7 @@ class Afresh:
         """
         if target == KEEP:
             return [of.weights.expert(e) for e in some]
-        to, (_, outputs, inputs), shared = parse_group_format(target), of.weights.shape, of.shares_hessian
+        to, (_, outputs, inputs), shared = parse_format(target), of.weights.shape, of.shares_hessian
         is_large = outputs * inputs >= _LARGE
         if is_large and of.statistics.layer.x_DD is None:
             return [requantize(of.weights.expert(k), of.inputs(k), target) for k in some]
@@ -107,7 +107,7 @@ def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     """The leaf in the format named `target`, or as it is if that is KEEP."""
     if target == KEEP:
         return leaf
-    to, parts = parse_group_format(target), row_parts(leaf, MOST_NUMBERS)
+    to, parts = parse_format(target), row_parts(leaf, MOST_NUMBERS)
     if len(parts) == 1:
         return round_weight(to_float32(leaf), inputs, to)
     each = (round_weight(to_float32(cut(leaf, own)), inputs, to) for own in parts)

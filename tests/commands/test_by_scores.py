@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from command_line import refused, run
+from moejax.calibrate import Inputs
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
-from moejax.formats import ExpertWeights, GroupedCodes, format_name, parse_group_format
+from moejax.formats import ExpertWeights, GroupedCodes, format_name, parse_format
 from moejax.model import named_leaves
-from moejax.transforms.quantize import quantize
-from moejax.transforms.rounding import to_float32
+from moejax.transforms.rounding import round_weight, to_float32
 from small_models import CONFIG
 
 
@@ -73,8 +73,8 @@ def test_it_is_rounded_as_if_every_input_counted_alike(small: Path, scores: Path
             assert isinstance(after, ExpertWeights)
             before, after = before.expert(0), after.expert(0)  # which is chosen often
         if isinstance(after, GroupedCodes):
-            to, ones = parse_group_format(format_name(after)), jnp.ones(before.shape[-1])
-            expected = quantize(to_float32(before), ones, to)
+            to, ones = parse_format(format_name(after)), Inputs(jnp.ones(before.shape[-1]))
+            expected = round_weight(to_float32(before), ones, to)
             jax.tree.map(np.testing.assert_array_equal, after, expected)
             seen += 1
     assert seen >= 3

@@ -5,7 +5,7 @@ from leaf_oracle import random_leaf
 from moejax.formats import ByteParts, abstract_leaf, byte_parts, gather_experts, payload_bytes
 
 FORMATS = [*(f"int{bits}g{size}" for bits in range(1, 9) for size in (32, 128)), "ternaryg32", "ternaryg128"]
-FORMATS += ["int2g128e8", "ternaryg32e8", "fp8b32x64", "bf16", "f16", "f32"]
+FORMATS += ["int2g128e8", "sint4g32", "sint8g128f16", "ternaryg32e8", "fp8b32x64", "bf16", "f16", "f32"]
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -24,6 +24,7 @@ def test_parts_add_up(format_name: str, shape: str) -> None:
         ("int4g32[10,128]", ByteParts(10 * 64, 10 * 4 * 2, 0)),
         ("int3g128[10,128]", ByteParts(10 * 48, 10 * 2, 0)),
         ("int3g32e8[10,128]", ByteParts(10 * 48, 10 * 4, 0)),
+        ("sint4g32f16[10,128]", ByteParts(10 * 64, 10 * 4 * 2, 0)),
         ("fp8b32x64[40,100]", ByteParts(40 * 100, 2 * 2 * 4, 0)),
         ("bf16[10,3]", ByteParts(60, 0, 0)),
         ("f32[]", ByteParts(4, 0, 0)),

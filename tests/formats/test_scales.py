@@ -1,4 +1,4 @@
-"""Scales of eight bits against their equation in NumPy and float64."""
+"""Scales of eight bits against their equation in NumPy and float64, scales in float16 against NumPy's."""
 
 import jax
 import jax.numpy as jnp
@@ -73,3 +73,19 @@ def test_bfloat16_scales_are_stored_as_they_round() -> None:
     stored = encode_scales(scale, "bf16")
     assert (stored.dtype, kind_of(stored)) == (jnp.bfloat16, "bf16")
     np.testing.assert_array_equal(as_stored(scale, "bf16"), scale.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_every_float16_is_decoded_and_encoded() -> None:
+    """All finite ones, subnormal ones too; zero keeps no sign that matters."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = bits.view(np.float16).astype(np.float32)
+    bits, values = bits[np.isfinite(values)], values[np.isfinite(values)]
+    decoded = jax.jit(decode_scales, static_argnums=1)(jnp.asarray(bits), jnp.float32)
+    np.testing.assert_array_equal(decoded, values)
+    encoded = jax.jit(encode_scales, static_argnums=1)(jnp.asarray(values), "f16")
+    assert (encoded.dtype, kind_of(encoded)) == (jnp.uint16, "f16")
+    np.testing.assert_array_equal(encoded, bits)
+
+
+def test_what_float16_cannot_hold_is_its_largest() -> None:
+    np.testing.assert_array_equal(as_stored(jnp.asarray([1e6, -1e6]), "f16"), [65504, -65504])

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 CASES = [
     *[f"1,bfloat16,int{bits}g64[2048,7168]" for bits in range(1, 9)],
     "1,bfloat16,int2g128e8[2048,7168]",
+    "1,bfloat16,sint4g32f16[2048,7168]",
     "256,bfloat16,int3g64e8[7168,16384]",
     "7,bfloat16,int5g128[1536,7168]",
     "64,float32,int3g32[7168,2048]",

@@ -17,7 +17,7 @@ from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
-from moejax.formats import parse_group_format
+from moejax.formats import parse_format
 from moejax.ledger import ledger_of
 from moejax.model import named_leaves
 from moejax.pipeline import job
@@ -28,7 +28,7 @@ from moejax.planning.size import parse_budget
 from moejax.progress import silent
 
 # Few, because each is compiled for every shape.
-RECIPE = Recipe(tuple(map(parse_group_format, ("int2g64", "int4g128"))), fit_routing_scale=False)
+RECIPE = Recipe(tuple(map(parse_format, ("int2g64", "int4g128"))), fit_routing_scale=False)
 TOKENS = 32
 
 

@@ -8,7 +8,7 @@ import pytest
 from leaf_oracle import to_numpy
 from moejax.checkpoint.abstract import abstract_original
 from moejax.checkpoint.json_file import read_json_object
-from moejax.formats import GroupFormat, IntFormat, TernaryFormat
+from moejax.formats import Format, IntFormat, TernaryFormat
 from moejax.model import DeepseekV3
 from moejax.pipeline.estimate import (
     ESTIMATED_CURVES,
@@ -60,7 +60,7 @@ def relative_F() -> np.ndarray:
 
 
 def test_more_levels_err_less_and_smaller_groups_too() -> None:
-    formats: list[GroupFormat] = [IntFormat(1, 128), TernaryFormat(128), *(IntFormat(b, 128) for b in range(2, 9))]
+    formats: list[Format] = [IntFormat(1, 128), TernaryFormat(128), *(IntFormat(b, 128) for b in range(2, 9))]
     errors = gaussian_errors(formats)
     assert np.all(errors > 0) and np.all(np.diff(errors) < 0)
     fine, coarse = gaussian_errors([IntFormat(3, 32), IntFormat(3, 256)])
@@ -79,13 +79,13 @@ def test_more_levels_err_less_and_smaller_groups_too() -> None:
     ],
     ids=lambda own: getattr(own, "name", ""),
 )
-def test_errors_are_about_the_least_that_even_levels_can_have(target: GroupFormat, least: float) -> None:
+def test_errors_are_about_the_least_that_even_levels_can_have(target: Format, least: float) -> None:
     """A group's own scale is a little better than one for all."""
     assert 0.85 * least < gaussian_errors([target])[0] < least
 
 
 @pytest.mark.parametrize("target", [IntFormat(4, 128), TernaryFormat(64)], ids=lambda own: own.name)
-def test_an_error_is_that_of_the_rounded_weights(target: GroupFormat) -> None:
+def test_an_error_is_that_of_the_rounded_weights(target: IntFormat | TernaryFormat) -> None:
     weight = jax.random.normal(jax.random.key(5), (256, 1024))
     rounded = to_numpy(quantize(weight, jnp.ones(1024), target))
     exact = np.asarray(weight, np.float64)

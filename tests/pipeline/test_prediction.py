@@ -11,7 +11,7 @@ import pytest
 from baselines import all_experts, uniform_plan, with_pruning
 from moejax.checkpoint.load import open_checkpoint
 from moejax.evaluate.text import chunks, default_calibration_text, default_evaluation_text
-from moejax.formats import parse_group_format
+from moejax.formats import parse_format
 from moejax.pipeline import job
 from moejax.pipeline.check import require_original
 from moejax.pipeline.measure import measure
@@ -28,7 +28,7 @@ from moejax.tokenizer import load_tokenizer
 
 BUDGETS = ("4x", "8x", "12.6x")
 # Fewer than a user's recipe has, for time.
-FORMATS = tuple(parse_group_format(f"{name}g128") for name in ("int1", "ternary", "int2", "int3", "int4", "int8"))
+FORMATS = tuple(parse_format(f"{name}g128") for name in ("int1", "ternary", "int2", "int3", "int4", "int8"))
 CALIBRATED, PROBED, EVALUATED = 8, 1, 4
 
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moejax.calibrate import Inputs
 from moejax.calibrate.expert_statistics import ExpertStatistics
 from moejax.checkpoint.json_file import read_json_object
-from moejax.formats import ExpertWeights, dense, parse_group_format
+from moejax.formats import ExpertWeights, dense, parse_format
 from moejax.model import Config, DeepseekV3, config_from_hf, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.leaves import Taps, Weight
@@ -33,7 +34,7 @@ from moejax.planning.plan import PROJECTIONS
 from moejax.progress import silent
 from moejax.resources import config_path
 from moejax.transforms.prune import PruningError, masked_bias, pruning_scores
-from moejax.transforms.quantize import quantize
+from moejax.transforms.rounding import round_weight
 from small_job import RECIPE
 
 Diverges = Callable[[DeepseekV3], float]
@@ -65,18 +66,19 @@ def statistics_of(prepared: Prepared, block: int) -> ExpertStatistics:
 
 def rounded(prepared: Prepared, original: DeepseekV3, name: str, target: str) -> Weight:
     """A weight in a format, by the second moments of its inputs."""
-    leaf, to = named_leaves(original)[name], parse_group_format(target)
+    leaf, to = named_leaves(original)[name], parse_format(target)
     known = prepared.trials.statistics.known
     assert known is not None
     if name in ("embed", "head"):
         moment = jnp.ones(128) if name == "embed" else known.head_input2 / known.tokens
-        return quantize(dense(leaf, jnp.dtype(jnp.float32)), moment, to)
+        return round_weight(dense(leaf, jnp.dtype(jnp.float32)), Inputs(moment), to)
     layer, own = int(name.split(".")[1]), name.split(".", 2)[2]
     if isinstance(leaf, ExpertWeights):
         moment_EI = statistics_of(prepared, layer).input_second_moment(own.rpartition(".")[2])
-        each = [quantize(dense(leaf.expert(e), jnp.dtype(jnp.float32)), moment_EI[e], to) for e in EVERY]
+        each = [round_weight(dense(leaf.expert(e), jnp.dtype(jnp.float32)), Inputs(moment_EI[e]), to) for e in EVERY]
         return one_bucket(jnp.stack([dense(own, jnp.dtype(jnp.float32)) for own in each]))
-    return quantize(dense(leaf, jnp.dtype(jnp.float32)), known.blocks[layer].input_second_moment(own), to)
+    moment = known.blocks[layer].input_second_moment(own)
+    return round_weight(dense(leaf, jnp.dtype(jnp.float32)), Inputs(moment), to)
 
 
 def changed(original: DeepseekV3, new: dict[str, Weight]) -> DeepseekV3:
@@ -365,7 +367,7 @@ def with_slopes(config: Config, recipe: Recipe, slope_of: Callable[[str, int], f
 
 def test_between_the_layers_that_are_probed_slopes_are_interpolated() -> None:
     config = large_config()
-    recipe = Recipe(tuple(map(parse_group_format, ("int2g128", "int3g128", "int4g128"))))
+    recipe = Recipe(tuple(map(parse_format, ("int2g128", "int3g128", "int4g128"))))
     slopes = {QUERIES: 3.0, VALUES: 2.0, EXPERTS_WIDE: 5.0, EXPERTS_DOWN: 7.0}
 
     def slope_of(family: str, layer: int) -> float:
@@ -385,7 +387,7 @@ def test_between_the_layers_that_are_probed_slopes_are_interpolated() -> None:
 
 def test_super_experts_are_spared_wherever_they_are_known_to_matter() -> None:
     """Two experts put out a hundred times what others do: one in an early layer, one in the last quarter of them."""
-    config, recipe = large_config(), Recipe((parse_group_format("int4g128"),))
+    config, recipe = large_config(), Recipe((parse_format("int4g128"),))
     measured = with_slopes(config, recipe, lambda *_: 1.0)
     early, late, expert = 10, 50, 7
     peak_E = np.where(np.arange(config.n_routed_experts) == expert, 100.0, 1.0)

@@ -11,7 +11,7 @@ import pytest
 from moejax.calibrate import BlockStatistics, calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.evaluate.divergence import evaluate
-from moejax.formats import parse_group_format
+from moejax.formats import parse_format
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.sliced import SlicedBlock, sliced
 from moejax.pipeline import sampled as module
@@ -28,7 +28,7 @@ from moejax.transforms.rounder import AFRESH
 from moejax.transforms.rounding import to_float32
 from small_job import RECIPE, Job
 
-LAYER, FORMATS = 2, tuple(map(parse_group_format, ("ternaryg128", "int2g128", "int4g128")))
+LAYER, FORMATS = 2, tuple(map(parse_format, ("ternaryg128", "int2g128", "int4g128")))
 NAME = f"layers.{LAYER}"
 SAMPLED = replace(RECIPE, prices="sampled")
 

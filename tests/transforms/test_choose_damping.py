@@ -10,7 +10,7 @@ import pytest
 
 from leaf_oracle import to_numpy
 from moejax.calibrate import ExpertStatistics, Inputs, Statistics, calibrate
-from moejax.formats import ExpertWeights, Leaf, parse_group_format
+from moejax.formats import ExpertWeights, IntFormat, Leaf
 from moejax.model import named_leaves
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms import choose_damping as module
@@ -36,11 +36,10 @@ def chosen() -> Statistics:
 def errors(leaf: Leaf, inputs: Inputs, held: Inputs) -> list[float]:
     """E|(W - Q) x|^2 over held-out tokens of a matrix, by multiple."""
     assert inputs.hessian is not None and held.hessian is not None
-    target = "int2g128"
     hessian_II, found = np.asarray(held.hessian, np.float64), []
     for multiple in MULTIPLES:
         damping = multiple * damping_for(inputs.tokens, leaf.shape[-1])
-        packed = quantize_with_feedback(to_float32(leaf), inputs.hessian, parse_group_format(target), damping)
+        packed = quantize_with_feedback(to_float32(leaf), inputs.hessian, IntFormat(2, 128), damping)
         left_OI = (to_numpy(leaf) - to_numpy(packed)).reshape(-1, leaf.shape[-1])
         found.append(float(np.sum((left_OI @ hessian_II) * left_OI)))
     return found

@@ -14,10 +14,10 @@ import pytest
 from jax.extend.core import subjaxprs
 
 from leaf_oracle import to_numpy
-from moejax.calibrate import Statistics, calibrate
+from moejax.calibrate import Inputs, Statistics, calibrate
 from moejax.checkpoint.abstract import abstract_original
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights, Leaf, dense, describe, format_name, parse_group_format, payload_bytes
+from moejax.formats import ExpertWeights, GroupedCodes, Leaf, dense, describe, format_name, parse_format, payload_bytes
 from moejax.model import DeepseekV3, named_leaves
 from moejax.model.moe import MoE
 from moejax.model.source import ModelSource
@@ -25,7 +25,6 @@ from moejax.planning import KEEP, BlockPlan, Method, Plan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.choose_damping import choose_damping
 from moejax.transforms.compress import Collected, calibrate_and_compress, compress
-from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
 from seen_by_blocks import statistics_with_hessians
 from small_models import CHUNKS, CONFIG, RAW_CONFIG, small_model, small_statistics
@@ -82,7 +81,7 @@ def rounded(leaf: Leaf, moment: jax.Array, target: str) -> Leaf:
     """What a weight becomes when it is quantized alone."""
     if target == KEEP:
         return leaf
-    return quantize(jnp.asarray(to_numpy(leaf), jnp.float32), moment, parse_group_format(target))
+    return round_weight(jnp.asarray(to_numpy(leaf), jnp.float32), Inputs(moment), parse_format(target))
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:
@@ -229,16 +228,17 @@ def test_with_hessians_every_matrix_is_rounded_with_error_feedback() -> None:
     leaves = named_leaves(compress(small_model(), PLAN, statistics))
     block = statistics.blocks[1]
     assert block.experts is not None
-    q_a = round_weight(original("layers.1.self_attn.q_a"), block.inputs("self_attn.q_a"), parse_group_format("int2g64"))
+    q_a = round_weight(original("layers.1.self_attn.q_a"), block.inputs("self_attn.q_a"), parse_format("int2g64"))
     assert_same_bits(leaves["layers.1.self_attn.q_a"], q_a)
     experts, survivor = leaves["layers.1.mlp.experts.up"], 4
     assert isinstance(experts, ExpertWeights)
     number = PLAN.blocks[1].keep[survivor]  # type: ignore[index]
     one = round_weight(
-        original("layers.1.mlp.experts.up", number), block.experts.inputs("up", number), parse_group_format("int3g64")
+        original("layers.1.mlp.experts.up", number), block.experts.inputs("up", number), parse_format("int3g64")
     )
     assert_same_bits(experts.expert(survivor), one)
     plain = named_leaves(compressed())
+    assert isinstance(q_a, GroupedCodes)
     assert not np.array_equal(q_a.words, plain["layers.1.self_attn.q_a"].words)
     assert_same_bits(leaves["embed"], plain["embed"])
 
@@ -331,14 +331,12 @@ def test_in_sequence_a_block_is_rounded_by_what_the_compressed_ones_put_out() ->
     }
     mixed = DeepseekV3(CONFIG, (original_leaves | before | masked).__getitem__, [3, 2, 3, 3])
     sums = calibrate(mixed, CHUNKS, batch=2, hessians=True).blocks[1]
-    target = parse_group_format("int2g64")
+    target = parse_format("int2g64")
     expected = round_weight(original("layers.1.self_attn.q_a"), sums.inputs("self_attn.q_a"), target)
     a, b = (np.asarray(dense(leaf, jnp.dtype("float32"))) for leaf in (leaves["layers.1.self_attn.q_a"], expected))
     assert np.mean(a != b) < 0.01
     assert sums.experts is not None
-    one = round_weight(
-        original("layers.1.mlp.experts.up", 6), sums.experts.inputs("up", 6), parse_group_format("int3g64")
-    )
+    one = round_weight(original("layers.1.mlp.experts.up", 6), sums.experts.inputs("up", 6), parse_format("int3g64"))
     a, b = (
         np.asarray(dense(leaf, jnp.dtype("float32"))) for leaf in (leaves["layers.1.mlp.experts.up"].expert(4), one)
     )
@@ -363,7 +361,7 @@ def test_in_sequence_damping_is_what_was_chosen() -> None:
     statistics = dataclasses.replace(statistics, blocks=(chosen, *statistics.blocks[1:]), head_damping=jnp.float32(0.1))
     plan = dataclasses.replace(SHALLOW, head="int2g64")
     found = in_sequence(plan, statistics)
-    inputs, to = first.inputs("self_attn.q_a"), parse_group_format(plan.blocks[0].formats["self_attn.q_a"])
+    inputs, to = first.inputs("self_attn.q_a"), parse_format(plan.blocks[0].formats["self_attn.q_a"])
     a, b, usual = (
         np.asarray(dense(leaf, jnp.dtype("float32")))
         for leaf in (

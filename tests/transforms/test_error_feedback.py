@@ -18,11 +18,12 @@ from moejax.calibrate import BlockStatistics, Inputs, Statistics, calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.errors import InputError
 from moejax.evaluate.text import chunks, default_calibration_text
-from moejax.formats import ExpertWeights, GroupFormat, IntFormat, ScaleKind, TernaryFormat, dense
+from moejax.formats import ExpertWeights, GroupFormat, IntFormat, ScaleKind, SignedIntFormat, TernaryFormat, dense
+from moejax.formats.grouped import about_zero
 from moejax.model import DeepseekV3, named_leaves
 from moejax.tokenizer import load_tokenizer
 from moejax.transforms import error_feedback as module
-from moejax.transforms.error_feedback import ColumnOrder, Rounded, descend, feed_back
+from moejax.transforms.error_feedback import ColumnOrder, Rounded, descend, feed_back, quantize_with_feedback
 from moejax.transforms.hessian import damped, damping_for
 from moejax.transforms.quantize import quantize
 from moejax.transforms.rounding import round_weight
@@ -50,7 +51,7 @@ def run_feed_back(
     weight_OI: Array, hessian_II: Array, levels: int, kind: ScaleKind = "bf16", order: ColumnOrder = "diagonal"
 ) -> Rounded:
     w, h = jnp.asarray(weight_OI.T, jnp.float32), jnp.asarray(hessian_II, jnp.float32)
-    return _feed_back(w, h, levels, GROUP, kind, order)
+    return _feed_back(w, h, about_zero(levels), GROUP, kind, order)
 
 
 _feed_back = jax.jit(feed_back, static_argnums=(3, 4, 5))
@@ -131,13 +132,25 @@ def assert_can_be_stored(scale_NO: jax.Array, kind: ScaleKind) -> None:
         assert np.all(np.isin(np.asarray(scale_NO, np.float64), scales_of(np.arange(256, dtype=np.uint8))))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_signed_integers_gain_by_feedback_too(bits: int) -> None:
+    weight_OI, hessian_II = problem(bits)
+    to = SignedIntFormat(bits, 32, "f16")
+    w, h = jnp.asarray(weight_OI, jnp.float32), jnp.asarray(hessian_II, jnp.float32)
+    fed_back, alone = quantize_with_feedback(w, h, to), quantize(w, jnp.diagonal(h), to)
+    left, most = (cost(weight_OI, to_numpy(own), hessian_II) for own in (fed_back, alone))
+    assert left < 0.9 * most
+    steps = np.asarray(fed_back.codes()) - 2 ** (bits - 1)
+    assert -(2 ** (bits - 1)) <= steps.min() < -(2 ** (bits - 2)) and steps.max() < 2 ** (bits - 1)
+
+
 @pytest.mark.parametrize("levels", [2, 4, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_sweep_lowers_the_error(levels: int, kind: ScaleKind) -> None:
     weight_OI, hessian_II = problem(levels + 10)
     start = run_feed_back(weight_OI, damped_of(hessian_II), levels, kind)
     w, h = jnp.asarray(weight_OI.T, jnp.float32), jnp.asarray(damped_of(hessian_II), jnp.float32)
-    descended = [_descend(w, h, start, levels, sweeps=sweeps, scale_kind=kind) for sweeps in range(4)]
+    descended = [_descend(w, h, start, about_zero(levels), sweeps=sweeps, scale_kind=kind) for sweeps in range(4)]
     assert_can_be_stored(descended[3].scale_NO, kind)
     costs = [cost(weight_OI, weight_of(found), np.asarray(h, np.float64)) for found in descended]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(costs))

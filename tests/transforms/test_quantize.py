@@ -1,5 +1,6 @@
 """Rounding against its definition in NumPy and float64: codes, errors, brute force over scales, known optima."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis.extra import numpy as st_np
 from numpy.typing import NDArray
 
 from leaf_oracle import scales_of, to_numpy
-from moejax.formats import GroupedCodes, GroupFormat, IntFormat, ScaleKind, TernaryFormat
+from moejax.formats import GroupedCodes, GroupFormat, IntFormat, Levels, ScaleKind, SignedIntFormat, TernaryFormat
+from moejax.formats.group_format import encode
+from moejax.formats.grouped import about_zero
 from moejax.transforms import quantize as own
 from moejax.transforms.quantize import quantization_errors, quantize, search_scales
 
@@ -44,12 +47,18 @@ def format_of(levels: int, kind: ScaleKind = "bf16") -> GroupFormat:
     return IntFormat(levels.bit_length() - 1, GROUP_SIZE, kind)
 
 
+def levels_of(numbers: Sequence[int]) -> Levels:
+    """Those of every number, together."""
+    each = zip(*map(about_zero, numbers), strict=True)
+    return Levels(*(jnp.asarray(own, jnp.float32) for own in each))
+
+
 def quantized(weight: Array, moment: Array, levels: int, kind: ScaleKind = "bf16") -> GroupedCodes:
     return quantize(jnp.asarray(weight), jnp.asarray(moment), format_of(levels, kind))
 
 
 def searched_error(weight: Array, moment: Array, levels: int, kind: ScaleKind = "bf16") -> Array:
-    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), levels, GROUP_SIZE, kind)[1])
+    return np.asarray(search_scales(jnp.asarray(weight), jnp.asarray(moment), about_zero(levels), GROUP_SIZE, kind)[1])
 
 
 def group_errors(weight: Array, rounded: Array, moment: Array) -> Array:
@@ -98,10 +107,24 @@ def test_the_search_s_error_is_the_packed_result_s(
 ) -> None:
     weight = weight * np.float32(magnitude)
     packed = quantized(weight, moment, levels, kind)
-    assert (packed.format_name, packed.levels, packed.shape) == (format_of(levels, kind).name, levels, weight.shape)
+    assert (packed.format_name, packed.shape) == (format_of(levels, kind).name, weight.shape)
+    assert packed.levels == Levels(levels - 1, (levels - 1) / 2)
     found, searched = group_errors(weight, to_numpy(packed), moment), searched_error(weight, moment, levels, kind)
     rounding = 1e-10 * group_errors(weight, np.zeros(weight.shape), moment)
     np.testing.assert_array_less(np.abs(searched - found), 1e-4 * found + rounding + 1e-30)
+
+
+@given(weights, second_moments, st.sampled_from([4, 8]), st.sampled_from(["bf16", "f16"]))
+def test_signed_integers_are_no_worse_than_with_their_absmax_scale(
+    weight: Array, moment: Array, bits: int, kind: ScaleKind
+) -> None:
+    """With which the largest weight of a group meets the highest level, and the lowest is not used."""
+    to = SignedIntFormat(bits, 32, kind)
+    packed = quantize(jnp.asarray(weight), jnp.asarray(moment), to)
+    scale = np.abs(weight).reshape(OUTPUTS, -1, 32).max(axis=-1) / (2 ** (bits - 1) - 1)
+    plain = encode(jnp.asarray(weight), jnp.asarray(scale), to)
+    found, most = ((moment * (weight - to_numpy(own)) ** 2).reshape(-1, 32).sum(axis=1) for own in (packed, plain))
+    assert np.all(found <= 1.0001 * most + 1e-10 * (moment * weight**2).reshape(-1, 32).sum(axis=1))
 
 
 @pytest.mark.parametrize("levels", [2, 3, 16])
@@ -138,7 +161,7 @@ def test_errors_are_within_one_percent_of_brute_force(levels: int, seed: int, ta
 def test_gaussian_weights_err_as_with_the_best_even_levels(levels: int, known: float) -> None:
     """Max (1960), table II: the least mean squared error of evenly spaced levels on N(0, 1)."""
     weight = np.random.RandomState(0).randn(8, 4096).astype(np.float32)
-    error = search_scales(weight, np.ones(4096), levels, group_size=4096)[1].sum() / np.sum(weight**2)
+    error = search_scales(weight, np.ones(4096), about_zero(levels), group_size=4096)[1].sum() / np.sum(weight**2)
     assert error == pytest.approx(known, rel=0.02)
 
 
@@ -168,7 +191,10 @@ def test_the_scale_suits_the_inputs_that_count() -> None:
 
 def test_only_proportions_of_second_moments_matter() -> None:
     weight, moment = normal_weight(3), log_normal_moment(3)
-    scales = [search_scales(jnp.asarray(weight), jnp.asarray(moment * 2.0**n), 8, GROUP_SIZE)[0] for n in (-40, 0, 40)]
+    scales = [
+        search_scales(jnp.asarray(weight), jnp.asarray(moment * 2.0**n), about_zero(8), GROUP_SIZE)[0]
+        for n in (-40, 0, 40)
+    ]
     np.testing.assert_array_equal(scales[0], scales[1])
     np.testing.assert_array_equal(scales[2], scales[1])
 
@@ -222,7 +248,7 @@ def test_errors_of_traced_levels_are_those_of_one_after_the_other(
     seed: int, output_weight: Array, kind: ScaleKind
 ) -> None:
     weight, moment = normal_weight(seed), log_normal_moment(seed)
-    errors_F = quantization_errors(weight, moment, output_weight, jnp.asarray(LEVELS, jnp.float32), GROUP_SIZE, kind)
+    errors_F = quantization_errors(weight, moment, output_weight, levels_of(LEVELS), GROUP_SIZE, kind)
     for levels, error in zip(LEVELS, np.asarray(errors_F), strict=True):
         error_OG = group_errors(weight, to_numpy(quantized(weight, moment, levels, kind)), moment)
         assert error == pytest.approx(output_weight.astype(np.float64) @ error_OG.sum(axis=1), rel=1e-4)
@@ -233,7 +259,7 @@ def test_a_batch_of_matrices_is_each_of_them_alone() -> None:
     moment = np.stack([log_normal_moment(e) for e in range(3)])
     packed = quantized(weight, moment, 8)
     output_weight = np.random.RandomState(8).rand(3, OUTPUTS)
-    errors_FE = quantization_errors(weight, moment, output_weight, jnp.asarray([4.0, 8.0]), GROUP_SIZE)
+    errors_FE = quantization_errors(weight, moment, output_weight, levels_of([4, 8]), GROUP_SIZE)
     assert errors_FE.shape == (2, 3)
     for e in range(3):
         alone = quantized(weight[e], moment[e], 8)
@@ -254,8 +280,8 @@ def test_one_compilation_serves_every_number_of_levels(kind: ScaleKind) -> None:
         searched_error(weight, moment, levels, kind)
     assert compilations(search_scales) == before + 1
     before = compilations(quantization_errors)
-    for chosen in ([2.0, 3.0, 4.0], [8.0, 16.0, 256.0]):
-        quantization_errors(weight, moment, np.ones(7), jnp.asarray(chosen), GROUP_SIZE, kind)
+    for chosen in ([2, 3, 4], [8, 16, 256]):
+        quantization_errors(weight, moment, np.ones(7), levels_of(chosen), GROUP_SIZE, kind)
     assert compilations(quantization_errors) == before + 1
 
 
@@ -289,10 +315,10 @@ def test_many_rows_are_searched_in_parts(shape: tuple[int, ...], monkeypatch: py
 @pytest.mark.parametrize("outputs", [48, 50, 7])
 def test_rows_that_caches_hold_are_searched_at_a_time(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = jnp.asarray(normal_weight(11, outputs=outputs)), jnp.asarray(log_normal_moment(11))
-    whole = search_scales(weight, moment, 5, GROUP_SIZE)
+    whole = search_scales(weight, moment, about_zero(5), GROUP_SIZE)
     monkeypatch.setattr(own, "_CACHED", 1)
     monkeypatch.setattr(own, "_TOGETHER", 16 * INPUTS)
     jax.clear_caches()
-    for found, expected in zip(search_scales(weight, moment, 5, GROUP_SIZE), whole, strict=True):
+    for found, expected in zip(search_scales(weight, moment, about_zero(5), GROUP_SIZE), whole, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     jax.clear_caches()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import Inputs
-from moejax.formats import IntFormat, parse_group_format
+from moejax.formats import IntFormat, parse_format
 from moejax.transforms.error_feedback import quantize_with_feedback
 from moejax.transforms.hessian import damping_for
 from moejax.transforms.rounding import round_weight, rounding_error, rounding_errors, to_float32
@@ -65,7 +65,7 @@ def test_damping_is_the_usual_one_times_the_inputs_own() -> None:
 def test_errors_in_many_formats_are_those_in_each(correlated: bool) -> None:
     weight, _, output_weight, inputs = problem(correlated)
     leaf, counts = jnp.asarray(weight[0], jnp.float32), jnp.asarray(output_weight[0], jnp.float32)
-    formats = [parse_group_format(name) for name in ("int2g32", "int3g64e8", "ternaryg32", "int4g32", "int2g64e8")]
+    formats = [parse_format(name) for name in ("int2g32", "int3g64e8", "ternaryg32", "int4g32", "int2g64e8")]
     each = [rounding_error(leaf, to_float32(round_weight(leaf, inputs, own)), inputs, counts) for own in formats]
     assert rounding_errors(leaf, inputs, formats, counts) == pytest.approx(np.asarray(each), rel=1e-4)
 

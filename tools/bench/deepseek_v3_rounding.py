@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from moejax.calibrate import Inputs
 from moejax.calibrate.products import products
 from moejax.checkpoint.json_file import read_json_object
-from moejax.formats import parse_group_format
+from moejax.formats import parse_format
 from moejax.machine import peak_memory
 from moejax.model import Config, config_from_hf
 from moejax.model.weights import Layout, row_of
@@ -80,7 +80,7 @@ def measure(outputs: int, inputs: int, name: str) -> tuple[float, int]:
     part = weight[: math.ceil(outputs / parts)]
     for _ in range(2):
         started = time.monotonic()
-        jax.block_until_ready(round_weight(part, seen, parse_group_format(name)))
+        jax.block_until_ready(round_weight(part, seen, parse_format(name)))
         seconds = time.monotonic() - started
     return parts * seconds, peak_memory()
 
