@@ -39,24 +39,31 @@ def in_float32(leaf: Leaf) -> jax.Array:
 
 
 def planar_codes(words: IntArray, bits: int, inputs: int) -> IntArray:
-    """In a plane of n = 32/p fields of p bits and W words, field i of word j holds code i*W + j; the first plane is
-    top."""
-    code = np.arange(inputs)
-    codes, start = np.zeros((*words.shape[:-1], inputs), np.int64), 0
-    for width in PLANES[bits]:
-        words_of_plane = words.shape[-1] * width // bits
-        i, j = code // words_of_plane, code % words_of_plane
-        codes = codes * 2**width + (words[..., start + j] >> (i * width)) % 2**width
-        start += words_of_plane
-    return codes
+    """A row in tiles of 512 codes over the narrowest plane's bits, the last shorter; of a tile plane after plane, the
+    first on top; of a plane units of 16 words, the last with fewer: of w words, code j of run i is in word j at bit
+    8 (i mod 4) + p (i div 4)."""
+    every = words.shape[-1] * 32 // bits
+    codes, tile = np.zeros((*words.shape[:-1], every), np.int64), 512 // PLANES[bits][-1]
+    for first in range(0, every, tile):
+        length, start = min(tile, every - first), first * bits // 32
+        for width in PLANES[bits]:
+            for code in range(length):
+                unit, within = divmod(code, 512 // width)
+                unit_words = min(16, length * width // 32 - 16 * unit)
+                i, j = divmod(within, unit_words)
+                fields = words[..., start + 16 * unit + j] >> (8 * (i % 4) + width * (i // 4))
+                codes[..., first + code] = codes[..., first + code] * 2**width + fields % 2**width
+            start += length * width // 32
+    return codes[..., :inputs]
 
 
 def ternary_codes(words: IntArray, inputs: int) -> IntArray:
-    """Field f of word j holds code f*W + j: the digit f % 5, highest first, of v < 243, where byte f // 5, lowest
-    first, is ceil(256 v / 243)."""
-    field, word = np.divmod(np.arange(inputs), words.shape[-1])
-    fractions = (words[..., word] >> (field // 5 * 8)) % 256
-    return fractions * 243 // 256 // 3 ** (4 - field % 5) % 3
+    """Units of 16 words, the last with fewer: of w words, code j of run i is in word j the digit i div 4, highest
+    first, of v < 243, where byte i mod 4, lowest first, is ceil(256 v / 243)."""
+    unit, within = np.divmod(np.arange(inputs), 320)
+    run, word = np.divmod(within, np.minimum(16, words.shape[-1] - 16 * unit))
+    fractions = (words[..., 16 * unit + word] >> (run % 4 * 8)) % 256
+    return fractions * 243 // 256 // 3 ** (4 - run // 4) % 3
 
 
 def to_numpy(leaf: Leaf) -> FloatArray:

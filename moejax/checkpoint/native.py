@@ -28,7 +28,8 @@ from moejax.model.weights import PER_EXPERT, block_name, row_of
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+# In version 1 planes spanned whole rows.
+FORMAT_VERSION = 2
 COPIED_FILES = (
     "tokenizer.json",
     "tiktoken.model",
@@ -144,6 +145,11 @@ def open_native(path: Path) -> NativeCheckpoint:
     """Open a folder with a manifest and check it against its own config, without reading the weights."""
     source = path / MANIFEST
     raw = read_json_object(source)
+    if (raw.get("format"), raw.get("version")) == ("moejax", 1):
+        raise InputError(
+            f"{source}: a manifest of version 1, whose packed words are in another order than in version "
+            f"{FORMAT_VERSION}, the only one that is read; moejax 0.1 reads it, or compress the original again"
+        )
     if raw.get("format") != "moejax" or raw.get("version") != FORMAT_VERSION:
         raise InputError(f"{source}: not a moejax manifest of version {FORMAT_VERSION}, the only one that is read")
     try:

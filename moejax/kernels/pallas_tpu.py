@@ -8,11 +8,10 @@ Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-o
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
 The other operations go to XLA, and so does `matmul` where `takes` is false: for weights other than one `GroupedInt`
-matrix, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows whose
-fields fill no registers: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
+matrix, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows of no
+whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -29,7 +28,7 @@ from moejax.kernels.xla import expert_matmul, hadamard, matmul_transposed, produ
 __all__ = ["expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
-SUBLANES = 16  # of a bfloat16 register
+SUBLANES = planar.UNIT_WORDS  # of a bfloat16 register
 MAX_INPUTS = 24576
 MAX_ROW_TILE, MAX_OUTPUT_TILE = 256, 512
 TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer than LANES outputs and SUBLANES rows
@@ -40,10 +39,7 @@ def takes(x: jax.Array, w: Leaf) -> bool:
     """Whether the kernel multiplies these rows with this weight itself."""
     if not isinstance(w, GroupedInt) or w.ndim != 2 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    inputs = w.inputs
-    if inputs % w.group_size or inputs % planar.inputs_multiple(w.bits):
-        return False
-    return inputs <= MAX_INPUTS and _run(inputs, w.group_size, w.bits) % SUBLANES == 0
+    return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
 
 
 @jax.custom_jvp
@@ -130,27 +126,22 @@ def _kernel(
 
 
 def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int, zero: float) -> None:
+    """Tile by tile, and run by run in each: 16 inputs that share their group, out of 16 words by one shift a plane."""
     inputs, outputs = w_IO.shape
-    group_size = inputs // scale_GO.shape[0]
-    run = _run(inputs, group_size, bits)
+    group_size, tile = inputs // scale_GO.shape[0], planar.tile_inputs(bits)
 
-    def unpack_run(r: jax.Array, _: None) -> None:
-        first = pl.multiple_of(r * run, run)
-        codes, plane_start = jnp.zeros((run, outputs), jnp.uint32), 0
-        for width in planar.planes(bits):
-            plane_words = inputs * width // planar.WORD_BITS
-            field, word = jax.lax.div(first, plane_words), jax.lax.rem(first, plane_words)
-            words = words_WO[pl.ds(pl.multiple_of(plane_start + word, SUBLANES), run), :]
-            fields = jax.lax.shift_right_logical(words, jnp.full_like(words, field * width))
-            codes = (codes << width) | (fields & ((1 << width) - 1))
-            plane_start += plane_words
-        levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
-        scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
-        w_IO[pl.ds(first, run), :] = (levels * scale).astype(w_IO.dtype)
+    def unpack_tile(t: jax.Array, _: None) -> None:
+        for run in range(tile // SUBLANES):
+            codes, plane = jnp.zeros((SUBLANES, outputs), jnp.uint32), t * (tile * bits // planar.WORD_BITS)
+            for width in planar.planes(bits):
+                unit, own = divmod(run, planar.WORD_BITS // width)
+                words = words_WO[pl.ds(pl.multiple_of(plane + unit * SUBLANES, SUBLANES), SUBLANES), :]
+                fields = (words >> planar.shift_of_run(own, width)) & ((1 << width) - 1)
+                codes = (codes << width) | fields
+                plane += tile * width // planar.WORD_BITS
+            first = pl.multiple_of(t * tile + run * SUBLANES, SUBLANES)
+            levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
+            scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
+            w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
 
-    jax.lax.fori_loop(0, inputs // run, unpack_run, None)
-
-
-def _run(inputs: int, group_size: int, bits: int) -> int:
-    """The longest runs of inputs, all equally long, that share their group and, in every plane, their field."""
-    return math.gcd(inputs // planar.inputs_multiple(bits), group_size)
+    jax.lax.fori_loop(0, inputs // tile, unpack_tile, None)

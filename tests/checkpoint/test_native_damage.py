@@ -100,9 +100,10 @@ NORM = ("items", "layer_1", "input_norm")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (at("format", value="gguf"), "not a moejax manifest of version 1"),
-        (at("version", value=2), "not a moejax manifest of version 1"),
-        (without("version"), "not a moejax manifest of version 1"),
+        (at("format", value="gguf"), "not a moejax manifest of version 2"),
+        (at("version", value=3), "not a moejax manifest of version 2"),
+        (at("version", value=1), "a manifest of version 1, whose packed words are in another order"),
+        (without("version"), "not a moejax manifest of version 2"),
         *((without(key), f"damaged (KeyError('{key}'))") for key in ("config", "items", "plan", "provenance")),
         (without("experts_per_token"), "damaged (KeyError('experts_per_token'))"),
         (at("config", value=[]), "damaged"),

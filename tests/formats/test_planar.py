@@ -18,7 +18,9 @@ def random_codes(bits: int, *shape: int, seed: int = 0) -> IntArray:
     return np.random.default_rng(seed).integers(0, 2**bits, shape)
 
 
-@given(st.sampled_from(WIDTHS), st.sampled_from([(), (2, 3)]), st.sampled_from([1, 31, 32, 48, 96]), seeds)
+@given(
+    st.sampled_from(WIDTHS), st.sampled_from([(), (2, 3)]), st.sampled_from([1, 31, 32, 48, 96, 512, 1024, 1376]), seeds
+)
 def test_round_trip(bits: int, batch: tuple[int, ...], inputs: int, seed: int) -> None:
     """Whatever the codes, they come back, take no more words than they must and lie where the layout's formula says."""
     codes = random_codes(bits, *batch, inputs, seed=seed)
@@ -40,16 +42,40 @@ def test_any_words_are_codes(bits: int, seed: int) -> None:
 
 
 def test_four_bits_by_hand() -> None:
-    """16 codes in two words of eight fields: even codes in the first, odd ones in the second, the first code lowest."""
+    """16 codes in two words of eight fields: even codes in the first, odd ones in the second; the first four of either
+    in the lower halves of its bytes."""
     codes = jnp.asarray([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0])
-    np.testing.assert_array_equal(planar.pack(codes, 4), np.asarray([0xFDB97531, 0x0ECA8642], np.uint32))
+    np.testing.assert_array_equal(planar.pack(codes, 4), np.asarray([0xF7D5B391, 0x08E6C4A2], np.uint32))
 
 
 def test_three_bits_by_hand() -> None:
     """The upper two bits of 32 codes in two words, then the lowest bits in one."""
     codes = jnp.asarray([0b111] + [0] * 14 + [0b010] + [0] * 15 + [0b101])
-    expected = [0b11, 0b01 << 14 | 0b10 << 30, 1 | 1 << 31]
+    # Code 15 is the second of run 7, the last byte's second field; code 31 the second of run 15.
+    expected = [0b11, 0b01 << 26 | 0b10 << 30, 1 | 1 << 31]
     np.testing.assert_array_equal(planar.pack(codes, 3), np.asarray(expected, np.uint32))
+
+
+def test_a_row_may_be_cut_after_any_tile() -> None:
+    """Its words are those of its parts, one behind the other."""
+    for bits in WIDTHS:
+        tile = planar.tile_inputs(bits)
+        codes = jnp.asarray(random_codes(bits, 2, 3 * tile + 32))
+        parts = [pack(codes[:, start : start + tile], bits) for start in range(0, 3 * tile + 32, tile)]
+        np.testing.assert_array_equal(pack(codes, bits), np.concatenate(parts, axis=1))
+
+
+def test_the_bytes_of_a_word_hold_codes_of_64_in_a_row() -> None:
+    """So that they share their scale, whatever the group size from 64 on."""
+    for width in (1, 2, 4, 8):
+        codes, unit = np.zeros(2 * 512 // width, np.int64), 512 // width
+        for first in range(0, 2 * unit, 64):
+            codes[:] = 0
+            codes[first : first + 64] = 1
+            words = np.asarray(pack(jnp.asarray(codes), width)).reshape(2, 16)
+            shift = width * (first % unit // 64)
+            np.testing.assert_array_equal(words[first // unit], 0x01010101 << shift)
+            np.testing.assert_array_equal(words[1 - first // unit], 0)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

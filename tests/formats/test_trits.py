@@ -12,7 +12,7 @@ from moejax.formats import trits
 pack, unpack = jax.jit(trits.pack), jax.jit(trits.unpack, static_argnums=1)
 
 
-@given(st.integers(1, 8), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([1, 2, 7, 10, 13, 20, 24]), st.integers(0, 2**32 - 1))
 def test_round_trip(multiples: int, seed: int) -> None:
     """Whatever the codes, they come back and lie where the layout's formula says; padding stands for zero weights."""
     inputs = 32 * multiples
@@ -33,7 +33,7 @@ def test_every_byte() -> None:
     np.testing.assert_array_equal(numbers @ [81, 27, 9, 3, 1], values)
     for byte in range(4):
         codes = np.zeros((243, 20), np.int64)
-        codes[:, 5 * byte : 5 * byte + 5] = numbers
+        codes[:, byte::4] = numbers
         words = pack(jnp.asarray(codes))
         np.testing.assert_array_equal(np.asarray(words)[:, 0] >> (8 * byte), np.ceil(values * 256 / 243))
         np.testing.assert_array_equal(unpack(words, 20), codes)
@@ -48,10 +48,11 @@ def test_any_words_are_codes(seed: int) -> None:
 
 
 def test_by_hand() -> None:
-    """32 codes in two words: the even ones in the first, the odd ones in the second; either ends in four paddings."""
+    """32 codes in two words: the even ones in the first, the odd ones in the second; the last digit of every byte is
+    padding."""
     codes = jnp.asarray([2, 1] + [0] * 30)
-    two, one, paddings = 0xAB, 0x56, 0x2B  # ceil(256 v / 243) of 20000, 10000 and 01111 in base 3: 162, 81 and 40
-    expected = [two | paddings << 24, one | paddings << 24]
+    two, one, zero = 0xAC, 0x57, 0x02  # ceil(256 v / 243) of 20001, 10001 and 00001 in base 3: 163, 82 and 1
+    expected = [two | zero << 8 | zero << 16 | zero << 24, one | zero << 8 | zero << 16 | zero << 24]
     np.testing.assert_array_equal(trits.pack(codes), np.asarray(expected, np.uint32))
 
 
