@@ -48,11 +48,13 @@ def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str = "xla") -> jax.Arr
     return BACKENDS[backend].matmul_transposed(x, w)
 
 
-def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str = "xla") -> jax.Array:
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str | None = None) -> jax.Array:
     """Multiply every row by its expert's matrix: y[r, o] = sum_i w[e(r), o, i] * x[r, i].
 
     Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; rows_E sums to R. -> (R, O).
     """
+    if backend is None:
+        return _expert_matmul_by_platform(x_RI, w, rows_E)
     return BACKENDS[backend].expert_matmul(x_RI, w, rows_E)
 
 
@@ -78,6 +80,13 @@ def hadamard(x: jax.Array, *, inverse: bool = False, backend: str = "xla") -> ja
 @jax.jit
 def _matmul_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
     """By what the program is lowered for, which need not be what this process runs on."""
-    if not pallas_tpu.takes(x, w):
+    if w.ndim != 2 or not pallas_tpu.takes(x, w):
         return xla.matmul(x, w)
     return jax.lax.platform_dependent(x, w, tpu=pallas_tpu.matmul, default=xla.matmul)
+
+
+@jax.jit
+def _expert_matmul_by_platform(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
+    if not any(pallas_tpu.takes(x_RI, bucket) for bucket in w.buckets):
+        return xla.expert_matmul(x_RI, w, rows_E)
+    return jax.lax.platform_dependent(x_RI, w, rows_E, tpu=pallas_tpu.expert_matmul, default=xla.expert_matmul)

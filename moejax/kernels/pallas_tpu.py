@@ -1,17 +1,20 @@
-"""`matmul` of integer groups as one Pallas kernel for TPU, whatever the width; the rest is the tiled XLA backend.
+"""`matmul` and `expert_matmul` of integer groups as one Pallas kernel for TPU, whatever the width; the rest is XLA's.
 
-A tile of outputs is unpacked once into VMEM and multiplied with every tile of rows. It is unpacked with inputs along
-sublanes and outputs along lanes: then a field is shifted out of whole registers, a group's scales are one row that
-broadcasts over the group's inputs, and the matrix unit takes the tile as it is.
+Rows come in blocks, each of one expert; a plain matrix is the only expert. A tile of an expert's outputs is unpacked
+once into VMEM and multiplied with all blocks of that expert. It is unpacked with inputs along sublanes and outputs
+along lanes: then a field is shifted out of whole registers, a group's scales are one row that broadcasts over the
+group's inputs, and the matrix unit takes the tile as it is. Experts' numbers are known before the kernel starts (scalar
+prefetch), so that the next packed tile is fetched while one is at work, and what no row needs is not read.
 
 Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-of-time compilation); lowered for another
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
-The other operations go to XLA, and so does `matmul` where `takes` is false: for weights other than one `GroupedInt`
-matrix, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows of no
-whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
+The other operations go to XLA, and so do weights that `takes` is false of, of experts bucket by bucket: other than
+`GroupedInt`, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows of
+no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -19,41 +22,36 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.formats import GroupedInt, Leaf, planar
+from moejax.formats import ExpertWeights, GroupedInt, Leaf, planar
 from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
-from moejax.kernels.xla import expert_matmul, hadamard, matmul_transposed, product, take
+from moejax.kernels.xla import hadamard, matmul_transposed, product, take
 
 __all__ = ["expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
 SUBLANES = planar.UNIT_WORDS  # of a bfloat16 register
 MAX_INPUTS = 24576
-MAX_ROW_TILE, MAX_OUTPUT_TILE = 256, 512
+MAX_ROW_BLOCK, MAX_OUTPUT_TILE = 256, 512
 TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer than LANES outputs and SUBLANES rows
 VMEM_BYTES = 48 << 20
 
 
 def takes(x: jax.Array, w: Leaf) -> bool:
-    """Whether the kernel multiplies these rows with this weight itself."""
-    if not isinstance(w, GroupedInt) or w.ndim != 2 or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
+    """Whether the kernel multiplies these rows with a matrix (O, I), or experts' matrices (N, O, I), itself."""
+    if not isinstance(w, GroupedInt) or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
 
 
 @jax.custom_jvp
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
-    if not isinstance(w, GroupedInt) or not takes(x, w):
+    if w.ndim != 2 or not takes(x, w):
         return xla.matmul(x, w)
-    y_RO = jax.lax.platform_dependent(
-        x.reshape(-1, x.shape[-1]),
-        w.words,
-        w.scale,
-        tpu=partial(_multiply, bits=w.bits, zero=float(w.levels.zero), interpret=False),
-        default=partial(_multiply, bits=w.bits, zero=float(w.levels.zero), interpret=True),
+    return jax.lax.platform_dependent(
+        x, w, tpu=partial(_matmul, interpret=False), default=partial(_matmul, interpret=True)
     )
-    return y_RO.reshape(*x.shape[:-1], w.shape[0])
 
 
 @matmul.defjvp
@@ -62,36 +60,115 @@ def _derivative(given: tuple[jax.Array, Leaf], by: tuple[jax.Array, Leaf]) -> tu
     return matmul(*given), jax.jvp(xla.matmul, given, by)[1]
 
 
-def _multiply(
-    x_RI: jax.Array, words_OW: jax.Array, scale_OG: jax.Array, bits: int, zero: float, interpret: bool
+@jax.custom_jvp
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
+    taken = [b for b, bucket in enumerate(w.buckets) if takes(x_RI, bucket)]
+    if not taken:
+        return xla.expert_matmul(x_RI, w, rows_E)
+    by = partial(_expert_matmul, taken=taken)
+    return jax.lax.platform_dependent(
+        x_RI, w, rows_E, tpu=partial(by, interpret=False), default=partial(by, interpret=True)
+    )
+
+
+@expert_matmul.defjvp
+def _derivative_of_experts(
+    given: tuple[jax.Array, ExpertWeights, jax.Array], by: tuple[jax.Array, ExpertWeights, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives are the tiled path's."""
+    return expert_matmul(*given), jax.jvp(xla.expert_matmul, given, by)[1]
+
+
+def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
+    x_RI = x.reshape(-1, x.shape[-1])
+    blocks = pl.cdiv(len(x_RI), min(MAX_ROW_BLOCK, _tile(x_RI.shape[1] * x.dtype.itemsize, SUBLANES)))
+    block = pl.cdiv(len(x_RI), blocks)
+    x_BTI = jnp.pad(x_RI, ((0, blocks * block - len(x_RI)), (0, 0))).reshape(blocks, block, -1)
+    of_one = jax.tree.map(lambda a: a[None], w)
+    every_B = jnp.arange(blocks, dtype=jnp.int32)
+    y_BTO = jnp.zeros((blocks, block, w.shape[0]), x.dtype)
+    y_BTO = _multiply(x_BTI, of_one, every_B, jnp.zeros_like(every_B), blocks, y_BTO, interpret)
+    return y_BTO.reshape(blocks * block, -1)[: len(x_RI)].reshape(*x.shape[:-1], -1)
+
+
+def _expert_matmul(
+    x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, taken: Sequence[int], interpret: bool
 ) -> jax.Array:
-    (num_rows, inputs), (outputs, num_words), num_groups = x_RI.shape, words_OW.shape, scale_OG.shape[1]
-    row_tile = min(num_rows, MAX_ROW_TILE, _tile(inputs * x_RI.dtype.itemsize, SUBLANES))
-    output_tile = min(outputs, MAX_OUTPUT_TILE, _tile(inputs * x_RI.dtype.itemsize, LANES))
-    # On TPU, XLA stores by column a matrix whose rows would not fill the lanes: transposed, it is read where it lies.
+    """Experts' rows in blocks of their own, bucket by bucket those that the kernel takes; XLA the other buckets'."""
+    num_rows, num_experts = len(x_RI), w.num_experts
+    others = [b for b in range(len(w.buckets)) if b not in taken]
+    is_taken_E = jnp.isin(w.bucket_E, jnp.asarray(taken))
+    hit = min(num_rows, num_experts)
+    block = min(MAX_ROW_BLOCK, 1 << (pl.cdiv(num_rows, hit) - 1).bit_length())
+    num_blocks = (num_rows - hit) // block + hit
+    blocks_E = jnp.where(is_taken_E, pl.cdiv(rows_E, block), 0)
+    first_block_E, first_row_E = jnp.cumsum(blocks_E) - blocks_E, jnp.cumsum(rows_E) - rows_E
+    expert_B = jnp.repeat(jnp.arange(num_experts), blocks_E, total_repeat_length=num_blocks)
+    is_used_B = jnp.arange(num_blocks) < jnp.sum(blocks_E)
+    start_B = first_row_E[expert_B] + (jnp.arange(num_blocks) - first_block_E[expert_B]) * block
+    x_BTI = x_RI[jnp.minimum(start_B[:, None] + jnp.arange(block), num_rows - 1)]
+    y_BTO = jnp.zeros((num_blocks, block, w.shape[1]), x_RI.dtype)
+    for b in taken:
+        is_own_B = is_used_B & (w.bucket_E[expert_B] == b)
+        (own_B,) = jnp.nonzero(is_own_B, size=num_blocks, fill_value=0)
+        own_B = own_B.astype(jnp.int32)
+        index_B = w.index_E[expert_B[own_B]].astype(jnp.int32)
+        bucket = w.buckets[b]
+        assert isinstance(bucket, GroupedInt)
+        y_BTO = _multiply(x_BTI, bucket, own_B, index_B, jnp.count_nonzero(is_own_B), y_BTO, interpret)
+    expert_R = jnp.repeat(jnp.arange(num_experts), rows_E, total_repeat_length=num_rows)
+    place_R = jnp.arange(num_rows) - first_row_E[expert_R]
+    y_RO = y_BTO[jnp.minimum(first_block_E[expert_R] + place_R // block, num_blocks - 1), place_R % block]
+    if not others:
+        return y_RO
+    return jnp.where(is_taken_E[expert_R][:, None], y_RO, xla.expert_matmul(x_RI, w, rows_E, others))
+
+
+def _multiply(
+    x_BTI: jax.Array,
+    w: GroupedInt,
+    own_B: jax.Array,
+    index_B: jax.Array,
+    count: jax.Array | int,
+    y_BTO: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """y with its blocks `own_B`, of which there are `count`, replaced by those of x times the matrices `index_B` of w;
+    blocks of one matrix come one behind the other."""
+    (_, block, inputs), (_, outputs, num_words), num_groups = x_BTI.shape, w.words.shape, w.scale.shape[-1]
+    output_tile = min(outputs, MAX_OUTPUT_TILE, _tile(inputs * x_BTI.dtype.itemsize, LANES))
+    # On TPU, XLA stores by column what has rows that would not fill the lanes: transposed, it is read where it lies.
     by_column = num_words % LANES != 0
-    words = words_OW.T if by_column else words_OW
-    words_block = (num_words, output_tile) if by_column else (output_tile, num_words)
+    words = w.words.swapaxes(1, 2) if by_column else w.words
+    words_block = (None, num_words, output_tile) if by_column else (None, output_tile, num_words)
     return pl.pallas_call(
-        partial(_kernel, bits=bits, zero=zero, by_column=by_column),
-        grid=(pl.cdiv(outputs, output_tile), pl.cdiv(num_rows, row_tile)),
-        in_specs=[
-            pl.BlockSpec((row_tile, inputs), lambda o, r: (r, 0)),
-            pl.BlockSpec(words_block, lambda o, r: (0, o) if by_column else (o, 0)),
-            pl.BlockSpec((num_groups, output_tile), lambda o, r: (0, o)),
-        ],
-        out_specs=pl.BlockSpec((row_tile, output_tile), lambda o, r: (r, o)),
-        out_shape=jax.ShapeDtypeStruct((num_rows, outputs), x_RI.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((num_words, output_tile), jnp.uint32),
-            pltpu.VMEM((num_groups, output_tile), jnp.float32),
-            pltpu.VMEM((inputs, output_tile), x_RI.dtype),
-        ],
+        partial(_kernel, bits=w.bits, zero=float(w.levels.zero), by_column=by_column),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(pl.cdiv(outputs, output_tile), count),
+            in_specs=[
+                pl.BlockSpec((None, block, inputs), lambda o, n, own_B, index_B: (own_B[n], 0, 0)),
+                pl.BlockSpec(
+                    words_block,
+                    lambda o, n, own_B, index_B: (index_B[n], 0, o) if by_column else (index_B[n], o, 0),
+                ),
+                pl.BlockSpec((None, num_groups, output_tile), lambda o, n, own_B, index_B: (index_B[n], 0, o)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec((None, block, output_tile), lambda o, n, own_B, index_B: (own_B[n], 0, o)),
+            scratch_shapes=[
+                pltpu.VMEM((num_words, output_tile), jnp.uint32),
+                pltpu.VMEM((num_groups, output_tile), jnp.float32),
+                pltpu.VMEM((inputs, output_tile), x_BTI.dtype),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(y_BTO.shape, y_BTO.dtype),
+        input_output_aliases={5: 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
-    )(x_RI, words, scale_OG.T)
+    )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
 
 
 def _tile(bytes_each: int, multiple: int) -> int:
@@ -100,10 +177,13 @@ def _tile(bytes_each: int, multiple: int) -> int:
 
 
 def _kernel(
-    x_RI: jax.Ref,
+    own_B: jax.Ref,
+    index_B: jax.Ref,
+    x_TI: jax.Ref,
     words_ref: jax.Ref,
     scale_ref: jax.Ref,
-    y_RO: jax.Ref,
+    y_before: jax.Ref,
+    y_TO: jax.Ref,
     words_WO: jax.Ref,
     scale_GO: jax.Ref,
     w_IO: jax.Ref,
@@ -112,17 +192,18 @@ def _kernel(
     zero: float,
     by_column: bool,
 ) -> None:
-    """y = x @ w for a tile of rows and one of outputs, whose weights are unpacked at their first tile of rows."""
+    """y = x @ w for a block of rows and a tile of outputs, whose weights are unpacked at their first block."""
+    n = pl.program_id(1)
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when((n == 0) | (index_B[n] != index_B[jnp.maximum(n - 1, 0)]))
     def _() -> None:
         words_WO[...] = words_ref[...] if by_column else words_ref[...].T
         scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
         _unpack(words_WO, scale_GO, w_IO, bits, zero)
 
-    precision = PRECISION if x_RI.dtype == jnp.float32 else None
-    y = jnp.dot(x_RI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
-    y_RO[...] = y.astype(y_RO.dtype)
+    precision = PRECISION if x_TI.dtype == jnp.float32 else None
+    y = jnp.dot(x_TI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
+    y_TO[...] = y.astype(y_TO.dtype)
 
 
 def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int, zero: float) -> None:

@@ -3,12 +3,13 @@
 On CPU `jax.lax.ragged_dot` computes every expert for every row; `expert_matmul` here visits only the experts hit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.formats import ExpertWeights, Leaf, PackedTensor, dense, matrix, rows, take_rows
 from moejax.kernels.hadamard_matrix import hadamard_factors, hadamard_order
@@ -36,8 +37,9 @@ def matmul_transposed(x: jax.Array, w: Leaf) -> jax.Array:
     return _wide_on_cpu(_matmul_transposed, x, w)
 
 
-def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    return _wide_on_cpu(_expert_matmul, x_RI, w, rows_E)
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, only: Sequence[int] | None = None) -> jax.Array:
+    """Of experts in the buckets `only`, if those are given; others' rows are zeros."""
+    return _wide_on_cpu(partial(_expert_matmul, only=range(len(w.buckets)) if only is None else only), x_RI, w, rows_E)
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -104,21 +106,26 @@ def _matmul_transposed(x: jax.Array, w: Leaf) -> jax.Array:
     return _over_tiles(w.shape, tile, jnp.zeros((*x.shape[:-1], w.shape[1]), accumulator(x))).astype(x.dtype)
 
 
-def _expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
+def _expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, only: Sequence[int]) -> jax.Array:
     """Experts are visited in order and in whole blocks of rows: a block's surplus rows belong to later experts, which
     overwrite them, and the last expert's fall into padding."""
     num_rows, (num_experts, outputs, _) = x_RI.shape[0], w.shape
     block = _row_block(num_rows, num_experts)
     x = jnp.pad(x_RI, ((0, block), (0, 0)))
     first_row_E = jnp.cumsum(rows_E) - rows_E
+    branch_of = np.searchsorted(np.asarray(only), np.arange(len(w.buckets)))
+    if len(only) < len(w.buckets):
+        rows_E = jnp.where(jnp.isin(w.bucket_E, jnp.asarray(only)), rows_E, 0)
     hit_E = jnp.nonzero(rows_E, size=min(num_experts, num_rows))[0]
 
     def visit(hit: jax.Array, y: jax.Array) -> jax.Array:
         e = hit_E[hit]
 
         def tile(start: jax.Array | int, size: int, y: jax.Array) -> jax.Array:
-            unpack = [partial(_expert_tile, bucket, size=size, dtype=x.dtype) for bucket in w.buckets]
-            w_tile = jax.lax.switch(w.bucket_E[e], unpack, w.index_E[e], start)
+            unpack = [
+                partial(_expert_tile, bucket, size=size, dtype=x.dtype) for bucket in map(w.buckets.__getitem__, only)
+            ]
+            w_tile = jax.lax.switch(jnp.asarray(branch_of)[w.bucket_E[e]], unpack, w.index_E[e], start)
 
             def row_block(b: jax.Array, y: jax.Array) -> jax.Array:
                 row = first_row_E[e] + b * block

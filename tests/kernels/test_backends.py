@@ -73,7 +73,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that every loop over them runs, and none divides its matrix."""
     monkeypatch.setattr(xla, "TILE_BYTES", 4 * 512 * 16)
     monkeypatch.setattr(pallas_tpu, "MAX_OUTPUT_TILE", 16)
-    monkeypatch.setattr(pallas_tpu, "MAX_ROW_TILE", 24)
+    monkeypatch.setattr(pallas_tpu, "MAX_ROW_BLOCK", 24)
 
 
 @pytest.fixture

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from moejax.formats import abstract_experts
 
 pytestmark = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu exists for Linux on x86-64 only"
@@ -26,6 +29,14 @@ CASES = [
     "256,bfloat16,int7g32[7168,18432]",
     "48,float32,int8g32[7168,18432]",
 ]
+# Few rows, which are blocks of one row; many, which come in blocks of their expert; buckets of several formats.
+EXPERTS = [
+    *[f"8,bfloat16,int{bits}g128[32,2048,7168]" for bits in range(1, 9)],
+    "8,bfloat16,int2g128e8[32,7168,2048]",
+    "8,float32,sint4g32f16[32,2048,7168]",
+    "64,bfloat16,int1g128e8[4,2048,7168]+int2g128e8[16,2048,7168]+int3g128[4,2048,7168]",
+    "4096,bfloat16,int2g128e8[16,7168,2048]+int4g64[16,7168,2048]",
+]
 
 # libtpu would ask the cloud's metadata server which machine this is, and let only one process at a time load it.
 WITHOUT_TPU = {
@@ -41,14 +52,33 @@ WITHOUT_TPU = {
 @pytest.fixture(scope="module")
 def run() -> subprocess.CompletedProcess[str]:
     program = Path(__file__).with_name("compile_for_tpu.py")
-    command = [sys.executable, "-W", "error", str(program), *CASES]
+    command = [sys.executable, "-W", "error", str(program), *CASES, *EXPERTS]
     return subprocess.run(command, env=os.environ | WITHOUT_TPU, capture_output=True, text=True, timeout=600)
+
+
+def compiled(case: str, run: subprocess.CompletedProcess[str]) -> tuple[int, int]:
+    """Kernels, and bytes of temporaries."""
+    found = {line["case"]: line for line in map(json.loads, run.stdout.splitlines())}
+    assert case in found, run.stderr[-4000:]
+    return found[case]["mosaic_kernels"], found[case]["temporary_bytes"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_compiles(case: str, run: subprocess.CompletedProcess[str]) -> None:
-    found = {line["case"]: line for line in map(json.loads, run.stdout.splitlines())}
-    assert case in found, run.stderr[-4000:]
-    assert found[case]["mosaic_kernels"] == 1
-    # Weights are unpacked in VMEM and read where they lie: nothing is copied in HBM.
-    assert found[case]["temporary_bytes"] < 1 << 20
+    """Weights are unpacked in VMEM and read where they lie: nothing is copied in HBM."""
+    kernels, temporary_bytes = compiled(case, run)
+    assert kernels == 1 and temporary_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_compile(case: str, run: subprocess.CompletedProcess[str]) -> None:
+    """A kernel a bucket. Rows and results are copied to blocks and back, no weights."""
+    rows, dtype, spec = case.split(",", maxsplit=2)
+    w = abstract_experts(spec)
+    _, outputs, inputs = w.shape
+    kernels, temporary_bytes = compiled(case, run)
+    blocks = 2 * (int(rows) + w.num_experts * min(256, int(rows)))
+    assert kernels == len(w.buckets)
+    assert temporary_bytes < 2 * blocks * (inputs + outputs) * np.dtype(dtype).itemsize + (1 << 20)
+    if int(rows) == 8:
+        assert temporary_bytes < 1 << 20
