@@ -70,6 +70,7 @@ def test_inspect_an_original(small: Path, tmp_path: Path) -> None:
     assert (facts["experts_per_layer"], facts["experts_per_token"]) == ([12, 12, 12], [3])
     assert {facts["bits_by_kind"][kind] for kind in ("embedding", "attention", "norms", "dense mlp")} == {16}
     assert str(small) in printed and f"({folder_bytes(small)} bytes)" in printed
+    assert "packed_bytes_by_kernel_on_tpu" not in facts
 
 
 def test_inspect_a_compressed_checkpoint(compressed: Path, calibration_text: Path, tmp_path: Path) -> None:
@@ -79,7 +80,8 @@ def test_inspect_a_compressed_checkpoint(compressed: Path, calibration_text: Pat
     assert facts["made_by"]["calibration"]["source"] == calibration_text.name
     figures = json.loads((compressed.parent / "figures.json").read_text())
     assert facts["bits_by_kind"] == figures["bits_by_kind"]
-    assert calibration_text.name in printed
+    assert calibration_text.name in printed and "packed_bytes_by_kernel_on_tpu" in printed
+    assert 0 < sum(facts["packed_bytes_by_kernel_on_tpu"].values()) < facts["bytes"]
 
 
 def test_inspect_verifies_a_folder_that_compress_wrote(small: Path, compressed: Path, tmp_path: Path) -> None:

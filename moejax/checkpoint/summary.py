@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
-from moejax.formats import ExpertWeights, Leaf, payload_bytes
+import jax.numpy as jnp
+
+from moejax.formats import ExpertWeights, Leaf, PackedTensor, payload_bytes
+from moejax.kernels import kernel_of
 from moejax.model.weights import Role, in_mtp_block, row_of
 
 KINDS: tuple[Role, ...] = get_args(Role)
@@ -22,6 +25,17 @@ class KindSummary:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / self.elements
+
+
+def kernel_bytes(leaves: Iterable[tuple[str, Leaf | ExpertWeights]], platform: str) -> dict[str, int]:
+    """Bytes of the packed weights that each backend multiplies in bfloat16 in programs for a platform."""
+    found: dict[str, int] = {}
+    for name, leaf in leaves:
+        if row_of(name).is_matrix and kind_of(name) != "embedding":  # of which rows are taken
+            for kernel, own in kernel_of(leaf, jnp.bfloat16, platform).items():
+                packed = [part for part in own if isinstance(part, PackedTensor)]
+                found[kernel] = found.get(kernel, 0) + payload_bytes(packed)
+    return {kernel: size for kernel, size in found.items() if size}
 
 
 def kind_of(name: str) -> Role:

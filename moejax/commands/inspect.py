@@ -7,7 +7,7 @@ from typing import Any
 from moejax.checkpoint.load import Checkpoint, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
 from moejax.checkpoint.store import folder_bytes
-from moejax.checkpoint.summary import summarize
+from moejax.checkpoint.summary import kernel_bytes, summarize
 from moejax.checkpoint.verify import verify
 from moejax.errors import InputError
 from moejax.generate.decode import CACHE_DTYPES
@@ -37,6 +37,8 @@ def run_inspect(name: str | None, is_verified: bool, json: Path | None) -> None:
         "context": config.max_position_embeddings,
         "cache_bytes_per_token": {dtype: bytes_per_token(config, dtype) for dtype in CACHE_DTYPES},
     }
+    if packed := kernel_bytes(checkpoint.abstract_leaves(), "tpu"):
+        facts["packed_bytes_by_kernel_on_tpu"] = packed
     if isinstance(checkpoint, NativeCheckpoint):
         facts["made_by"] = checkpoint.provenance
     facts |= verified

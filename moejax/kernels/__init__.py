@@ -1,5 +1,5 @@
 """The model's products, one file per backend. Nothing outside this folder knows backends."""
 
-from moejax.kernels.api import BACKENDS, expert_matmul, hadamard, matmul, matmul_transposed, product, take
+from moejax.kernels.api import BACKENDS, expert_matmul, hadamard, kernel_of, matmul, matmul_transposed, product, take
 
-__all__ = ["BACKENDS", "expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take"]
+__all__ = ["BACKENDS", "expert_matmul", "hadamard", "kernel_of", "matmul", "matmul_transposed", "product", "take"]

@@ -5,6 +5,8 @@ backend computes the same thing: the weight's dense value times the input, accum
 returned in the input's dtype.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import jax
@@ -30,6 +32,10 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
+
+# Backends by what a program is lowered for, the first that takes a weight multiplies it; `xla` takes what they leave.
+LISTS: Mapping[str, Sequence[str]] = MappingProxyType({"tpu": ("pallas_tpu",)})
+_TAKES: Mapping[str, Callable[[jax.typing.DTypeLike, Leaf], bool]] = MappingProxyType({"pallas_tpu": pallas_tpu.takes})
 
 
 def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
@@ -77,16 +83,27 @@ def hadamard(x: jax.Array, *, inverse: bool = False, backend: str = "xla") -> ja
     return BACKENDS[backend].hadamard(x, inverse)
 
 
+def kernel_of(w: Leaf | ExpertWeights, dtype: jax.typing.DTypeLike, platform: str) -> dict[str, list[Leaf]]:
+    """By which backend a program lowered for a platform multiplies a weight with inputs of that dtype, of experts
+    bucket by bucket: the first of the platform's list (`LISTS`, else `xla`) that takes it."""
+    found: dict[str, list[Leaf]] = {}
+    for leaf in w.buckets if isinstance(w, ExpertWeights) else (w,):
+        fits = isinstance(w, ExpertWeights) or leaf.ndim == 2
+        names = [name for name in LISTS.get(platform, ()) if fits and _TAKES[name](dtype, leaf)]
+        found.setdefault([*names, "xla"][0], []).append(leaf)
+    return found
+
+
 @jax.jit
 def _matmul_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
     """By what the program is lowered for, which need not be what this process runs on."""
-    if w.ndim != 2 or not pallas_tpu.takes(x, w):
+    if not x.size or "xla" in kernel_of(w, x.dtype, "tpu"):
         return xla.matmul(x, w)
     return jax.lax.platform_dependent(x, w, tpu=pallas_tpu.matmul, default=xla.matmul)
 
 
 @jax.jit
 def _expert_matmul_by_platform(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    if not any(pallas_tpu.takes(x_RI, bucket) for bucket in w.buckets):
+    if not x_RI.size or set(kernel_of(w, x_RI.dtype, "tpu")) == {"xla"}:
         return xla.expert_matmul(x_RI, w, rows_E)
     return jax.lax.platform_dependent(x_RI, w, rows_E, tpu=pallas_tpu.expert_matmul, default=xla.expert_matmul)

@@ -38,16 +38,16 @@ TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer th
 VMEM_BYTES = 48 << 20
 
 
-def takes(x: jax.Array, w: Leaf) -> bool:
-    """Whether the kernel multiplies these rows with a matrix (O, I), or experts' matrices (N, O, I), itself."""
-    if not isinstance(w, GroupedInt) or not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
+def takes(dtype: jax.typing.DTypeLike, w: Leaf) -> bool:
+    """Whether the kernel multiplies rows of that dtype with a matrix (O, I), or experts' matrices (N, O, I), itself."""
+    if not isinstance(w, GroupedInt) or dtype not in (jnp.float32, jnp.bfloat16):
         return False
     return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
 
 
 @jax.custom_jvp
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
-    if w.ndim != 2 or not takes(x, w):
+    if w.ndim != 2 or not x.size or not takes(x.dtype, w):
         return xla.matmul(x, w)
     return jax.lax.platform_dependent(
         x, w, tpu=partial(_matmul, interpret=False), default=partial(_matmul, interpret=True)
@@ -62,8 +62,8 @@ def _derivative(given: tuple[jax.Array, Leaf], by: tuple[jax.Array, Leaf]) -> tu
 
 @jax.custom_jvp
 def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    taken = [b for b, bucket in enumerate(w.buckets) if takes(x_RI, bucket)]
-    if not taken:
+    taken = [b for b, bucket in enumerate(w.buckets) if takes(x_RI.dtype, bucket)]
+    if not taken or not x_RI.size:
         return xla.expert_matmul(x_RI, w, rows_E)
     by = partial(_expert_matmul, taken=taken)
     return jax.lax.platform_dependent(

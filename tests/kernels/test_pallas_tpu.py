@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moejax.formats import abstract_leaf
-from moejax.kernels import pallas_tpu
+from leaf_oracle import random_leaf
+from moejax.formats import ExpertWeights, abstract_leaf, gather_experts
+from moejax.kernels import expert_matmul, kernel_of, pallas_tpu
 
 TRUE_SHAPES = [(2048, 7168), (7168, 2048), (1536, 7168), (24576, 1536), (7168, 16384), (18432, 7168), (7168, 18432)]
 
@@ -23,7 +24,7 @@ def has_kernel(spec: str) -> bool:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_takes_true_shapes(bits: int, group_size: int, suffix: str) -> None:
     for outputs, inputs in TRUE_SHAPES:
-        assert pallas_tpu.takes(rows(inputs), abstract_leaf(f"int{bits}g{group_size}{suffix}[{outputs},{inputs}]"))
+        assert pallas_tpu.takes(jnp.bfloat16, abstract_leaf(f"int{bits}g{group_size}{suffix}[{outputs},{inputs}]"))
 
 
 @pytest.mark.parametrize(("bits", "multiple"), [(1, 512), (2, 256), (3, 512), (4, 128), (6, 256), (7, 512), (8, 64)])
@@ -49,5 +50,25 @@ def test_leaves_others_to_xla(spec: str) -> None:
 
 def test_leaves_other_dtypes_to_xla() -> None:
     w = abstract_leaf("int4g32[16,128]")
-    assert pallas_tpu.takes(rows(128, jnp.float32), w)
-    assert not pallas_tpu.takes(rows(128, jnp.float16), w)
+    assert pallas_tpu.takes(jnp.float32, w)
+    assert not pallas_tpu.takes(jnp.float16, w)
+
+
+def test_the_first_of_a_platforms_list_that_takes_a_weight_multiplies_it() -> None:
+    taken, ternary = abstract_leaf("int2g128[4,16,256]"), abstract_leaf("ternaryg128[4,16,256]")
+    slots = jnp.zeros(8, jnp.int32)
+    experts = ExpertWeights((taken, ternary), slots, slots)
+    assert kernel_of(experts, jnp.bfloat16, "tpu") == {"pallas_tpu": [taken], "xla": [ternary]}
+    assert kernel_of(experts, jnp.bfloat16, "cpu") == {"xla": [taken, ternary]}
+    matrix = abstract_leaf("int2g128[16,256]")
+    assert set(kernel_of(matrix, jnp.bfloat16, "tpu")) == {"pallas_tpu"}
+    assert set(kernel_of(matrix, jnp.float16, "tpu")) == set(kernel_of(taken, jnp.bfloat16, "tpu")) == {"xla"}
+
+
+@pytest.mark.parametrize("names", [["int2g128"], ["int2g128", "ternaryg128"], ["ternaryg128"]])
+def test_programs_for_tpu_have_a_kernel_for_every_bucket_that_has_one(names: list[str]) -> None:
+    experts = gather_experts([random_leaf(f"{name}[16,256]") for name in names])
+    rows_E = jnp.ones(len(names), jnp.int32)
+    traced = str(jax.make_jaxpr(expert_matmul)(rows(256)[: len(names)], experts, rows_E))
+    # Each for TPU, and to be interpreted.
+    assert traced.count("pallas_call[") == 2 * sum(name != "ternaryg128" for name in names)
