@@ -136,7 +136,7 @@ def _multiply(
     """y with its blocks `own_B`, of which there are `count`, replaced by those of x times the matrices `index_B` of w;
     blocks of one matrix come one behind the other."""
     (_, block, inputs), (_, outputs, num_words), num_groups = x_BTI.shape, w.words.shape, w.scale.shape[-1]
-    output_tile = min(outputs, MAX_OUTPUT_TILE, _tile(inputs * x_BTI.dtype.itemsize, LANES))
+    output_tile = outputs_together(outputs, inputs, x_BTI.dtype)
     # On TPU, XLA stores by column what has rows that would not fill the lanes: transposed, it is read where it lies.
     by_column = num_words % LANES != 0
     words = w.words.swapaxes(1, 2) if by_column else w.words
@@ -169,6 +169,11 @@ def _multiply(
         ),
         interpret=interpret,
     )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
+
+
+def outputs_together(outputs: int, inputs: int, dtype: jax.typing.DTypeLike) -> int:
+    """How many outputs of a matrix (O, I) are unpacked together, for rows of that dtype."""
+    return min(outputs, MAX_OUTPUT_TILE, _tile(inputs * jnp.dtype(dtype).itemsize, LANES))
 
 
 def _tile(bytes_each: int, multiple: int) -> int:

@@ -6,7 +6,8 @@ usage: python tools/bench/tpu_compile.py [--chips v5e:2x4 v5p:2x2x1 v6e:2x4 tpu7
 A case is `matmul` of so many rows with a matrix (`1,bfloat16,int2g128[2048,7168]`), or `expert_matmul` with experts,
 whose buckets are joined by `+` (`8,bfloat16,int2g128[32,2048,7168]+int3g128[32,2048,7168]`); without `--cases` it is
 every width at DeepSeek-V3's shapes, one token and a prefill of 512. Prints a line of JSON for each: how many Mosaic
-kernels there are, bytes of arguments and of temporaries, seconds. Every chip has a process of its own, because a bad
+kernels there are, bytes of arguments and of temporaries, seconds; of few rows among experts also what the blocks of the
+grid move, over the packed bytes of the experts that rows go to. Every chip has a process of its own, because a bad
 kernel can abort it. libtpu exists for Linux on x86-64 only.
 """
 
@@ -26,7 +27,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import kernels
-from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf
+from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, payload_bytes
+from moejax.kernels import pallas_tpu
 
 CHIPS = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")
 FORMATS = [*(f"int{bits}g128" for bits in range(1, 9)), "int2g128e8", "sint4g32f16"]
@@ -94,7 +96,7 @@ def compile_for(chip: str, cases: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def compiled(case: str, sharding: NamedSharding) -> dict[str, int]:
+def compiled(case: str, sharding: NamedSharding) -> dict[str, Any]:
     rows, dtype, spec = case.split(",", maxsplit=2)
     are_experts = len(spec.partition("+")[0].split(",")) == 3
     w = abstract_experts(spec) if are_experts else abstract_leaf(spec)
@@ -104,11 +106,25 @@ def compiled(case: str, sharding: NamedSharding) -> dict[str, int]:
     multiply = multiply_experts if are_experts else multiply_matrix
     program = jax.jit(multiply).trace(*args).lower(lowering_platforms=("tpu",)).compile()
     memory = program.memory_analysis()
+    moved = {}
+    if isinstance(w, ExpertWeights) and int(rows) <= w.num_experts:
+        moved = {"moved_over_packed": moved_over_packed(w, dtype)}
     return {
+        **moved,
         "mosaic_kernels": program.as_text().count('custom_call_target="tpu_custom_call"'),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+
+
+def moved_over_packed(w: ExpertWeights, dtype: str) -> float:
+    """Bytes that the kernel's blocks move where each row goes to an expert of its own, over those of these experts'
+    packed matrices, which must be read: by the grid, every tile of outputs of an expert once, its row each time."""
+    _, outputs, inputs = w.shape
+    tiles = -(-outputs // pallas_tpu.outputs_together(outputs, inputs, dtype))
+    packed = payload_bytes(w.buckets) / w.num_experts
+    row = (tiles * inputs + outputs) * np.dtype(dtype).itemsize
+    return (packed + row) / packed
 
 
 def multiply_matrix(x: jax.Array, w: Leaf) -> jax.Array:
