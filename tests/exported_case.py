@@ -8,7 +8,6 @@ transformers. Codes are drawn, not rounded to, so that the model is the same on 
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ from moejax.checkpoint.hf_export import write_huggingface
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.checkpoint.native import open_native
 from moejax.checkpoint.native_writer import Description, write_native
-from moejax.formats import ExpertWeights, GroupedInt, GroupedTernary, Leaf, abstract_leaf, gather_experts
+from moejax.formats import ExpertWeights, GroupFormat, Leaf, gather_experts, parse_format
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.moe import MoE
@@ -79,12 +78,12 @@ def _packed(name: str, leaf: Any, random: np.random.RandomState) -> Any:
 
 def _drawn(spec: str, shape: tuple[int, ...], random: np.random.RandomState) -> Leaf:
     """Any codes, with scales such that weights have about the variance 1 / inputs."""
-    abstract = abstract_leaf(f"{spec}[{','.join(map(str, shape))}]")
-    assert isinstance(abstract, GroupedInt | GroupedTernary)
-    words = random.randint(0, 2**32, abstract.words.shape, np.uint32)
-    steps = 3 if spec.startswith("ternary") else 2 ** int(spec[3])
-    scale = random.uniform(0.7, 1.3, abstract.scale.shape) * (12 / shape[-1]) ** 0.5 / steps
-    return replace(abstract, words=jnp.asarray(words), scale=jnp.asarray(scale, abstract.scale.dtype))
+    to = parse_format(spec)
+    assert isinstance(to, GroupFormat)
+    steps = int(to.levels.highest) + 1
+    codes, scale = random.randint(0, steps, shape), random.uniform(0.7, 1.3, to.abstract(shape).scale.shape)
+    scale *= (12 / shape[-1]) ** 0.5 / steps
+    return to.leaf(to.pack(jnp.asarray(codes)), jnp.asarray(scale, jnp.bfloat16), shape[-1])
 
 
 if __name__ == "__main__":
