@@ -1,5 +1,6 @@
 """The ledger of memory: what a command may hold of it, and whether what a step says that it takes still fits."""
 
+import math
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -7,8 +8,9 @@ from moejax.errors import InputError
 from moejax.machine import available_memory, resident_memory
 from moejax.planning.size import format_size, parse_size
 
-# The least that a refusal asks for is a multiple of this: what a process holds at its start varies by less.
-_STEP = 50_000_000
+# The least that a refusal asks for is so much more than what would do now, and a multiple of this: what a process
+# holds at its start varies by less (by 0.2 GB of 12 from one to the next, with large pages).
+_MORE, _STEP = 1.02, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Ledger:
 
     def refuse(self, what: str, least: int) -> NoReturn:
         """Raise InputError: `what` takes at least so many bytes beside what is held now."""
-        needed = -(-(resident_memory() + least) // _STEP) * _STEP
+        needed = math.ceil(_MORE * (resident_memory() + least) / _STEP) * _STEP
         raise InputError(f"{what} in {format_size(self.limit)}; {needed / 1e9:.2f}GB would do")
 
 
