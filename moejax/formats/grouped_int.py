@@ -42,7 +42,7 @@ class GroupedInt(GroupedCodes):
 
     @property
     def format_name(self) -> str:
-        return f"{'s' * self.is_signed}int{self.bits}g{self.group_size}{SUFFIXES[self.scale_kind]}"
+        return _name(self)
 
     def codes(self) -> jax.Array:
         return planar.unpack(self.words, self.bits, self.inputs)
@@ -68,7 +68,7 @@ class IntFormat(GroupFormat):
 
     @property
     def name(self) -> str:
-        return f"{'s' * self.is_signed}int{self.bits}g{self.group_size}{SUFFIXES[self.scale_kind]}"
+        return _name(self)
 
     @property
     def levels(self) -> Levels:
@@ -107,6 +107,10 @@ class SignedIntFormat(IntFormat):
         match = re.fullmatch(r"sint([48])(g(?:32|128)(?!\d).*)", name)
         groups = parse_groups(match[2]) if match else None
         return cls(int(match[1]), *groups) if match and groups and groups[1] != "e8" else None
+
+
+def _name(of: GroupedInt | IntFormat) -> str:
+    return f"{'s' * of.is_signed}int{of.bits}g{of.group_size}{SUFFIXES[of.scale_kind]}"
 
 
 def _levels(bits: int, is_signed: bool) -> Levels:

@@ -81,7 +81,7 @@ def _derivative_of_experts(
 
 def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
     x_RI = x.reshape(-1, x.shape[-1])
-    blocks = pl.cdiv(len(x_RI), min(MAX_ROW_BLOCK, _tile(x_RI.shape[1] * x.dtype.itemsize, SUBLANES)))
+    blocks = pl.cdiv(len(x_RI), _rows_together(x_RI))
     block = pl.cdiv(len(x_RI), blocks)
     x_BTI = jnp.pad(x_RI, ((0, blocks * block - len(x_RI)), (0, 0))).reshape(blocks, block, -1)
     of_one = jax.tree.map(lambda a: a[None], w)
@@ -99,7 +99,7 @@ def _expert_matmul(
     others = [b for b in range(len(w.buckets)) if b not in taken]
     is_taken_E = jnp.isin(w.bucket_E, jnp.asarray(taken))
     hit = min(num_rows, num_experts)
-    block = min(MAX_ROW_BLOCK, 1 << (pl.cdiv(num_rows, hit) - 1).bit_length())
+    block = min(_rows_together(x_RI), 1 << (pl.cdiv(num_rows, hit) - 1).bit_length())
     num_blocks = (num_rows - hit) // block + hit
     blocks_E = jnp.where(is_taken_E, pl.cdiv(rows_E, block), 0)
     first_block_E, first_row_E = jnp.cumsum(blocks_E) - blocks_E, jnp.cumsum(rows_E) - rows_E
@@ -169,6 +169,11 @@ def _multiply(
         ),
         interpret=interpret,
     )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
+
+
+def _rows_together(x_RI: jax.Array) -> int:
+    """How many rows are in a block, at most."""
+    return min(MAX_ROW_BLOCK, _tile(x_RI.shape[1] * x_RI.dtype.itemsize, SUBLANES))
 
 
 def outputs_together(outputs: int, inputs: int, dtype: jax.typing.DTypeLike) -> int:
