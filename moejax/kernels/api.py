@@ -6,6 +6,7 @@ returned in the input's dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -46,6 +47,7 @@ def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
     return _matmul_by_platform(x, w) if backend is None else BACKENDS[backend].matmul(x, w)
 
 
+@partial(jax.jit, static_argnames="backend")
 def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str = "xla") -> jax.Array:
     """Contract the weight's outputs: y[..., b, i] = sum_o w[b, o, i] * x[..., b, o].
 
@@ -99,11 +101,12 @@ def _matmul_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
     """By what the program is lowered for, which need not be what this process runs on."""
     if not x.size or "xla" in kernel_of(w, x.dtype, "tpu"):
         return xla.matmul(x, w)
-    return jax.lax.platform_dependent(x, w, tpu=pallas_tpu.matmul, default=xla.matmul)
+    return jax.lax.platform_dependent(x, w, tpu=partial(pallas_tpu.matmul, interpret=False), default=xla.matmul)
 
 
 @jax.jit
 def _expert_matmul_by_platform(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
     if not x_RI.size or set(kernel_of(w, x_RI.dtype, "tpu")) == {"xla"}:
         return xla.expert_matmul(x_RI, w, rows_E)
-    return jax.lax.platform_dependent(x_RI, w, rows_E, tpu=pallas_tpu.expert_matmul, default=xla.expert_matmul)
+    compiled = partial(pallas_tpu.expert_matmul, interpret=False)
+    return jax.lax.platform_dependent(x_RI, w, rows_E, tpu=compiled, default=xla.expert_matmul)

@@ -14,8 +14,9 @@ The other operations go to XLA, and so do weights that `takes` is false of, of e
 no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,40 +46,28 @@ def takes(dtype: jax.typing.DTypeLike, w: Leaf) -> bool:
     return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
 
 
-@jax.custom_jvp
-def matmul(x: jax.Array, w: Leaf) -> jax.Array:
+def matmul(x: jax.Array, w: Leaf, interpret: bool | None = None) -> jax.Array:
+    """As `api.matmul`. The kernel is interpreted or compiled as is said, else by what the program is lowered for."""
     if w.ndim != 2 or not x.size or not takes(x.dtype, w):
         return xla.matmul(x, w)
-    return jax.lax.platform_dependent(
-        x, w, tpu=partial(_matmul, interpret=False), default=partial(_matmul, interpret=True)
-    )
+    return _compiled_or_interpreted(_matmul, interpret, x, w)
 
 
-@matmul.defjvp
-def _derivative(given: tuple[jax.Array, Leaf], by: tuple[jax.Array, Leaf]) -> tuple[jax.Array, jax.Array]:
-    """Derivatives are the tiled path's."""
-    return matmul(*given), jax.jvp(xla.matmul, given, by)[1]
-
-
-@jax.custom_jvp
-def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    taken = [b for b, bucket in enumerate(w.buckets) if takes(x_RI.dtype, bucket)]
-    if not taken or not x_RI.size:
+def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, interpret: bool | None = None) -> jax.Array:
+    """As `api.expert_matmul`; `interpret` as in `matmul`."""
+    if not x_RI.size or not any(takes(x_RI.dtype, bucket) for bucket in w.buckets):
         return xla.expert_matmul(x_RI, w, rows_E)
-    by = partial(_expert_matmul, taken=taken)
-    return jax.lax.platform_dependent(
-        x_RI, w, rows_E, tpu=partial(by, interpret=False), default=partial(by, interpret=True)
-    )
+    return _compiled_or_interpreted(_expert_matmul, interpret, x_RI, w, rows_E)
 
 
-@expert_matmul.defjvp
-def _derivative_of_experts(
-    given: tuple[jax.Array, ExpertWeights, jax.Array], by: tuple[jax.Array, ExpertWeights, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Derivatives are the tiled path's."""
-    return expert_matmul(*given), jax.jvp(xla.expert_matmul, given, by)[1]
+def _compiled_or_interpreted(operation: Callable[..., jax.Array], interpret: bool | None, *given: object) -> jax.Array:
+    if interpret is not None:
+        return operation(*given, interpret)
+    compiled, interpreted = (lambda *given: operation(*given, False)), (lambda *given: operation(*given, True))
+    return jax.lax.platform_dependent(*given, tpu=compiled, default=interpreted)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
     x_RI = x.reshape(-1, x.shape[-1])
     blocks = pl.cdiv(len(x_RI), _rows_together(x_RI))
@@ -91,37 +80,94 @@ def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
     return y_BTO.reshape(blocks * block, -1)[: len(x_RI)].reshape(*x.shape[:-1], -1)
 
 
-def _expert_matmul(
-    x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, taken: Sequence[int], interpret: bool
-) -> jax.Array:
+@_matmul.defjvp
+def _derivative(
+    interpret: bool, given: tuple[jax.Array, GroupedInt], by: tuple[jax.Array, GroupedInt]
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives are the tiled path's."""
+    return _matmul(*given, interpret), jax.jvp(xla.matmul, given, by)[1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, interpret: bool) -> jax.Array:
     """Experts' rows in blocks of their own, bucket by bucket those that the kernel takes; XLA the other buckets'."""
-    num_rows, num_experts = len(x_RI), w.num_experts
+    num_rows = len(x_RI)
+    taken = [b for b, bucket in enumerate(w.buckets) if takes(x_RI.dtype, bucket)]
     others = [b for b in range(len(w.buckets)) if b not in taken]
-    is_taken_E = jnp.isin(w.bucket_E, jnp.asarray(taken))
-    hit = min(num_rows, num_experts)
-    block = min(_rows_together(x_RI), 1 << (pl.cdiv(num_rows, hit) - 1).bit_length())
-    num_blocks = (num_rows - hit) // block + hit
-    blocks_E = jnp.where(is_taken_E, pl.cdiv(rows_E, block), 0)
-    first_block_E, first_row_E = jnp.cumsum(blocks_E) - blocks_E, jnp.cumsum(rows_E) - rows_E
-    expert_B = jnp.repeat(jnp.arange(num_experts), blocks_E, total_repeat_length=num_blocks)
-    is_used_B = jnp.arange(num_blocks) < jnp.sum(blocks_E)
-    start_B = first_row_E[expert_B] + (jnp.arange(num_blocks) - first_block_E[expert_B]) * block
-    x_BTI = x_RI[jnp.minimum(start_B[:, None] + jnp.arange(block), num_rows - 1)]
-    y_BTO = jnp.zeros((num_blocks, block, w.shape[1]), x_RI.dtype)
+    mean = pl.cdiv(num_rows, min(num_rows, w.num_experts))
+    blocks = _in_blocks(
+        rows_E, w.bucket_E, w.index_E, num_rows, min(_rows_together(x_RI), 1 << (mean - 1).bit_length())
+    )
+    x_BTI = jnp.take(x_RI, blocks.row_BT, axis=0, mode="clip")
+    y_BTO = jnp.zeros((*blocks.row_BT.shape, w.shape[1]), x_RI.dtype)
     for b in taken:
-        is_own_B = is_used_B & (w.bucket_E[expert_B] == b)
-        (own_B,) = jnp.nonzero(is_own_B, size=num_blocks, fill_value=0)
-        own_B = own_B.astype(jnp.int32)
-        index_B = w.index_E[expert_B[own_B]].astype(jnp.int32)
         bucket = w.buckets[b]
         assert isinstance(bucket, GroupedInt)
-        y_BTO = _multiply(x_BTI, bucket, own_B, index_B, jnp.count_nonzero(is_own_B), y_BTO, interpret)
-    expert_R = jnp.repeat(jnp.arange(num_experts), rows_E, total_repeat_length=num_rows)
-    place_R = jnp.arange(num_rows) - first_row_E[expert_R]
-    y_RO = y_BTO[jnp.minimum(first_block_E[expert_R] + place_R // block, num_blocks - 1), place_R % block]
+        y_BTO = _multiply_bucket(x_BTI, bucket, b, blocks.bucket_B, blocks.index_B, y_BTO, interpret)
+    y_RO = jnp.take(y_BTO.reshape(-1, w.shape[1]), blocks.place_R, axis=0, mode="clip")
     if not others:
         return y_RO
-    return jnp.where(is_taken_E[expert_R][:, None], y_RO, xla.expert_matmul(x_RI, w, rows_E, others))
+    is_taken_R = jnp.isin(w.bucket_E, jnp.asarray(taken))[blocks.expert_R][:, None]
+    return jnp.where(is_taken_R, y_RO, xla.expert_matmul(x_RI, w, rows_E, others))
+
+
+@_expert_matmul.defjvp
+def _derivative_of_experts(
+    interpret: bool,
+    given: tuple[jax.Array, ExpertWeights, jax.Array],
+    by: tuple[jax.Array, ExpertWeights, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Derivatives are the tiled path's."""
+    return _expert_matmul(*given, interpret), jax.jvp(xla.expert_matmul, given, by)[1]
+
+
+class _Blocks(NamedTuple):
+    """Rows sorted by expert in blocks of T, each of one expert's rows; there are B of them at most.
+
+    row_BT: what a block holds, its last rows perhaps other experts'. bucket_B, index_B: the matrix that it takes; the
+    bucket is -1 where no rows are left. expert_R, place_R: a row's expert, and where among all blocks' rows it is.
+    """
+
+    row_BT: jax.Array
+    bucket_B: jax.Array
+    index_B: jax.Array
+    expert_R: jax.Array
+    place_R: jax.Array
+
+
+# Functions of their own under jit are traced and lowered once for all projections and layers of equal shapes.
+@partial(jax.jit, static_argnames=("num_rows", "block"))
+def _in_blocks(rows_E: jax.Array, bucket_E: jax.Array, index_E: jax.Array, num_rows: int, block: int) -> _Blocks:
+    num_experts = len(rows_E)
+    hit = min(num_rows, num_experts)
+    num_blocks = (num_rows - hit) // block + hit
+    blocks_E = pl.cdiv(rows_E, block)
+    first_block_E, first_row_E = jnp.cumsum(blocks_E) - blocks_E, jnp.cumsum(rows_E) - rows_E
+    expert_B = jnp.repeat(jnp.arange(num_experts), blocks_E, total_repeat_length=num_blocks)
+    expert_R = jnp.repeat(jnp.arange(num_experts), rows_E, total_repeat_length=num_rows)
+    start_B = first_row_E[expert_B] + (jnp.arange(num_blocks) - first_block_E[expert_B]) * block
+    bucket_B = jnp.where(jnp.arange(num_blocks) < jnp.sum(blocks_E), bucket_E[expert_B], -1)
+    # Blocks behind one another hold an expert's rows behind one another.
+    place_R = first_block_E[expert_R] * block + jnp.arange(num_rows) - first_row_E[expert_R]
+    return _Blocks(start_B[:, None] + jnp.arange(block), bucket_B, index_E[expert_B], expert_R, place_R)
+
+
+@partial(jax.jit, static_argnames="interpret")
+def _multiply_bucket(
+    x_BTI: jax.Array,
+    w: GroupedInt,
+    bucket: jax.Array | int,
+    bucket_B: jax.Array,
+    index_B: jax.Array,
+    y_BTO: jax.Array,
+    interpret: bool,
+) -> jax.Array:
+    """y with the blocks of one bucket replaced by those of x times their matrices, of which w has as many."""
+    is_own_B = bucket_B == bucket
+    (own_B,) = jnp.nonzero(is_own_B, size=len(bucket_B), fill_value=0)
+    own_B = own_B.astype(jnp.int32)
+    own_index_B = jnp.take(index_B, own_B).astype(jnp.int32)
+    return _multiply(x_BTI, w, own_B, own_index_B, jnp.count_nonzero(is_own_B), y_BTO, interpret)
 
 
 def _multiply(

@@ -173,12 +173,19 @@ def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Ca
 
 def _expert_tile(bucket: Leaf, index: jax.Array, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
     bucket, index, start = _tied((bucket, index, start))
-    return dense(rows(matrix(bucket, index), start, size), dtype)
+    return _unpacked(rows(matrix(bucket, index), start, size), dtype)
 
 
 def _unpacked_rows(w: Leaf, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
     w, start = _tied((w, start))
-    return dense(rows(w, start, size), dtype)
+    return _unpacked(rows(w, start, size), dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _unpacked(tile: Leaf, dtype: jnp.dtype) -> jax.Array:
+    """Under jit, so that it is traced once for all tiles of a format and shape: it is most of what a model is traced
+    for."""
+    return dense(tile, dtype)
 
 
 def _tied(weight_and_place: Tied) -> Tied:

@@ -64,6 +64,7 @@ class Attention(nnx.Module):
         out = jax.lax.map(lambda block: attend_from(*block), (firsts, _in_blocks(q_nope), _in_blocks(q_rope)))
         return self._output(jnp.moveaxis(out, 0, 1).reshape(len(x_BTD), -1, *out.shape[3:])[:, :length], taps)
 
+    @jax.jit
     def attend_cached(
         self, x_BTD: jax.Array, by: Angles, cache: LatentCache, start_B: jax.Array
     ) -> tuple[jax.Array, LatentCache]:

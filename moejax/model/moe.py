@@ -1,6 +1,7 @@
 """Feed-forward layers: the dense SwiGLU, the router, and the mixture of experts."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -85,28 +86,43 @@ class Experts(nnx.Module):
     ) -> ExpertRun:
         """Tokens x (T, D) through those of these experts, numbers `first`, first + 1 and so on of the layer, that they
         go to; others are not visited. R = `rows` of those choices, sorted by expert, from number `start` on."""
-        T, K = routing.experts_TK.shape
-        E = self.num_experts
-        local_TK = routing.experts_TK - first
-        expert_R = jnp.where((local_TK >= 0) & (local_TK < E), local_TK, E).reshape(-1)
-        if rows < len(expert_R):
-            expert_R = jnp.pad(expert_R, (0, rows), constant_values=E)  # so that there are rows to take from `start` on
-        order_R = jax.lax.dynamic_slice_in_dim(jnp.argsort(expert_R, stable=True), start, rows)
-        expert_R = expert_R[order_R]
-        is_own_R = expert_R < E
-        rows_E = jnp.bincount(expert_R, length=E + 1)[:E]
-        token_R = order_R // K
-        x_RD = jnp.where(is_own_R[:, None], x_TD[token_R], 0)
+        token_R, expert_R, weight_R, x_RD, rows_E = _by_expert(x_TD, routing, self.num_experts, rows, first, start)
         gate_RF = self._project(x_RD, self.gate, rows_E)
         up_RF = self._project(x_RD, self.up, rows_E)
         hidden_RF = _down_input(jax.nn.silu(gate_RF) * up_RF, self.config)
         y_RD = self._project(hidden_RF, self.down, rows_E)
-        weight_R = jnp.where(is_own_R, routing.weights_TK.reshape(-1)[order_R], 0)
-        return ExpertRun(jnp.where(is_own_R, token_R, T), expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
+        return ExpertRun(token_R, expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
 
     @staticmethod
     def _project(x_RI: jax.Array, weights: nnx.Param[ExpertWeights], rows_E: jax.Array) -> jax.Array:
         return expert_matmul(x_RI, weights.get_value(), rows_E)
+
+
+# Under jit, as `_chosen` and `Attention.attend_cached` are, so that layers that differ in their experts' formats alone
+# are traced and lowered once.
+@partial(jax.jit, static_argnames=("num_experts", "rows"))
+def _by_expert(
+    x_TD: jax.Array,
+    routing: Routing,
+    num_experts: int,
+    rows: int,
+    first: jax.Array | int,
+    start: jax.Array | int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`ExpertRun`'s token_R, expert_R, weight_R and x_RD, and how many rows every expert has, (E,)."""
+    (T, K), E = routing.experts_TK.shape, num_experts
+    local_TK = routing.experts_TK - first
+    expert_R = jnp.where((local_TK >= 0) & (local_TK < E), local_TK, E).reshape(-1)
+    if rows < len(expert_R):
+        expert_R = jnp.pad(expert_R, (0, rows), constant_values=E)  # so that there are rows to take from `start` on
+    order_R = jax.lax.dynamic_slice_in_dim(jnp.argsort(expert_R, stable=True), start, rows)
+    expert_R = expert_R[order_R]
+    is_own_R = expert_R < E
+    token_R = order_R // K
+    x_RD = jnp.where(is_own_R[:, None], x_TD[token_R], 0)
+    weight_R = jnp.where(is_own_R, routing.weights_TK.reshape(-1)[order_R], 0)
+    rows_E = jnp.bincount(expert_R, length=E + 1)[:E]
+    return jnp.where(is_own_R, token_R, T), expert_R, weight_R, x_RD, rows_E
 
 
 def wide_dtype(x: jax.Array) -> jnp.dtype:
@@ -182,24 +198,36 @@ class MoE(nnx.Module):
 
     def choose(self, scores_TE: jax.Array, choice_TK: jax.Array | None = None) -> Routing:
         """From scores (T, E) to experts and weights; an expert whose bias is -inf is never chosen."""
-        if choice_TK is None:
-            choice_TE = self._within_best_groups(scores_TE + self.bias.get_value().astype(scores_TE.dtype))
-            choice_TK = jax.lax.top_k(choice_TE, self.experts_per_token)[1]
-        weights = jnp.take_along_axis(scores_TE, choice_TK, axis=-1)
-        if self.config.norm_topk_prob:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        scale = self.config.routed_scaling_factor * self.routing_scale.get_value().astype(weights.dtype)
-        return Routing(choice_TK, weights * scale)
+        bias_E, group_E, scale = (p.get_value() for p in (self.bias, self.group_id, self.routing_scale))
+        return _chosen(scores_TE, choice_TK, bias_E, group_E, scale, self.config, self.experts_per_token)
 
-    def _within_best_groups(self, choice_TE: jax.Array) -> jax.Array:
-        """Choices with -inf wherever the expert's group is not among the token's best (0 would beat negatives)."""
-        groups = self.config.n_group
-        if groups == 1:
-            return choice_TE
-        group_E = self.group_id.get_value()
-        member_GE = group_E == jnp.arange(groups)[:, None]
-        choice_TGE = jnp.where(member_GE, choice_TE[:, None, :], -jnp.inf)
-        score_TG = jnp.sum(jax.lax.top_k(choice_TGE, 2)[0], axis=-1)
-        best_TG = jax.lax.top_k(score_TG, self.config.topk_group)[1]
-        allowed_TE = jnp.any(group_E == best_TG[..., None], axis=1)
-        return jnp.where(allowed_TE, choice_TE, -jnp.inf)
+
+@partial(jax.jit, static_argnames=("config", "experts_per_token"))
+def _chosen(
+    scores_TE: jax.Array,
+    choice_TK: jax.Array | None,
+    bias_E: jax.Array,
+    group_E: jax.Array,
+    routing_scale: jax.Array,
+    config: Config,
+    experts_per_token: int,
+) -> Routing:
+    if choice_TK is None:
+        choice_TE = _within_best_groups(scores_TE + bias_E.astype(scores_TE.dtype), group_E, config)
+        choice_TK = jax.lax.top_k(choice_TE, experts_per_token)[1]
+    weights = jnp.take_along_axis(scores_TE, choice_TK, axis=-1)
+    if config.norm_topk_prob:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return Routing(choice_TK, weights * (config.routed_scaling_factor * routing_scale.astype(weights.dtype)))
+
+
+def _within_best_groups(choice_TE: jax.Array, group_E: jax.Array, config: Config) -> jax.Array:
+    """Choices with -inf wherever the expert's group is not among the token's best (0 would beat negatives)."""
+    if config.n_group == 1:
+        return choice_TE
+    member_GE = group_E == jnp.arange(config.n_group)[:, None]
+    choice_TGE = jnp.where(member_GE, choice_TE[:, None, :], -jnp.inf)
+    score_TG = jnp.sum(jax.lax.top_k(choice_TGE, 2)[0], axis=-1)
+    best_TG = jax.lax.top_k(score_TG, config.topk_group)[1]
+    allowed_TE = jnp.any(group_E == best_TG[..., None], axis=1)
+    return jnp.where(allowed_TE, choice_TE, -jnp.inf)
