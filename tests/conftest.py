@@ -9,8 +9,10 @@ import re
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compiling, which takes half as long without optimizations.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Meshes have these devices; what names none runs on the first, as ever.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have lost the flag
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -88,11 +88,11 @@ class InMemory:
         return ModelSource(self.model)
 
     def step(self, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str) -> tuple[jax.Array, list[LatentCache]]:
-        return _step(self.model, rows, cache, draw, dtype)
+        return decode_step(self.model, rows, cache, draw, dtype)
 
 
 @partial(jax.jit, static_argnames="dtype", donate_argnames="cache")
-def _step(
+def decode_step(
     model: DeepseekV3, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str
 ) -> tuple[jax.Array, list[LatentCache]]:
     x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)

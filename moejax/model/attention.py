@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import Leaf, reshape_outputs
-from moejax.kernels import matmul, matmul_transposed, product
+from moejax.kernels import product
 from moejax.model.config import Config
 from moejax.model.latent_cache import LatentCache, Latents, append, attend
 from moejax.model.leaves import Leaves, Taps, linear
 from moejax.model.norm import LATENT_EPS, rms_norm
 from moejax.model.rope import Angles, turn
+from moejax.sharding import gathered, matmul, matmul_transposed
 
 # How many queries of a row attend at once, without a cache.
 QUERIES = 512
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
 
     def _latents(self, x: jax.Array, by: Angles, taps: Taps | None) -> Latents:
         c = self.config
-        c_kv, k_rope = jnp.split(linear(x, self.kv_a, taps, "kv_a"), [c.kv_lora_rank], axis=-1)
+        c_kv, k_rope = jnp.split(gathered(linear(x, self.kv_a, taps, "kv_a")), [c.kv_lora_rank], axis=-1)
         return Latents(rms_norm(c_kv, self.kv_a_norm.get_value(), LATENT_EPS), turn(k_rope, by, c.rope_interleave))
 
     def _expand(self, c_kv: jax.Array, weight: nnx.Param[Leaf], taps: Taps | None, name: str) -> jax.Array:
@@ -146,7 +147,7 @@ class Attention(nnx.Module):
         return matmul(c_kv, reshape_outputs(leaf, heads * width)).reshape(*c_kv.shape[:2], heads, width)
 
     def _output(self, out_BTHV: jax.Array, taps: Taps | None) -> jax.Array:
-        return linear(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o, taps, "o")
+        return gathered(linear(out_BTHV.reshape(*out_BTHV.shape[:2], -1), self.o, taps, "o"))
 
 
 def _in_blocks(q_BTHN: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import Leaf
-from moejax.kernels import hadamard, matmul, take
+from moejax.kernels import hadamard
 from moejax.model.attention import Attention
 from moejax.model.config import Config, require_tokens
 from moejax.model.latent_cache import LatentCache, empty_caches
@@ -16,6 +16,7 @@ from moejax.model.leaves import Leaves, Taps, Weight, linear, named_leaves, pref
 from moejax.model.moe import Mlp, MoE
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles, angles
+from moejax.sharding import matmul, take
 
 
 class Block(nnx.Module):

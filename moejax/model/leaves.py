@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from moejax.formats import Leaf
-from moejax.kernels import matmul
+from moejax.sharding import matmul
 
 # An array (norms, router, bias), a `Leaf` (matrices) or `ExpertWeights`: the table of weights tells which.
 Weight = Any

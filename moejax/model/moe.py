@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.formats import ExpertWeights
-from moejax.kernels import expert_matmul, hadamard, matmul
+from moejax.kernels import hadamard
 from moejax.model.config import Config
 from moejax.model.leaves import Leaves, Taps, Weight, linear, named_leaves, prefixed, under
+from moejax.sharding import expert_matmul, gathered, matmul
 
 
 class Mlp(nnx.Module):
@@ -25,7 +26,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, taps: Taps | None = None) -> jax.Array:
         hidden = jax.nn.silu(linear(x, self.gate, taps, "gate")) * linear(x, self.up, taps, "up")
-        return linear(_down_input(hidden, self.config), self.down, taps, "down")
+        return gathered(linear(_down_input(hidden, self.config), self.down, taps, "down"))
 
 
 def _down_input(hidden: jax.Array, config: Config) -> jax.Array:
@@ -90,7 +91,7 @@ class Experts(nnx.Module):
         gate_RF = self._project(x_RD, self.gate, rows_E)
         up_RF = self._project(x_RD, self.up, rows_E)
         hidden_RF = _down_input(jax.nn.silu(gate_RF) * up_RF, self.config)
-        y_RD = self._project(hidden_RF, self.down, rows_E)
+        y_RD = gathered(self._project(hidden_RF, self.down, rows_E))
         return ExpertRun(token_R, expert_R, weight_R, x_RD, gate_RF, up_RF, hidden_RF, y_RD)
 
     @staticmethod

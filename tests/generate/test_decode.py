@@ -40,7 +40,7 @@ def logits_behind(tokens: list[int]) -> NDArray[Any]:
 
 
 def compilations() -> int:
-    step: Any = module._step
+    step: Any = module.decode_step
     return step._cache_size()
 
 
