@@ -1,4 +1,4 @@
-"""`matmul` and `expert_matmul` of integer groups as one Pallas kernel for TPU, whatever the width; the rest is XLA's.
+"""`matmul` and `expert_matmul` of integer and ternary groups as one Pallas kernel for TPU; the rest is XLA's.
 
 Rows come in blocks, each of one expert; a plain matrix is the only expert. A tile of an expert's outputs is unpacked
 once into VMEM and multiplied with all blocks of that expert. It is unpacked with inputs along sublanes and outputs
@@ -10,11 +10,12 @@ Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-o
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
 The other operations go to XLA, and so do weights that `takes` is false of, of experts bucket by bucket: other than
-`GroupedInt`, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows of
-no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
+`GroupedInt` and `GroupedTernary`, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last
+group, and rows of integers of no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6
+bits, of 128 at 4 and 64 at 8. Ternary rows may end in a unit of fewer words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.formats import ExpertWeights, GroupedInt, Leaf, planar
+from moejax.formats import ExpertWeights, GroupedCodes, GroupedInt, GroupedTernary, Leaf, planar, trits
 from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
@@ -37,12 +38,16 @@ MAX_ROW_BLOCK, MAX_OUTPUT_TILE = 256, 512
 TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer than LANES outputs and SUBLANES rows
 VMEM_BYTES = 48 << 20
 
+# What puts the codes of neighbouring inputs, from the first on, (n, O).
+Put = Callable[[jax.Array, jax.Array | int], None]
+
 
 def takes(dtype: jax.typing.DTypeLike, w: Leaf) -> bool:
     """Whether the kernel multiplies rows of that dtype with a matrix (O, I), or experts' matrices (N, O, I), itself."""
-    if not isinstance(w, GroupedInt) or dtype not in (jnp.float32, jnp.bfloat16):
+    if not isinstance(w, GroupedInt | GroupedTernary) or dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
+    multiple = planar.tile_inputs(w.bits) if isinstance(w, GroupedInt) else SUBLANES
+    return not (w.inputs % w.group_size or w.inputs % multiple) and w.inputs <= MAX_INPUTS
 
 
 @jax.custom_jvp
@@ -79,7 +84,7 @@ def _derivative_of_experts(
     return expert_matmul(*given), jax.jvp(xla.expert_matmul, given, by)[1]
 
 
-def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
+def _matmul(x: jax.Array, w: GroupedCodes, interpret: bool) -> jax.Array:
     x_RI = x.reshape(-1, x.shape[-1])
     blocks = pl.cdiv(len(x_RI), _rows_together(x_RI))
     block = pl.cdiv(len(x_RI), blocks)
@@ -114,7 +119,7 @@ def _expert_matmul(
         own_B = own_B.astype(jnp.int32)
         index_B = w.index_E[expert_B[own_B]].astype(jnp.int32)
         bucket = w.buckets[b]
-        assert isinstance(bucket, GroupedInt)
+        assert isinstance(bucket, GroupedCodes)
         y_BTO = _multiply(x_BTI, bucket, own_B, index_B, jnp.count_nonzero(is_own_B), y_BTO, interpret)
     expert_R = jnp.repeat(jnp.arange(num_experts), rows_E, total_repeat_length=num_rows)
     place_R = jnp.arange(num_rows) - first_row_E[expert_R]
@@ -126,7 +131,7 @@ def _expert_matmul(
 
 def _multiply(
     x_BTI: jax.Array,
-    w: GroupedInt,
+    w: GroupedCodes,
     own_B: jax.Array,
     index_B: jax.Array,
     count: jax.Array | int,
@@ -142,7 +147,7 @@ def _multiply(
     words = w.words.swapaxes(1, 2) if by_column else w.words
     words_block = (None, num_words, output_tile) if by_column else (None, output_tile, num_words)
     return pl.pallas_call(
-        partial(_kernel, bits=w.bits, zero=float(w.levels.zero), by_column=by_column),
+        partial(_kernel, unpack=_unpack_of(w), zero=float(w.levels.zero), by_column=by_column),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(outputs, output_tile), count),
@@ -198,41 +203,84 @@ def _kernel(
     scale_GO: jax.Ref,
     w_IO: jax.Ref,
     *,
-    bits: int,
+    unpack: Callable[[jax.Ref, Put], None],
     zero: float,
     by_column: bool,
 ) -> None:
     """y = x @ w for a block of rows and a tile of outputs, whose weights are unpacked at their first block."""
     n = pl.program_id(1)
+    group_size = w_IO.shape[0] // scale_GO.shape[0]
+
+    def put(codes: jax.Array, first: jax.Array | int) -> None:
+        """The weights of SUBLANES inputs, which share their group."""
+        first = pl.multiple_of(first, SUBLANES)
+        levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
+        scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
+        w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
 
     @pl.when((n == 0) | (index_B[n] != index_B[jnp.maximum(n - 1, 0)]))
     def _() -> None:
         words_WO[...] = words_ref[...] if by_column else words_ref[...].T
         scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
-        _unpack(words_WO, scale_GO, w_IO, bits, zero)
+        unpack(words_WO, put)
 
     precision = PRECISION if x_TI.dtype == jnp.float32 else None
     y = jnp.dot(x_TI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
     y_TO[...] = y.astype(y_TO.dtype)
 
 
-def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int, zero: float) -> None:
-    """Tile by tile, and run by run in each: 16 inputs that share their group, out of 16 words by one shift a plane."""
-    inputs, outputs = w_IO.shape
-    group_size, tile = inputs // scale_GO.shape[0], planar.tile_inputs(bits)
+def _unpack_of(w: GroupedCodes) -> Callable[[jax.Ref, Put], None]:
+    """What puts the codes of a tile of outputs, of all inputs and SUBLANES at a time, out of its words (W, O)."""
+    if isinstance(w, GroupedTernary):
+        return partial(_unpack_trits, inputs=w.inputs)
+    assert isinstance(w, GroupedInt)
+    return partial(_unpack_ints, bits=w.bits, inputs=w.inputs)
+
+
+def _unpack_ints(words_WO: jax.Ref, put: Put, bits: int, inputs: int) -> None:
+    """Tile by tile, and run by run in each: out of 16 words by one shift a plane."""
+    tile = planar.tile_inputs(bits)
 
     def unpack_tile(t: jax.Array, _: None) -> None:
         for run in range(tile // SUBLANES):
-            codes, plane = jnp.zeros((SUBLANES, outputs), jnp.uint32), t * (tile * bits // planar.WORD_BITS)
+            codes, plane = jnp.uint32(0), t * (tile * bits // planar.WORD_BITS)
             for width in planar.planes(bits):
                 unit, own = divmod(run, planar.WORD_BITS // width)
                 words = words_WO[pl.ds(pl.multiple_of(plane + unit * SUBLANES, SUBLANES), SUBLANES), :]
                 fields = (words >> planar.shift_of_run(own, width)) & ((1 << width) - 1)
                 codes = (codes << width) | fields
                 plane += tile * width // planar.WORD_BITS
-            first = pl.multiple_of(t * tile + run * SUBLANES, SUBLANES)
-            levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
-            scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
-            w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
+            put(codes, t * tile + run * SUBLANES)
 
     jax.lax.fori_loop(0, inputs // tile, unpack_tile, None)
+
+
+def _unpack_trits(words_WO: jax.Ref, put: Put, inputs: int) -> None:
+    """Unit by unit. Runs of a last unit of fewer words end where no register does: they are laid out in VMEM first."""
+    unit = SUBLANES * trits.CODES_PER_WORD
+    whole, rest = divmod(len(words_WO), SUBLANES)
+
+    def unpack_unit(u: jax.Array, _: None) -> None:
+        _put_runs(words_WO[pl.ds(pl.multiple_of(u * SUBLANES, SUBLANES), SUBLANES), :], put, u * unit)
+
+    def unpack_rest(codes_IO: jax.Ref) -> None:
+        def lay_out(codes: jax.Array, first: jax.Array | int) -> None:
+            codes_IO[pl.ds(first, rest), :] = codes
+
+        _put_runs(words_WO[whole * SUBLANES :, :], lay_out, 0)
+        for first in range(0, inputs - whole * unit, SUBLANES):
+            put(codes_IO[first : first + SUBLANES, :], whole * unit + first)
+
+    jax.lax.fori_loop(0, whole, unpack_unit, None)
+    if rest:
+        pl.run_scoped(unpack_rest, pltpu.VMEM((rest * trits.CODES_PER_WORD, words_WO.shape[1]), jnp.uint32))
+
+
+def _put_runs(words: jax.Array, put: Put, first: jax.Array | int) -> None:
+    """The 20 runs of a unit, from input `first` on: those of a byte are its digits, each by one multiplication."""
+    for byte in range(trits.BYTES_PER_WORD):
+        fractions = (words >> (8 * byte)) & 0xFF
+        for digit in range(trits.DIGITS_PER_BYTE):
+            thrice = fractions * 3
+            put(thrice >> 8, first + (digit * trits.BYTES_PER_WORD + byte) * len(words))
+            fractions = thrice & 0xFF
