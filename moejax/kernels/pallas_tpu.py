@@ -17,29 +17,31 @@ bits, of 128 at 4 and 64 at 8. Ternary rows may end in a unit of fewer words.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.formats import ExpertWeights, GroupedCodes, GroupedInt, GroupedTernary, Leaf, planar, trits
+from moejax.formats import ExpertWeights, GroupedCodes, GroupedInt, GroupedTernary, Leaf, planar
 from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
+from moejax.kernels.unpack_tpu import SUBLANES, Put, unpack_of
 from moejax.kernels.xla import hadamard, matmul_transposed, product, take
 
 __all__ = ["expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
-SUBLANES = planar.UNIT_WORDS  # of a bfloat16 register
+WORD_SUBLANES = 8
 MAX_INPUTS = 24576
 MAX_ROW_BLOCK, MAX_OUTPUT_TILE = 256, 512
 TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer than LANES outputs and SUBLANES rows
 VMEM_BYTES = 48 << 20
 
-# What puts the codes of neighbouring inputs, from the first on, (n, O).
-Put = Callable[[jax.Array, jax.Array | int], None]
+# Which of a bucket's words (N, O, W) lie side by side: those of a row, or the outputs', a matrix or a word at a time.
+Order = Literal["NOW", "NWO", "WNO"]
 
 
 def takes(dtype: jax.typing.DTypeLike, w: Leaf) -> bool:
@@ -142,21 +144,21 @@ def _multiply(
     blocks of one matrix come one behind the other."""
     (_, block, inputs), (_, outputs, num_words), num_groups = x_BTI.shape, w.words.shape, w.scale.shape[-1]
     output_tile = outputs_together(outputs, inputs, x_BTI.dtype)
-    # On TPU, XLA stores by column what has rows that would not fill the lanes: transposed, it is read where it lies.
-    by_column = num_words % LANES != 0
-    words = w.words.swapaxes(1, 2) if by_column else w.words
-    words_block = (None, num_words, output_tile) if by_column else (None, output_tile, num_words)
+    order = _order(w.words.shape, output_tile)
+    words = w.words.transpose(["NOW".index(axis) for axis in order])
+    words_spec = {
+        "NOW": pl.BlockSpec((None, output_tile, num_words), lambda o, n, own_B, index_B: (index_B[n], o, 0)),
+        "NWO": pl.BlockSpec((None, num_words, output_tile), lambda o, n, own_B, index_B: (index_B[n], 0, o)),
+        "WNO": pl.BlockSpec(memory_space=pl.ANY),
+    }[order]
     return pl.pallas_call(
-        partial(_kernel, unpack=_unpack_of(w), zero=float(w.levels.zero), by_column=by_column),
+        partial(_kernel, unpack=unpack_of(w), zero=float(w.levels.zero), order=order),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(outputs, output_tile), count),
             in_specs=[
                 pl.BlockSpec((None, block, inputs), lambda o, n, own_B, index_B: (own_B[n], 0, 0)),
-                pl.BlockSpec(
-                    words_block,
-                    lambda o, n, own_B, index_B: (index_B[n], 0, o) if by_column else (index_B[n], o, 0),
-                ),
+                words_spec,
                 pl.BlockSpec((None, num_groups, output_tile), lambda o, n, own_B, index_B: (index_B[n], 0, o)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -165,6 +167,7 @@ def _multiply(
                 pltpu.VMEM((num_words, output_tile), jnp.uint32),
                 pltpu.VMEM((num_groups, output_tile), jnp.float32),
                 pltpu.VMEM((inputs, output_tile), x_BTI.dtype),
+                pltpu.SemaphoreType.DMA,
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(y_BTO.shape, y_BTO.dtype),
@@ -174,6 +177,16 @@ def _multiply(
         ),
         interpret=interpret,
     )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
+
+
+def _order(words: tuple[int, ...], output_tile: int) -> Order:
+    """The order in which XLA for TPU stores words (N, O, W), as far as its choice is known: that which pads the two
+    last axes least. In any other the weights would be copied at every call, and all of them."""
+    experts, outputs, num_words = words
+    if num_words % LANES == 0:
+        return "NOW"
+    experts_fill = experts in (2, 4) or experts % WORD_SUBLANES == 0
+    return "WNO" if experts_fill and num_words % WORD_SUBLANES and outputs % output_tile == 0 else "NWO"
 
 
 def _rows_together(x_RI: jax.Array) -> int:
@@ -202,85 +215,47 @@ def _kernel(
     words_WO: jax.Ref,
     scale_GO: jax.Ref,
     w_IO: jax.Ref,
+    arrived: jax.Ref,
     *,
     unpack: Callable[[jax.Ref, Put], None],
     zero: float,
-    by_column: bool,
+    order: Order,
 ) -> None:
     """y = x @ w for a block of rows and a tile of outputs, whose weights are unpacked at their first block."""
-    n = pl.program_id(1)
+    o, n = pl.program_id(0), pl.program_id(1)
     group_size = w_IO.shape[0] // scale_GO.shape[0]
 
     def put(codes: jax.Array, first: jax.Array | int) -> None:
         """The weights of SUBLANES inputs, which share their group."""
-        first = pl.multiple_of(first, SUBLANES)
+        first = pl.multiple_of(jnp.asarray(first), SUBLANES)
         levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
         scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
         w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
 
+    def begin(n: jax.Array) -> None:
+        pltpu.make_async_copy(words_of(n), words_WO, arrived).start()
+
+    def words_of(n: jax.Array) -> jax.Ref:
+        """Those of the n-th block's tile, which do not lie together."""
+        return words_ref.at[:, index_B[n], pl.ds(o * words_WO.shape[1], words_WO.shape[1])]
+
+    def fetch() -> None:
+        if order == "WNO":
+            pl.when(n == 0)(partial(begin, n))
+            pltpu.make_async_copy(words_of(n), words_WO, arrived).wait()
+        else:
+            words_WO[...] = words_ref[...] if order == "NWO" else words_ref[...].T
+
     @pl.when((n == 0) | (index_B[n] != index_B[jnp.maximum(n - 1, 0)]))
     def _() -> None:
-        words_WO[...] = words_ref[...] if by_column else words_ref[...].T
+        fetch()
         scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
         unpack(words_WO, put)
+
+    if order == "WNO":
+        after = jnp.minimum(n + 1, pl.num_programs(1) - 1)
+        pl.when(index_B[after] != index_B[n])(partial(begin, after))
 
     precision = PRECISION if x_TI.dtype == jnp.float32 else None
     y = jnp.dot(x_TI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
     y_TO[...] = y.astype(y_TO.dtype)
-
-
-def _unpack_of(w: GroupedCodes) -> Callable[[jax.Ref, Put], None]:
-    """What puts the codes of a tile of outputs, of all inputs and SUBLANES at a time, out of its words (W, O)."""
-    if isinstance(w, GroupedTernary):
-        return partial(_unpack_trits, inputs=w.inputs)
-    assert isinstance(w, GroupedInt)
-    return partial(_unpack_ints, bits=w.bits, inputs=w.inputs)
-
-
-def _unpack_ints(words_WO: jax.Ref, put: Put, bits: int, inputs: int) -> None:
-    """Tile by tile, and run by run in each: out of 16 words by one shift a plane."""
-    tile = planar.tile_inputs(bits)
-
-    def unpack_tile(t: jax.Array, _: None) -> None:
-        for run in range(tile // SUBLANES):
-            codes, plane = jnp.uint32(0), t * (tile * bits // planar.WORD_BITS)
-            for width in planar.planes(bits):
-                unit, own = divmod(run, planar.WORD_BITS // width)
-                words = words_WO[pl.ds(pl.multiple_of(plane + unit * SUBLANES, SUBLANES), SUBLANES), :]
-                fields = (words >> planar.shift_of_run(own, width)) & ((1 << width) - 1)
-                codes = (codes << width) | fields
-                plane += tile * width // planar.WORD_BITS
-            put(codes, t * tile + run * SUBLANES)
-
-    jax.lax.fori_loop(0, inputs // tile, unpack_tile, None)
-
-
-def _unpack_trits(words_WO: jax.Ref, put: Put, inputs: int) -> None:
-    """Unit by unit. Runs of a last unit of fewer words end where no register does: they are laid out in VMEM first."""
-    unit = SUBLANES * trits.CODES_PER_WORD
-    whole, rest = divmod(len(words_WO), SUBLANES)
-
-    def unpack_unit(u: jax.Array, _: None) -> None:
-        _put_runs(words_WO[pl.ds(pl.multiple_of(u * SUBLANES, SUBLANES), SUBLANES), :], put, u * unit)
-
-    def unpack_rest(codes_IO: jax.Ref) -> None:
-        def lay_out(codes: jax.Array, first: jax.Array | int) -> None:
-            codes_IO[pl.ds(first, rest), :] = codes
-
-        _put_runs(words_WO[whole * SUBLANES :, :], lay_out, 0)
-        for first in range(0, inputs - whole * unit, SUBLANES):
-            put(codes_IO[first : first + SUBLANES, :], whole * unit + first)
-
-    jax.lax.fori_loop(0, whole, unpack_unit, None)
-    if rest:
-        pl.run_scoped(unpack_rest, pltpu.VMEM((rest * trits.CODES_PER_WORD, words_WO.shape[1]), jnp.uint32))
-
-
-def _put_runs(words: jax.Array, put: Put, first: jax.Array | int) -> None:
-    """The 20 runs of a unit, from input `first` on: those of a byte are its digits, each by one multiplication."""
-    for byte in range(trits.BYTES_PER_WORD):
-        fractions = (words >> (8 * byte)) & 0xFF
-        for digit in range(trits.DIGITS_PER_BYTE):
-            thrice = fractions * 3
-            put(thrice >> 8, first + (digit * trits.BYTES_PER_WORD + byte) * len(words))
-            fractions = thrice & 0xFF

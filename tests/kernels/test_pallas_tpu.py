@@ -27,6 +27,13 @@ def test_takes_true_shapes(bits: int, group_size: int, suffix: str) -> None:
         assert pallas_tpu.takes(jnp.bfloat16, abstract_leaf(f"int{bits}g{group_size}{suffix}[{outputs},{inputs}]"))
 
 
+@pytest.mark.parametrize("suffix", ["", "e8"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+def test_takes_true_ternary_shapes(group_size: int, suffix: str) -> None:
+    for outputs, inputs in TRUE_SHAPES:
+        assert pallas_tpu.takes(jnp.bfloat16, abstract_leaf(f"ternaryg{group_size}{suffix}[{outputs},{inputs}]"))
+
+
 @pytest.mark.parametrize(("bits", "multiple"), [(1, 512), (2, 256), (3, 512), (4, 128), (6, 256), (7, 512), (8, 64)])
 def test_takes_multiples_of(bits: int, multiple: int) -> None:
     assert has_kernel(f"int{bits}g32[16,{multiple}]")
@@ -41,7 +48,9 @@ def test_takes_multiples_of(bits: int, multiple: int) -> None:
         "int8g128[16,192]",
         "fp8b128x128[16,128]",
         "bf16[16,128]",
-        "ternaryg64[16,640]",
+        "ternaryg64[16,672]",  # a shorter last group
+        "ternaryg64[16,32768]",
+        "ternaryg64[2,16,640]",
     ],
 )
 def test_leaves_others_to_xla(spec: str) -> None:
@@ -56,19 +65,20 @@ def test_leaves_other_dtypes_to_xla() -> None:
 
 def test_the_first_of_a_platforms_list_that_takes_a_weight_multiplies_it() -> None:
     taken, ternary = abstract_leaf("int2g128[4,16,256]"), abstract_leaf("ternaryg128[4,16,256]")
+    left = abstract_leaf("fp8b128x128[4,16,256]")
     slots = jnp.zeros(8, jnp.int32)
-    experts = ExpertWeights((taken, ternary), slots, slots)
-    assert kernel_of(experts, jnp.bfloat16, "tpu") == {"pallas_tpu": [taken], "xla": [ternary]}
-    assert kernel_of(experts, jnp.bfloat16, "cpu") == {"xla": [taken, ternary]}
+    experts = ExpertWeights((taken, left, ternary), slots, slots)
+    assert kernel_of(experts, jnp.bfloat16, "tpu") == {"pallas_tpu": [taken, ternary], "xla": [left]}
+    assert kernel_of(experts, jnp.bfloat16, "cpu") == {"xla": [taken, left, ternary]}
     matrix = abstract_leaf("int2g128[16,256]")
     assert set(kernel_of(matrix, jnp.bfloat16, "tpu")) == {"pallas_tpu"}
     assert set(kernel_of(matrix, jnp.float16, "tpu")) == set(kernel_of(taken, jnp.bfloat16, "tpu")) == {"xla"}
 
 
-@pytest.mark.parametrize("names", [["int2g128"], ["int2g128", "ternaryg128"], ["ternaryg128"]])
+@pytest.mark.parametrize("names", [["int2g128"], ["int2g128", "ternaryg128", "bf16"], ["ternaryg128"], ["bf16"]])
 def test_programs_for_tpu_have_a_kernel_for_every_bucket_that_has_one(names: list[str]) -> None:
     experts = gather_experts([random_leaf(f"{name}[16,256]") for name in names])
     rows_E = jnp.ones(len(names), jnp.int32)
     traced = str(jax.make_jaxpr(expert_matmul)(rows(256)[: len(names)], experts, rows_E))
     # Each for TPU, and to be interpreted.
-    assert traced.count("pallas_call[") == 2 * sum(name != "ternaryg128" for name in names)
+    assert traced.count("pallas_call[") == 2 * sum(name != "bf16" for name in names)
