@@ -225,9 +225,9 @@ def _kernel(
     o, n = pl.program_id(0), pl.program_id(1)
     group_size = w_IO.shape[0] // scale_GO.shape[0]
 
-    def put(codes: jax.Array, first: jax.Array | int) -> None:
+    def put(codes: jax.Array, first: jax.Array) -> None:
         """The weights of SUBLANES inputs, which share their group."""
-        first = pl.multiple_of(jnp.asarray(first), SUBLANES)
+        first = pl.multiple_of(first, SUBLANES)
         levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
         scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
         w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)

@@ -1,6 +1,7 @@
 """Codes out of a tile of packed words in a TPU's vector memory, inputs along sublanes and outputs along lanes.
 
 They come in runs of 16 inputs, a bfloat16 register's sublanes, which share their group: 16 divides a group's size.
+Loops over runs are traced once and unrolled when they are lowered, where shifts and places become constants.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from moejax.formats import GroupedCodes, GroupedInt, GroupedTernary, planar, tri
 SUBLANES = planar.UNIT_WORDS
 
 # What puts the codes of neighbouring inputs, from the first on, (n, O).
-Put = Callable[[jax.Array, jax.Array | int], None]
+Put = Callable[[jax.Array, jax.Array], None]
 
 
 def unpack_of(w: GroupedCodes) -> Callable[[jax.Ref, Put], None]:
@@ -32,15 +33,19 @@ def _unpack_ints(words_WO: jax.Ref, put: Put, bits: int, inputs: int) -> None:
     tile = planar.tile_inputs(bits)
 
     def unpack_tile(t: jax.Array, _: None) -> None:
-        for run in range(tile // SUBLANES):
+        def unpack_run(run: jax.Array, _: None) -> None:
             codes, plane = jnp.uint32(0), t * (tile * bits // planar.WORD_BITS)
             for width in planar.planes(bits):
-                unit, own = divmod(run, planar.WORD_BITS // width)
-                words = words_WO[pl.ds(pl.multiple_of(plane + unit * SUBLANES, SUBLANES), SUBLANES), :]
-                fields = (words >> planar.shift_of_run(own, width)) & ((1 << width) - 1)
+                runs = planar.WORD_BITS // width
+                first = pl.multiple_of(plane + jax.lax.div(run, runs) * SUBLANES, SUBLANES)
+                own = jax.lax.rem(run, runs)
+                shift = 8 * jax.lax.rem(own, 4) + width * jax.lax.div(own, 4)
+                fields = (words_WO[pl.ds(first, SUBLANES), :] >> shift.astype(jnp.uint32)) & ((1 << width) - 1)
                 codes = (codes << width) | fields
                 plane += tile * width // planar.WORD_BITS
             put(codes, t * tile + run * SUBLANES)
+
+        jax.lax.fori_loop(0, tile // SUBLANES, unpack_run, None, unroll=True)
 
     jax.lax.fori_loop(0, inputs // tile, unpack_tile, None)
 
@@ -54,12 +59,15 @@ def _unpack_trits(words_WO: jax.Ref, put: Put, inputs: int) -> None:
         _put_runs(words_WO[pl.ds(pl.multiple_of(u * SUBLANES, SUBLANES), SUBLANES), :], put, u * unit)
 
     def unpack_rest(codes_IO: jax.Ref) -> None:
-        def lay_out(codes: jax.Array, first: jax.Array | int) -> None:
+        def lay_out(codes: jax.Array, first: jax.Array) -> None:
             codes_IO[pl.ds(first, rest), :] = codes
 
+        def put_run(run: jax.Array, _: None) -> None:
+            codes = codes_IO[pl.ds(pl.multiple_of(run * SUBLANES, SUBLANES), SUBLANES), :]
+            put(codes, whole * unit + run * SUBLANES)
+
         _put_runs(words_WO[whole * SUBLANES :, :], lay_out, 0)
-        for first in range(0, inputs - whole * unit, SUBLANES):
-            put(codes_IO[first : first + SUBLANES, :], whole * unit + first)
+        jax.lax.fori_loop(0, (inputs - whole * unit) // SUBLANES, put_run, None, unroll=True)
 
     if whole:
         jax.lax.fori_loop(0, whole, unpack_unit, None)
@@ -69,9 +77,14 @@ def _unpack_trits(words_WO: jax.Ref, put: Put, inputs: int) -> None:
 
 def _put_runs(words: jax.Array, put: Put, first: jax.Array | int) -> None:
     """The 20 runs of a unit, from input `first` on: those of a byte are its digits, each by one multiplication."""
-    for byte in range(trits.BYTES_PER_WORD):
-        fractions = (words >> (8 * byte)) & 0xFF
-        for digit in range(trits.DIGITS_PER_BYTE):
+
+    def put_byte(byte: jax.Array, _: None) -> None:
+        def put_digit(digit: jax.Array, fractions: jax.Array) -> jax.Array:
             thrice = fractions * 3
             put(thrice >> 8, first + (digit * trits.BYTES_PER_WORD + byte) * len(words))
-            fractions = thrice & 0xFF
+            return thrice & 0xFF
+
+        fractions = (words >> (8 * byte).astype(jnp.uint32)) & 0xFF
+        jax.lax.fori_loop(0, trits.DIGITS_PER_BYTE, put_digit, fractions, unroll=True)
+
+    jax.lax.fori_loop(0, trits.BYTES_PER_WORD, put_byte, None, unroll=True)

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if "TPU_SKIP_MDS_QUERY" in os.environ and len(options.chips) == 1:
+    if "ALLOW_MULTIPLE_LIBTPU_LOAD" in os.environ and len(options.chips) == 1:
         rows = compile_for(options.chips[0], options.cases)
     else:
         rows = [row for chip in options.chips for row in compiled_in_a_process(chip, options.cases)]
