@@ -138,7 +138,7 @@ def _multiply(
     index_B: jax.Array,
     count: jax.Array | int,
     y_BTO: jax.Array,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     """y with its blocks `own_B`, of which there are `count`, replaced by those of x times the matrices `index_B` of w;
     blocks of one matrix come one behind the other."""

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from leaf_oracle import random_leaf
-from moejax.formats import ExpertWeights, abstract_leaf, gather_experts
+from leaf_oracle import random_leaf, to_numpy
+from moejax.formats import ExpertWeights, GroupedCodes, abstract_leaf, gather_experts
 from moejax.kernels import expert_matmul, kernel_of, pallas_tpu
 
 TRUE_SHAPES = [(2048, 7168), (7168, 2048), (1536, 7168), (24576, 1536), (7168, 16384), (18432, 7168), (7168, 18432)]
@@ -82,3 +84,18 @@ def test_programs_for_tpu_have_a_kernel_for_every_bucket_that_has_one(names: lis
     traced = str(jax.make_jaxpr(expert_matmul)(rows(256)[: len(names)], experts, rows_E))
     # Each for TPU, and to be interpreted.
     assert traced.count("pallas_call[") == 2 * sum(name != "bf16" for name in names)
+
+
+def test_words_fetched_ahead_have_come_when_they_are_read() -> None:
+    """Of eight experts a TPU stores a word of all side by side, and the kernel fetches them itself; here each copy is
+    put off until it is waited for."""
+    w = random_leaf("ternaryg32[8,256,352]")
+    assert isinstance(w, GroupedCodes)
+    own_B, index_B = jnp.arange(6, dtype=jnp.int32), jnp.asarray([1, 1, 5, 0, 7, 0], jnp.int32)
+    x_BTI = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 352)), jnp.float32)
+    y_BTO = jnp.zeros((6, 2, 256), jnp.float32)
+    late = pltpu.InterpretParams(dma_execution_mode="on_wait")
+    found = pallas_tpu._multiply(x_BTI, w, own_B, index_B, 5, y_BTO, late)
+    expected = np.einsum("bti,boi->bto", np.asarray(x_BTI, np.float64), to_numpy(w)[index_B])
+    np.testing.assert_allclose(found[:5], expected[:5], rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(found[5], 0)
