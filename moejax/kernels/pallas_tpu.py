@@ -6,6 +6,10 @@ along lanes: then a field is shifted out of whole registers, a group's scales ar
 group's inputs, and the matrix unit takes the tile as it is. Experts' numbers are known before the kernel starts (scalar
 prefetch), so that the next packed tile is fetched while one is at work, and what no row needs is not read.
 
+Packed words are read in the order in which XLA stores them (`_order`). Where a word of all experts lies side by side,
+no block of the grid holds one expert alone, and the kernel fetches its words itself, at the last rows of the expert
+before: beside the product, not beside the unpacking.
+
 Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-of-time compilation); lowered for another
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
