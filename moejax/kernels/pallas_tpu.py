@@ -19,6 +19,7 @@ group, and rows of integers of no whole number of tiles: I must be a multiple of
 bits, of 128 at 4 and 64 at 8. Ternary rows may end in a unit of fewer words.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -148,7 +149,8 @@ def _multiply(
     blocks of one matrix come one behind the other."""
     (_, block, inputs), (_, outputs, num_words), num_groups = x_BTI.shape, w.words.shape, w.scale.shape[-1]
     output_tile = outputs_together(outputs, inputs, x_BTI.dtype)
-    order = _order(w.words.shape, output_tile)
+    if (order := _order(w.words.shape)) == "WNO":  # what the kernel fetches does not end where a row does
+        output_tile = math.gcd(output_tile, outputs)
     words = w.words.transpose(["NOW".index(axis) for axis in order])
     words_spec = {
         "NOW": pl.BlockSpec((None, output_tile, num_words), lambda o, n, own_B, index_B: (index_B[n], o, 0)),
@@ -183,14 +185,14 @@ def _multiply(
     )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
 
 
-def _order(words: tuple[int, ...], output_tile: int) -> Order:
+def _order(words: tuple[int, ...]) -> Order:
     """The order in which XLA for TPU stores words (N, O, W), as far as its choice is known: that which pads the two
     last axes least. In any other the weights would be copied at every call, and all of them."""
     experts, outputs, num_words = words
     if num_words % LANES == 0:
         return "NOW"
     experts_fill = experts in (2, 4) or experts % WORD_SUBLANES == 0
-    return "WNO" if experts_fill and num_words % WORD_SUBLANES and outputs % output_tile == 0 else "NWO"
+    return "WNO" if experts_fill and num_words % WORD_SUBLANES and outputs % LANES == 0 else "NWO"
 
 
 def _rows_together(x_RI: jax.Array) -> int:

@@ -255,8 +255,8 @@ class TestExpertMatmul:
     @pytest.mark.parametrize("name", ["ternaryg64", "ternaryg128e8"])
     def test_ternary(self, name: str, dtype: str, backend: str) -> None:
         """So many experts that a TPU would store a word of all side by side; more than one block of rows for some."""
-        self.check([1, 0, 30, 1, 0, 2, 0, 1], dtype, backend, shape="[48,512]", formats=[name] * 8)
-        self.check([1, 0, 0, 0], dtype, backend, shape="[32,2048]", formats=[name] * 4)
+        self.check([1, 0, 30, 1, 0, 2, 0, 1], dtype, backend, shape="[128,512]", formats=[name] * 8)
+        self.check([1, 0, 0, 0], dtype, backend, shape="[40,2048]", formats=[name] * 4)
 
     def test_ternary_beside_integers(self, backend: str) -> None:
         formats = ["ternaryg64", "int2g128", "ternaryg128e8", "int5g32", "ternaryg64"]

@@ -86,14 +86,15 @@ def test_programs_for_tpu_have_a_kernel_for_every_bucket_that_has_one(names: lis
     assert traced.count("pallas_call[") == 2 * sum(name != "bf16" for name in names)
 
 
-def test_words_fetched_ahead_have_come_when_they_are_read() -> None:
+def test_words_fetched_ahead_have_come_when_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight experts a TPU stores a word of all side by side, and the kernel fetches them itself; here each copy is
-    put off until it is waited for."""
-    w = random_leaf("ternaryg32[8,256,352]")
+    put off until it is waited for. Tiles of 256 outputs would not divide a matrix."""
+    monkeypatch.setattr(pallas_tpu, "MAX_OUTPUT_TILE", 256)
+    w = random_leaf("ternaryg32[8,384,352]")
     assert isinstance(w, GroupedCodes)
     own_B, index_B = jnp.arange(6, dtype=jnp.int32), jnp.asarray([1, 1, 5, 0, 7, 0], jnp.int32)
     x_BTI = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 352)), jnp.float32)
-    y_BTO = jnp.zeros((6, 2, 256), jnp.float32)
+    y_BTO = jnp.zeros((6, 2, 384), jnp.float32)
     late = pltpu.InterpretParams(dma_execution_mode="on_wait")
     found = pallas_tpu._multiply(x_BTI, w, own_B, index_B, 5, y_BTO, late)
     expected = np.einsum("bti,boi->bto", np.asarray(x_BTI, np.float64), to_numpy(w)[index_B])

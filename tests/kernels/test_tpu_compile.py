@@ -42,6 +42,7 @@ EXPERTS = [
     "2048,float32,int4g128[4,2048,24576]",
     "8,bfloat16,ternaryg128[32,2048,7168]",
     "8,float32,ternaryg128e8[23,7168,2048]",
+    "8,bfloat16,ternaryg128[64,1408,2048]",
     "64,bfloat16,ternaryg128[16,2048,7168]+int2g128[4,2048,7168]+ternaryg64e8[4,2048,7168]",
 ]
 
