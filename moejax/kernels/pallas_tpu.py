@@ -1,4 +1,4 @@
-"""`matmul` and `expert_matmul` of integer groups as one Pallas kernel for TPU, whatever the width; the rest is XLA's.
+"""`matmul` and `expert_matmul` of integer and ternary groups as one Pallas kernel for TPU; the rest is XLA's.
 
 Rows come in blocks, each of one expert; a plain matrix is the only expert. A tile of an expert's outputs is unpacked
 once into VMEM and multiplied with all blocks of that expert. It is unpacked with inputs along sublanes and outputs
@@ -6,44 +6,55 @@ along lanes: then a field is shifted out of whole registers, a group's scales ar
 group's inputs, and the matrix unit takes the tile as it is. Experts' numbers are known before the kernel starts (scalar
 prefetch), so that the next packed tile is fetched while one is at work, and what no row needs is not read.
 
+Packed words are read in the order in which XLA stores them (`_order`). Where a word of all experts lies side by side,
+no block of the grid holds one expert alone, and the kernel fetches its words itself, at the last rows of the expert
+before: beside the product, not beside the unpacking.
+
 Lowered for TPU it is the Mosaic kernel, in a process without a TPU too (ahead-of-time compilation); lowered for another
 platform the same kernel is interpreted, which serves tests alone. To shard it, call it under `jax.shard_map`.
 
 The other operations go to XLA, and so do weights that `takes` is false of, of experts bucket by bucket: other than
-`GroupedInt`, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last group, and rows of
-no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6 bits, of 128 at 4 and 64 at 8.
+`GroupedInt` and `GroupedTernary`, inputs other than float32 and bfloat16, rows too long for VMEM or with a shorter last
+group, and rows of integers of no whole number of tiles: I must be a multiple of 512 at odd widths, of 256 at 2 and 6
+bits, of 128 at 4 and 64 at 8. Ternary rows may end in a unit of fewer words.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moejax.formats import ExpertWeights, GroupedInt, Leaf, planar
+from moejax.formats import ExpertWeights, GroupedCodes, GroupedInt, GroupedTernary, Leaf, planar
 from moejax.formats.scales import decode_scales
 from moejax.kernels import xla
 from moejax.kernels.reference import PRECISION
+from moejax.kernels.unpack_tpu import SUBLANES, Put, unpack_of
 from moejax.kernels.xla import hadamard, matmul_transposed, product, take
 
 __all__ = ["expert_matmul", "hadamard", "matmul", "matmul_transposed", "product", "take", "takes"]
 
 LANES = 128
-SUBLANES = planar.UNIT_WORDS  # of a bfloat16 register
+WORD_SUBLANES = 8
 MAX_INPUTS = 24576
 MAX_ROW_BLOCK, MAX_OUTPUT_TILE = 256, 512
 TILE_BYTES = 5 << 20  # of the unpacked weights and of the rows, but no fewer than LANES outputs and SUBLANES rows
 VMEM_BYTES = 48 << 20
 
+# Which of a bucket's words (N, O, W) lie side by side: those of a row, or the outputs', a matrix or a word at a time.
+Order = Literal["NOW", "NWO", "WNO"]
+
 
 def takes(dtype: jax.typing.DTypeLike, w: Leaf) -> bool:
     """Whether the kernel multiplies rows of that dtype with a matrix (O, I), or experts' matrices (N, O, I), itself."""
-    if not isinstance(w, GroupedInt) or dtype not in (jnp.float32, jnp.bfloat16):
+    if not isinstance(w, GroupedInt | GroupedTernary) or dtype not in (jnp.float32, jnp.bfloat16):
         return False
-    return not (w.inputs % w.group_size or w.inputs % planar.tile_inputs(w.bits)) and w.inputs <= MAX_INPUTS
+    multiple = planar.tile_inputs(w.bits) if isinstance(w, GroupedInt) else SUBLANES
+    return not (w.inputs % w.group_size or w.inputs % multiple) and w.inputs <= MAX_INPUTS
 
 
 def matmul(x: jax.Array, w: Leaf, interpret: bool | None = None) -> jax.Array:
@@ -68,7 +79,7 @@ def _compiled_or_interpreted(operation: Callable[..., jax.Array], interpret: boo
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
+def _matmul(x: jax.Array, w: GroupedCodes, interpret: bool) -> jax.Array:
     x_RI = x.reshape(-1, x.shape[-1])
     blocks = pl.cdiv(len(x_RI), _rows_together(x_RI))
     block = pl.cdiv(len(x_RI), blocks)
@@ -82,7 +93,7 @@ def _matmul(x: jax.Array, w: GroupedInt, interpret: bool) -> jax.Array:
 
 @_matmul.defjvp
 def _derivative(
-    interpret: bool, given: tuple[jax.Array, GroupedInt], by: tuple[jax.Array, GroupedInt]
+    interpret: bool, given: tuple[jax.Array, GroupedCodes], by: tuple[jax.Array, GroupedCodes]
 ) -> tuple[jax.Array, jax.Array]:
     """Derivatives are the tiled path's."""
     return _matmul(*given, interpret), jax.jvp(xla.matmul, given, by)[1]
@@ -102,7 +113,7 @@ def _expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, interpr
     y_BTO = jnp.zeros((*blocks.row_BT.shape, w.shape[1]), x_RI.dtype)
     for b in taken:
         bucket = w.buckets[b]
-        assert isinstance(bucket, GroupedInt)
+        assert isinstance(bucket, GroupedCodes)
         y_BTO = _multiply_bucket(x_BTI, bucket, b, blocks.bucket_B, blocks.index_B, y_BTO, interpret)
     y_RO = jnp.take(y_BTO.reshape(-1, w.shape[1]), blocks.place_R, axis=0, mode="clip")
     if not others:
@@ -155,7 +166,7 @@ def _in_blocks(rows_E: jax.Array, bucket_E: jax.Array, index_E: jax.Array, num_r
 @partial(jax.jit, static_argnames="interpret")
 def _multiply_bucket(
     x_BTI: jax.Array,
-    w: GroupedInt,
+    w: GroupedCodes,
     bucket: jax.Array | int,
     bucket_B: jax.Array,
     index_B: jax.Array,
@@ -172,32 +183,33 @@ def _multiply_bucket(
 
 def _multiply(
     x_BTI: jax.Array,
-    w: GroupedInt,
+    w: GroupedCodes,
     own_B: jax.Array,
     index_B: jax.Array,
     count: jax.Array | int,
     y_BTO: jax.Array,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     """y with its blocks `own_B`, of which there are `count`, replaced by those of x times the matrices `index_B` of w;
     blocks of one matrix come one behind the other."""
     (_, block, inputs), (_, outputs, num_words), num_groups = x_BTI.shape, w.words.shape, w.scale.shape[-1]
     output_tile = outputs_together(outputs, inputs, x_BTI.dtype)
-    # On TPU, XLA stores by column what has rows that would not fill the lanes: transposed, it is read where it lies.
-    by_column = num_words % LANES != 0
-    words = w.words.swapaxes(1, 2) if by_column else w.words
-    words_block = (None, num_words, output_tile) if by_column else (None, output_tile, num_words)
+    if (order := _order(w.words.shape)) == "WNO":  # what the kernel fetches does not end where a row does
+        output_tile = math.gcd(output_tile, outputs)
+    words = w.words.transpose(["NOW".index(axis) for axis in order])
+    words_spec = {
+        "NOW": pl.BlockSpec((None, output_tile, num_words), lambda o, n, own_B, index_B: (index_B[n], o, 0)),
+        "NWO": pl.BlockSpec((None, num_words, output_tile), lambda o, n, own_B, index_B: (index_B[n], 0, o)),
+        "WNO": pl.BlockSpec(memory_space=pl.ANY),
+    }[order]
     return pl.pallas_call(
-        partial(_kernel, bits=w.bits, zero=float(w.levels.zero), by_column=by_column),
+        partial(_kernel, unpack=unpack_of(w), zero=float(w.levels.zero), order=order),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(outputs, output_tile), count),
             in_specs=[
                 pl.BlockSpec((None, block, inputs), lambda o, n, own_B, index_B: (own_B[n], 0, 0)),
-                pl.BlockSpec(
-                    words_block,
-                    lambda o, n, own_B, index_B: (index_B[n], 0, o) if by_column else (index_B[n], o, 0),
-                ),
+                words_spec,
                 pl.BlockSpec((None, num_groups, output_tile), lambda o, n, own_B, index_B: (index_B[n], 0, o)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
@@ -206,6 +218,7 @@ def _multiply(
                 pltpu.VMEM((num_words, output_tile), jnp.uint32),
                 pltpu.VMEM((num_groups, output_tile), jnp.float32),
                 pltpu.VMEM((inputs, output_tile), x_BTI.dtype),
+                pltpu.SemaphoreType.DMA,
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(y_BTO.shape, y_BTO.dtype),
@@ -215,6 +228,16 @@ def _multiply(
         ),
         interpret=interpret,
     )(own_B, index_B, x_BTI, words, w.scale.swapaxes(1, 2), y_BTO)
+
+
+def _order(words: tuple[int, ...]) -> Order:
+    """The order in which XLA for TPU stores words (N, O, W), as far as its choice is known: that which pads the two
+    last axes least. In any other the weights would be copied at every call, and all of them."""
+    experts, outputs, num_words = words
+    if num_words % LANES == 0:
+        return "NOW"
+    experts_fill = experts in (2, 4) or experts % WORD_SUBLANES == 0
+    return "WNO" if experts_fill and num_words % WORD_SUBLANES and outputs % LANES == 0 else "NWO"
 
 
 def _rows_together(x_RI: jax.Array) -> int:
@@ -243,42 +266,47 @@ def _kernel(
     words_WO: jax.Ref,
     scale_GO: jax.Ref,
     w_IO: jax.Ref,
+    arrived: jax.Ref,
     *,
-    bits: int,
+    unpack: Callable[[jax.Ref, Put], None],
     zero: float,
-    by_column: bool,
+    order: Order,
 ) -> None:
     """y = x @ w for a block of rows and a tile of outputs, whose weights are unpacked at their first block."""
-    n = pl.program_id(1)
+    o, n = pl.program_id(0), pl.program_id(1)
+    group_size = w_IO.shape[0] // scale_GO.shape[0]
+
+    def put(codes: jax.Array, first: jax.Array) -> None:
+        """The weights of SUBLANES inputs, which share their group."""
+        first = pl.multiple_of(first, SUBLANES)
+        levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
+        scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
+        w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
+
+    def begin(n: jax.Array) -> None:
+        pltpu.make_async_copy(words_of(n), words_WO, arrived).start()
+
+    def words_of(n: jax.Array) -> jax.Ref:
+        """Those of the n-th block's tile, which do not lie together."""
+        return words_ref.at[:, index_B[n], pl.ds(o * words_WO.shape[1], words_WO.shape[1])]
+
+    def fetch() -> None:
+        if order == "WNO":
+            pl.when(n == 0)(partial(begin, n))
+            pltpu.make_async_copy(words_of(n), words_WO, arrived).wait()
+        else:
+            words_WO[...] = words_ref[...] if order == "NWO" else words_ref[...].T
 
     @pl.when((n == 0) | (index_B[n] != index_B[jnp.maximum(n - 1, 0)]))
     def _() -> None:
-        words_WO[...] = words_ref[...] if by_column else words_ref[...].T
+        fetch()
         scale_GO[...] = decode_scales(scale_ref[...], jnp.float32)
-        _unpack(words_WO, scale_GO, w_IO, bits, zero)
+        unpack(words_WO, put)
+
+    if order == "WNO":
+        after = jnp.minimum(n + 1, pl.num_programs(1) - 1)
+        pl.when(index_B[after] != index_B[n])(partial(begin, after))
 
     precision = PRECISION if x_TI.dtype == jnp.float32 else None
     y = jnp.dot(x_TI[...], w_IO[...], precision=precision, preferred_element_type=jnp.float32)
     y_TO[...] = y.astype(y_TO.dtype)
-
-
-def _unpack(words_WO: jax.Ref, scale_GO: jax.Ref, w_IO: jax.Ref, bits: int, zero: float) -> None:
-    """Tile by tile, and run by run in each: 16 inputs that share their group, out of 16 words by one shift a plane."""
-    inputs, outputs = w_IO.shape
-    group_size, tile = inputs // scale_GO.shape[0], planar.tile_inputs(bits)
-
-    def unpack_tile(t: jax.Array, _: None) -> None:
-        for run in range(tile // SUBLANES):
-            codes, plane = jnp.zeros((SUBLANES, outputs), jnp.uint32), t * (tile * bits // planar.WORD_BITS)
-            for width in planar.planes(bits):
-                unit, own = divmod(run, planar.WORD_BITS // width)
-                words = words_WO[pl.ds(pl.multiple_of(plane + unit * SUBLANES, SUBLANES), SUBLANES), :]
-                fields = (words >> planar.shift_of_run(own, width)) & ((1 << width) - 1)
-                codes = (codes << width) | fields
-                plane += tile * width // planar.WORD_BITS
-            first = pl.multiple_of(t * tile + run * SUBLANES, SUBLANES)
-            levels = codes.astype(jnp.int32).astype(jnp.float32) - zero
-            scale = scale_GO[pl.ds(jax.lax.div(first, group_size), 1), :]
-            w_IO[pl.ds(first, SUBLANES), :] = (levels * scale).astype(w_IO.dtype)
-
-    jax.lax.fori_loop(0, inputs // tile, unpack_tile, None)

@@ -37,6 +37,8 @@ MATRICES = [
     "int8g128[40,192]",
     "int5g64e8[24,75]",  # and padded words
     "ternaryg128[24,201]",
+    "ternaryg128e8[24,2048]",
+    "ternaryg64[24,2560]",  # words fill whole lanes
     "fp8b128x128[200,136]",
     "fp8b32x32[64,96]",
     "f32[40,96]",
@@ -148,6 +150,11 @@ class TestMatmul:
     def test_float64(self, spec: str, backend: str, x64: None) -> None:
         self.check(spec, 7, "float64", backend)
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("inputs", range(320, 640, 32))
+    def test_every_rest_of_a_unit_of_trits(self, inputs: int, dtype: str, backend: str) -> None:
+        self.check(f"ternaryg32[24,{inputs}]", 7, dtype, backend)
+
     @pytest.mark.parametrize("leading", [(), (2, 3)])
     def test_leading_axes(self, leading: tuple[int, ...], backend: str) -> None:
         w = random_leaf("int3g32[40,512]")
@@ -243,6 +250,17 @@ class TestExpertMatmul:
     def test_scales_of_eight_bits(self, backend: str) -> None:
         formats = ("int3g32e8", "bf16", "int3g32", "ternaryg64e8", "int3g32e8")
         self.check([3, 0, 4, 1, 5], "float32", backend, formats=formats)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("name", ["ternaryg64", "ternaryg128e8"])
+    def test_ternary(self, name: str, dtype: str, backend: str) -> None:
+        """So many experts that a TPU would store a word of all side by side; more than one block of rows for some."""
+        self.check([1, 0, 30, 1, 0, 2, 0, 1], dtype, backend, shape="[128,512]", formats=[name] * 8)
+        self.check([1, 0, 0, 0], dtype, backend, shape="[40,2048]", formats=[name] * 4)
+
+    def test_ternary_beside_integers(self, backend: str) -> None:
+        formats = ["ternaryg64", "int2g128", "ternaryg128e8", "int5g32", "ternaryg64"]
+        self.check([3, 2, 4, 1, 5], "bfloat16", backend, shape="[48,1536]", formats=formats)
 
 
 @pytest.mark.parametrize("backend", implementations("product"))

@@ -27,6 +27,10 @@ CASES = [
     "256,bfloat16,int8g128[18432,7168]",
     "256,bfloat16,int7g32[7168,18432]",
     "48,float32,int8g32[7168,18432]",
+    "1,bfloat16,ternaryg128[2048,7168]",
+    "64,float32,ternaryg64e8[7168,2048]",
+    "256,bfloat16,ternaryg32[7168,18432]",
+    "256,bfloat16,ternaryg128[24576,1536]",
 ]
 # Few rows, which are blocks of one row; many, which come in blocks of their expert; buckets of several formats.
 EXPERTS = [
@@ -36,6 +40,10 @@ EXPERTS = [
     "64,bfloat16,int1g128e8[4,2048,7168]+int2g128e8[16,2048,7168]+int3g128[4,2048,7168]",
     "4096,bfloat16,int2g128e8[16,7168,2048]+int4g64[16,7168,2048]",
     "2048,float32,int4g128[4,2048,24576]",
+    "8,bfloat16,ternaryg128[32,2048,7168]",
+    "8,float32,ternaryg128e8[23,7168,2048]",
+    "8,bfloat16,ternaryg128[64,1408,2048]",
+    "64,bfloat16,ternaryg128[16,2048,7168]+int2g128[4,2048,7168]+ternaryg64e8[4,2048,7168]",
 ]
 
 

@@ -5,7 +5,7 @@ usage: python tools/bench/tpu_compile.py [--chips v5e:2x4 v5p:2x2x1 v6e:2x4 tpu7
 
 A case is `matmul` of so many rows with a matrix (`1,bfloat16,int2g128[2048,7168]`), or `expert_matmul` with experts,
 whose buckets are joined by `+` (`8,bfloat16,int2g128[32,2048,7168]+int3g128[32,2048,7168]`); without `--cases` it is
-every width at DeepSeek-V3's shapes, one token and a prefill of 512. Prints a line of JSON for each: how many Mosaic
+every format at DeepSeek-V3's shapes, one token and a prefill of 512. Prints a line of JSON for each: how many Mosaic
 kernels there are, bytes of arguments and of temporaries, seconds; of few rows among experts also what the blocks of the
 grid move, over the packed bytes of the experts that rows go to. Every chip has a process of its own, because a bad
 kernel can abort it. libtpu exists for Linux on x86-64 only.
@@ -31,7 +31,7 @@ from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf,
 from moejax.kernels import pallas_tpu
 
 CHIPS = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")
-FORMATS = [*(f"int{bits}g128" for bits in range(1, 9)), "int2g128e8", "sint4g32f16"]
+FORMATS = [*(f"int{bits}g128" for bits in range(1, 9)), "int2g128e8", "sint4g32f16", "ternaryg128", "ternaryg128e8"]
 # A token's 8 experts, and 512 tokens' 4096 choices among the 32 experts of a format.
 CASES = [
     *(
