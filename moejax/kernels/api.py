@@ -47,13 +47,12 @@ def matmul(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
     return _matmul_by_platform(x, w) if backend is None else BACKENDS[backend].matmul(x, w)
 
 
-@partial(jax.jit, static_argnames="backend")
-def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str = "xla") -> jax.Array:
+def matmul_transposed(x: jax.Array, w: Leaf, *, backend: str | None = None) -> jax.Array:
     """Contract the weight's outputs: y[..., b, i] = sum_o w[b, o, i] * x[..., b, o].
 
     x (..., *batch, O), w (*batch, O, I) with at most one batch axis -> (..., *batch, I).
     """
-    return BACKENDS[backend].matmul_transposed(x, w)
+    return _transposed_by_platform(x, w) if backend is None else BACKENDS[backend].matmul_transposed(x, w)
 
 
 def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backend: str | None = None) -> jax.Array:
@@ -90,8 +89,7 @@ def kernel_of(w: Leaf | ExpertWeights, dtype: jax.typing.DTypeLike, platform: st
     bucket by bucket: the first of the platform's list (`LISTS`, else `xla`) that takes it."""
     found: dict[str, list[Leaf]] = {}
     for leaf in w.buckets if isinstance(w, ExpertWeights) else (w,):
-        fits = isinstance(w, ExpertWeights) or leaf.ndim == 2
-        names = [name for name in LISTS.get(platform, ()) if fits and _TAKES[name](dtype, leaf)]
+        names = [name for name in LISTS.get(platform, ()) if _TAKES[name](dtype, leaf)]
         found.setdefault([*names, "xla"][0], []).append(leaf)
     return found
 
@@ -102,6 +100,14 @@ def _matmul_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
     if not x.size or "xla" in kernel_of(w, x.dtype, "tpu"):
         return xla.matmul(x, w)
     return jax.lax.platform_dependent(x, w, tpu=partial(pallas_tpu.matmul, interpret=False), default=xla.matmul)
+
+
+@jax.jit
+def _transposed_by_platform(x: jax.Array, w: Leaf) -> jax.Array:
+    if not x.size or "xla" in kernel_of(w, x.dtype, "tpu"):
+        return xla.matmul_transposed(x, w)
+    compiled = partial(pallas_tpu.matmul_transposed, interpret=False)
+    return jax.lax.platform_dependent(x, w, tpu=compiled, default=xla.matmul_transposed)
 
 
 @jax.jit

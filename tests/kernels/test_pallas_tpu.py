@@ -6,7 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from leaf_oracle import random_leaf, to_numpy
 from moejax.formats import ExpertWeights, GroupedCodes, abstract_leaf, gather_experts
-from moejax.kernels import expert_matmul, kernel_of, pallas_tpu
+from moejax.kernels import expert_matmul, kernel_of, multiply_tpu, pallas_tpu
 
 TRUE_SHAPES = [(2048, 7168), (7168, 2048), (1536, 7168), (24576, 1536), (7168, 16384), (18432, 7168), (7168, 18432)]
 
@@ -88,14 +88,14 @@ def test_programs_for_tpu_have_a_kernel_for_every_bucket_that_has_one(names: lis
 def test_words_fetched_ahead_have_come_when_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight experts a TPU stores a word of all side by side, and the kernel fetches them itself; here each copy is
     put off until it is waited for. Tiles of 256 outputs would not divide a matrix."""
-    monkeypatch.setattr(pallas_tpu, "MAX_OUTPUT_TILE", 256)
+    monkeypatch.setattr(multiply_tpu, "MAX_OUTPUT_TILE", 256)
     w = random_leaf("ternaryg32[8,384,352]")
     assert isinstance(w, GroupedCodes)
     own_B, index_B = jnp.arange(6, dtype=jnp.int32), jnp.asarray([1, 1, 5, 0, 7, 0], jnp.int32)
     x_BTI = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 352)), jnp.float32)
     y_BTO = jnp.zeros((6, 2, 384), jnp.float32)
     late = pltpu.InterpretParams(dma_execution_mode="on_wait")
-    found = pallas_tpu._multiply(x_BTI, w, own_B, index_B, 5, y_BTO, late)
+    found = multiply_tpu.multiply(x_BTI, w, own_B, index_B, 5, y_BTO, late)
     expected = np.einsum("bti,boi->bto", np.asarray(x_BTI, np.float64), to_numpy(w)[index_B])
     np.testing.assert_allclose(found[:5], expected[:5], rtol=0, atol=1e-3)
     np.testing.assert_array_equal(found[5], 0)

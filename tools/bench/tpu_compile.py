@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import kernels
 from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, payload_bytes
-from moejax.kernels import pallas_tpu
+from moejax.kernels import multiply_tpu
 
 CHIPS = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")
 FORMATS = [*(f"int{bits}g128" for bits in range(1, 9)), "int2g128e8", "sint4g32f16", "ternaryg128", "ternaryg128e8"]
@@ -121,7 +121,7 @@ def moved_over_packed(w: ExpertWeights, dtype: str) -> float:
     """Bytes that the kernel's blocks move where each row goes to an expert of its own, over those of these experts'
     packed matrices, which must be read: by the grid, every tile of outputs of an expert once, its row each time."""
     _, outputs, inputs = w.shape
-    tiles = -(-outputs // pallas_tpu.outputs_together(outputs, inputs, dtype))
+    tiles = -(-outputs // multiply_tpu.outputs_together(outputs, inputs, dtype))
     packed = payload_bytes(w.buckets) / w.num_experts
     row = (tiles * inputs + outputs) * np.dtype(dtype).itemsize
     return (packed + row) / packed
