@@ -11,7 +11,7 @@ import pytest
 from leaf_oracle import FloatArray, random_leaf, to_numpy
 from moejax import kernels
 from moejax.formats import Leaf, gather_experts
-from moejax.kernels import pallas_tpu, xla
+from moejax.kernels import multiply_tpu, xla
 from moejax.kernels.hadamard_matrix import hadamard_matrix, hadamard_order
 
 # Bounds on |error| / (|x| |w|^T): in bfloat16 a weight and a result are rounded by 2^-9 each; in float32 it is the sum
@@ -46,6 +46,8 @@ MATRICES = [
 ]
 BATCHES = [
     "int4g32[3,40,128]",
+    "int4g32[3,16,128]",  # all outputs are one tile
+    "ternaryg128e8[3,16,128]",
     "int4g64[3,40,100]",
     "ternaryg64[3,40,128]",
     "int4g64e8[3,40,128]",
@@ -74,8 +76,8 @@ def implementations(operation: str) -> list[str]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that every loop over them runs, and none divides its matrix."""
     monkeypatch.setattr(xla, "TILE_BYTES", 4 * 512 * 16)
-    monkeypatch.setattr(pallas_tpu, "MAX_OUTPUT_TILE", 16)
-    monkeypatch.setattr(pallas_tpu, "MAX_ROW_BLOCK", 24)
+    monkeypatch.setattr(multiply_tpu, "MAX_OUTPUT_TILE", 16)
+    monkeypatch.setattr(multiply_tpu, "MAX_ROW_BLOCK", 24)
 
 
 @pytest.fixture

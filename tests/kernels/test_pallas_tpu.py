@@ -6,7 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from leaf_oracle import random_leaf, to_numpy
 from moejax.formats import ExpertWeights, GroupedCodes, abstract_leaf, gather_experts
-from moejax.kernels import expert_matmul, kernel_of, multiply_tpu, pallas_tpu
+from moejax.kernels import expert_matmul, kernel_of, matmul_transposed, multiply_tpu, pallas_tpu
 
 TRUE_SHAPES = [(2048, 7168), (7168, 2048), (1536, 7168), (24576, 1536), (7168, 16384), (18432, 7168), (7168, 18432)]
 
@@ -45,14 +45,12 @@ def test_takes_multiples_of(bits: int, multiple: int) -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        "int4g32[2,16,128]",
         "int4g32[16,32768]",
         "int8g128[16,192]",
         "fp8b128x128[16,128]",
         "bf16[16,128]",
         "ternaryg64[16,672]",  # a shorter last group
         "ternaryg64[16,32768]",
-        "ternaryg64[2,16,640]",
     ],
 )
 def test_leaves_others_to_xla(spec: str) -> None:
@@ -99,3 +97,9 @@ def test_words_fetched_ahead_have_come_when_they_are_read(monkeypatch: pytest.Mo
     expected = np.einsum("bti,boi->bto", np.asarray(x_BTI, np.float64), to_numpy(w)[index_B])
     np.testing.assert_allclose(found[:5], expected[:5], rtol=0, atol=1e-3)
     np.testing.assert_array_equal(found[5], 0)
+
+
+@pytest.mark.parametrize(("outputs", "count"), [(512, 1), (520, 0)])
+def test_matrices_of_one_tile_are_multiplied_from_the_other_side(outputs: int, count: int) -> None:
+    w, x = abstract_leaf(f"int4g32[2,{outputs},128]"), jax.ShapeDtypeStruct((3, 2, outputs), jnp.bfloat16)
+    assert str(jax.make_jaxpr(matmul_transposed)(x, w)).count("pallas_call[") == count
