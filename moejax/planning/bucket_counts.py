@@ -6,7 +6,7 @@ Multiples of a number make sizes fewer, and none is small.
 The experts of a projection that stay are ordered by what rounding costs them and cut into groups of `multiple`, which
 get one format each, as a single weight does. Nothing is lost by that order where what an expert costs in a format is a
 figure of the expert times one of the format: whatever the numbers of experts by format, the best way to hand formats
-out gives every format neighbours. Costs as measured are nearly of that form; what they are not is made up for by
+out gives every format neighbours. Costs as measured are nearly of that form; most of what they differ by is won back by
 experts that exchange their formats in the end.
 """
 
