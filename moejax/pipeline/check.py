@@ -31,7 +31,14 @@ def check_limit(checkpoint: HuggingFaceCheckpoint, limit: Limit, recipe: Recipe)
     shapes = shapes_of(checkpoint, recipe.method)
     config = shapes.config
     candidates(recipe, config, [config.n_routed_experts] * config.num_hidden_layers)
-    problem = Problem(options(shapes.model, recipe), LossCurves(), config, shapes.size_of, method=recipe.method)
+    problem = Problem(
+        options(shapes.model, recipe),
+        LossCurves(),
+        config,
+        shapes.size_of,
+        method=recipe.method,
+        multiple=recipe.bucket_multiple,
+    )
     smallest = problem.smallest()
     size = smallest.bytes + _scattering_bytes(smallest.plan, config.n_routed_experts)
     without_format = problem.costs.without_format

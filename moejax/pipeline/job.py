@@ -183,7 +183,14 @@ def prepare(
     prices, allowed = Prices(measured, config, recipe), options(shapes.model, recipe)
     pruning = prices.pruning()
     costs = prices.costs(allowed, pruning)
-    problem = Problem(costs.within(allowed), prices.curves(), config, shapes.size_of, method=recipe.method)
+    problem = Problem(
+        costs.within(allowed),
+        prices.curves(),
+        config,
+        shapes.size_of,
+        method=recipe.method,
+        multiple=recipe.bucket_multiple,
+    )
     return Prepared(checkpoint, shapes, recipe, trials, costs, pruning, problem)
 
 

@@ -55,21 +55,23 @@ def order_of_pruning(
 def allowed_counts(order: np.ndarray, config: Config, recipe: Recipe) -> np.ndarray:
     """0 where the first n = 0 .. len(order) of an order may be pruned, infinity where the recipe forbids that number.
 
-    Raises InputError if the recipe keeps a share of experts that no allowed number leaves.
+    All experts may stay, also where they are not a multiple of `bucket_multiple`. Raises InputError if the recipe keeps
+    a share of experts that routing does not do with.
     """
-    pruned = np.arange(len(order) + 1)
-    allowed = pruned % config.n_group == 0 if recipe.groups == "equal" else np.full(len(pruned), True)
+    every = config.n_routed_experts
+    kept = every - np.arange(every + 1)
+    allowed = (kept % recipe.bucket_multiple == 0) | (kept == every)
+    if recipe.groups == "equal":
+        allowed &= kept % config.n_group == 0
     if recipe.share_kept is not None:
-        kept = math.ceil(recipe.share_kept * config.n_routed_experts)
-        if recipe.groups == "equal":
-            kept = math.ceil(kept / config.n_group) * config.n_group
-        allowed &= pruned == config.n_routed_experts - kept
-        if not allowed.any():
+        share = np.min(kept[allowed & (kept >= math.ceil(recipe.share_kept * every))])
+        allowed &= kept == share
+        if share < every - len(order):
             raise InputError(
-                f"share_kept {recipe.share_kept} keeps {kept} of {config.n_routed_experts} experts; routing needs at "
-                f"least {config.n_routed_experts - len(order)} of them"
+                f"share_kept {recipe.share_kept} keeps {share} of {every} experts; routing needs at least "
+                f"{every - len(order)} of them"
             )
-    return np.where(allowed, 0.0, np.inf)
+    return np.where(allowed[: len(order) + 1], 0.0, np.inf)
 
 
 def pruned_count(allowed: np.ndarray, share: float) -> int:

@@ -143,7 +143,13 @@ def outlook_for(
     unlimited = estimate_costs(options(shapes.model, recipe), shapes.model, recipe, scores, sensitivity)
     costs = limited_counts(unlimited, config, recipe)
     problem = Problem(
-        costs, ESTIMATED_CURVES, config, shapes.size_of, partial(_per_token, recipe, config), method=recipe.method
+        costs,
+        ESTIMATED_CURVES,
+        config,
+        shapes.size_of,
+        partial(_per_token, recipe, config),
+        method=recipe.method,
+        multiple=recipe.bucket_multiple,
     )
     smallest = problem.smallest()
     problem = replace(problem, overhead=smallest.bytes - choice_bytes(costs, smallest_choice(costs)))

@@ -35,6 +35,8 @@ class Recipe:
     experts_per_token: "measured" tries several K'; "paper" takes round(r K) with the share r kept; or K' itself.
     fit_routing_scale: whether routing scales that are fitted layer by layer are tried too; formats of other programs
     may have no place for them.
+    bucket_multiple: m, to keep a multiple of m experts in every layer, or all, and in each of their projections as many
+    in every format (see `bucket_counts`): devices that compile for every size of array compile less.
     prices: "whole" rounds every weight to every format to know what each costs, "sampled" some (see `sampled`), and
     "by size" does as the model's size asks for.
     """
@@ -53,6 +55,7 @@ class Recipe:
     allocation: Literal["solve", "raise"] = "solve"
     rotation: bool = False
     down_rotation: bool = False
+    bucket_multiple: int = 1
     prices: Literal["by size", "whole", "sampled"] = "by size"
 
     @property
@@ -131,6 +134,7 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = {
     "sequential": (_is_bool, "true or false"),
     "rotation": (_is_bool, "true or false"),
     "down_rotation": (_is_bool, "true or false"),
+    "bucket_multiple": (_is_integer, "1 to 1024"),
     "prices": (("by size", "whole", "sampled").__contains__, "'by size', 'whole' or 'sampled'"),
     "allocation": (("solve", "raise").__contains__, "'solve' or 'raise'"),
 }

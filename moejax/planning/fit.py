@@ -9,12 +9,13 @@ import numpy as np
 from moejax.errors import InputError
 from moejax.model import Config
 from moejax.planning.allocate import choice_of_plan, plan_of_choice, smallest_choice
+from moejax.planning.bucket_counts import solve_in_multiples
 from moejax.planning.menus import Menus
 from moejax.planning.plan import BlockPlan, Method, Plan
 from moejax.planning.predict import LossCurves, Losses
 from moejax.planning.raise_sensitive import raise_most_sensitive
 from moejax.planning.size import format_size
-from moejax.planning.solve import Choice, choice_bytes, choice_losses, solve
+from moejax.planning.solve import Choice, choice_bytes, choice_losses
 
 SizeOf = Callable[[Plan], int]
 
@@ -43,7 +44,8 @@ class Problem:
     """What every solve shares: costs, how they add up, the model's config, and the exact bytes of a plan's folder.
 
     per_token: K' of a layer by its number of experts kept; None leaves the model's. overhead: what a folder takes
-    beyond the arrays that the solver counts, about; a guess near it saves solves. method: every plan's.
+    beyond the arrays that the solver counts, about; a guess near it saves solves. method: every plan's. multiple: of
+    what number every count of experts of one format is one (see `bucket_counts`).
     """
 
     costs: Menus
@@ -53,6 +55,7 @@ class Problem:
     per_token: Callable[[int], int] | None = None
     overhead: int = 0
     method: Method = field(default_factory=Method)
+    multiple: int = 1
 
     def solve(self, target: int, pruning_weight: float) -> tuple[Choice, float] | None:
         """The choice for so many bytes of arrays at a price of pruning, and what experts' costs weighed in its solve.
@@ -106,7 +109,8 @@ class Problem:
         return None
 
     def _weighted_solve(self, pruning_weight: float, weight: float, target: int) -> Choice | None:
-        return solve(self.costs.with_experts_weighing(weight), target, pruning_weight * weight)
+        weighted = self.costs.with_experts_weighing(weight)
+        return solve_in_multiples(weighted, target, pruning_weight * weight, self.multiple)
 
     def smallest(self) -> Fitted:
         """The plan that takes the fewest bytes of all, whatever it costs."""

@@ -35,6 +35,12 @@ def solve(costs: Menus, budget: int, pruning_weight: float = 1.0) -> Choice | No
     `pruning_weight` multiplies the costs of pruning: at infinity as few go as may; below 1 it says that pruning costs
     less when the surviving weights are rough themselves.
     """
+    choice = solve_by_price(costs, budget, pruning_weight)
+    return None if choice is None else _spend_rest(costs, choice, budget)
+
+
+def solve_by_price(costs: Menus, budget: int, pruning_weight: float) -> Choice | None:
+    """As `solve`, at one price per byte for all: some of the budget is left."""
     table = _Table.of(costs, pruning_weight)
     low, high = 0.0, _dearest_price(costs)
     if table.respond(high).bytes > budget:
@@ -47,7 +53,7 @@ def solve(costs: Menus, budget: int, pruning_weight: float = 1.0) -> Choice | No
             high = middle
         else:
             low = middle
-    return _spend_rest(costs, table.choice(table.respond(high)), budget)
+    return table.choice(table.respond(high))
 
 
 def choice_bytes(costs: Menus, choice: Choice) -> int:

@@ -219,6 +219,36 @@ def test_a_share_below_what_routing_needs_is_refused(model: DeepseekV3, share: f
         options(model, recipe)
 
 
+@pytest.mark.parametrize(
+    ("multiple", "groups", "share", "kept"),
+    [
+        (2, "ragged", None, [12, 10, 8, 6]),
+        (4, "ragged", None, [12, 8]),
+        (2, "equal", None, [12, 6]),
+        # 12 is no multiple of these; all may stay.
+        (5, "ragged", None, [12, 10]),
+        (7, "ragged", None, [12, 7]),
+        (8, "equal", None, [12]),
+        (1024, "ragged", None, [12]),
+        (4, "ragged", 0.55, [8]),
+        (5, "ragged", 0.75, [10]),
+        (5, "ragged", 0.9, [12]),
+        (2, "equal", 0.7, [12]),
+        (4, "ragged", 0.25, None),
+    ],
+)
+def test_as_many_experts_stay_as_are_a_multiple_or_all(
+    model: DeepseekV3, multiple: int, groups: str, share: float | None, kept: list[int] | None
+) -> None:
+    recipe = Recipe(share_kept=share, groups="equal" if groups == "equal" else "ragged", bucket_multiple=multiple)
+    if kept is None:
+        with pytest.raises(InputError, match=r"^share_kept 0.25 keeps 4 of 12 experts; routing needs at least 6 of"):
+            options(model, recipe)
+        return
+    for menu in options(model, recipe).experts.values():
+        assert (12 - np.flatnonzero(np.isfinite(menu.pruning_cost))).tolist() == kept
+
+
 def test_counts_are_limited_beside_their_costs(model: DeepseekV3) -> None:
     free = options(model, Recipe())
     costly = replace(

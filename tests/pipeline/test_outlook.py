@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from moejax.pipeline.forecast import Forecast
 from moejax.pipeline.outlook import SHARES, plan, read_outlook
 from moejax.pipeline.recipe import Recipe
 from moejax.planning.parameters import count_parameters
-from moejax.planning.plan import from_json, to_json
+from moejax.planning.plan import Plan, from_json, to_json
 from moejax.report.forecast import forecast_figures, forecast_rows
 from small_checkpoint import CONFIG
 
@@ -178,6 +179,43 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused(config_file: Path) -> 
         read_outlook(config_file, None, Recipe(experts_per_token=4))
     with pytest.raises(InputError, match=r"share_kept 0\.25 keeps 3 of 12 experts; routing needs at least 6"):
         read_outlook(config_file, None, Recipe(share_kept=0.25))
+
+
+def counts_by_format(plan: Plan) -> list[int]:
+    """How many experts have a format in common, by block, projection and format."""
+    experts = (formats for block in plan.blocks for formats in block.experts.values())
+    return [count for formats in experts for count in Counter(formats).values()]
+
+
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+@pytest.mark.parametrize("groups", ["ragged", "equal"])
+def test_experts_and_those_of_a_format_are_as_many_as_are_a_multiple(
+    config_file: Path, multiple: int, groups: str
+) -> None:
+    recipe = Recipe(bucket_multiple=multiple, groups="equal" if groups == "equal" else "ragged")
+    outlook = read_outlook(config_file, None, recipe)
+    for budget in (outlook.smallest, 800_000, 10**6):
+        found = plan(config_file, budget, recipe=recipe)
+        counts = counts_by_format(found.plan)
+        assert found.bytes.total <= budget and counts and all(own % multiple == 0 for own in counts)
+        kept = [len(block.keep) for block in found.plan.blocks if block.keep is not None]
+        assert all(own % (3 if groups == "equal" else 1) == 0 for own in kept)
+    assert any(own % multiple for own in counts_by_format(plan(config_file, 10**6, recipe=Recipe()).plan))
+
+
+def test_counts_that_no_multiple_is_leave_all_experts_in_one_format(config_file: Path) -> None:
+    """12 experts in multiples of 16."""
+    recipe = Recipe(bucket_multiple=16)
+    outlook = read_outlook(config_file, None, recipe)
+    assert set(counts_by_format(plan(config_file, outlook.smallest * 5 // 4, recipe=recipe).plan)) == {12}
+    assert outlook.smallest > read_outlook(config_file, None, Recipe()).smallest
+    with pytest.raises(InputError, match=rf"the smallest that can is .*\({outlook.smallest} bytes\)"):
+        plan(config_file, outlook.smallest - 1, recipe=recipe)
+
+
+def test_tensors_that_are_raised_have_counts_in_multiples_too(config_file: Path) -> None:
+    recipe = Recipe(bucket_multiple=5, share_kept=0.75, allocation="raise")
+    assert set(counts_by_format(plan(config_file, 10**6, recipe=recipe).plan)) == {10}
 
 
 def test_mtp_blocks_can_be_dropped(config_file: Path) -> None:

@@ -77,10 +77,10 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
         'protect_super_experts = false\ngroups = "equal"\nshare_kept = 1\nexperts_per_token = 6\n'
         "fit_routing_scale = false\nerror_feedback = true\nsequential = true\n"
         'allocation = "raise"\n'
-        "rotation = true\ndown_rotation = true\n"
+        "rotation = true\ndown_rotation = true\nbucket_multiple = 8\n"
     )
     assert read_recipe(str(file)) == Recipe(
-        (IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6, False, True, True, "raise", True, True
+        (IntFormat(4, 64),), 8, 1, "msan", False, "equal", 1, 6, False, True, True, "raise", True, True, 8
     )
 
 
@@ -114,6 +114,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("allocation", "paper", "'solve' or 'raise' is accepted"),
     ("rotation", 1, "true or false is accepted"),
     ("down_rotation", "true", "true or false is accepted"),
+    ("bucket_multiple", 0, "1 to 1024 is accepted"),
+    ("bucket_multiple", -4, "1 to 1024 is accepted"),
+    ("bucket_multiple", 1025, "1 to 1024 is accepted"),
+    ("bucket_multiple", 8.0, "1 to 1024 is accepted"),
+    ("bucket_multiple", True, "1 to 1024 is accepted"),
+    ("bucket_multiple", "8", "1 to 1024 is accepted"),
     ("prices", "guessed", "'by size', 'whole' or 'sampled' is accepted"),
 ]
 
@@ -137,7 +143,7 @@ def test_a_format_that_there_is_not(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["formatss", "names", "budget"])
 def test_an_unknown_key(key: str) -> None:
-    with pytest.raises(InputError, match=rf"^own.toml: '{key}' is unknown in a recipe; its keys are allocation, c"):
+    with pytest.raises(InputError, match=rf"^own.toml: '{key}' is unknown in a recipe; its keys are allocation, b"):
         recipe_from_toml({"criterion": "reap", key: 3}, "own.toml")
 
 

@@ -5,8 +5,10 @@ import pytest
 
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
-from moejax.model import DeepseekV3
-from moejax.pipeline.job import Prepared
+from moejax.formats import ExpertWeights
+from moejax.model import DeepseekV3, named_leaves
+from moejax.pipeline.job import Prepared, plan_within
+from moejax.pipeline.options import limited_counts
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, try_out
 from moejax.planning import Plan
@@ -55,6 +57,20 @@ def test_pruning_can_be_forbidden_and_a_lower_price_prunes_more(prepared: Prepar
 def test_without_pruning_the_smallest_budgets_cannot_be_met(prepared: Prepared, smallest_bytes: int) -> None:
     assert fit(prepared, smallest_bytes + 1000, pruning_weight=INFINITE) is None
     assert fit(prepared, smallest_bytes - 1) is None
+
+
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_a_models_experts_of_a_format_are_as_many_as_are_a_multiple(
+    prepared: Prepared, planned_model: Callable[[Plan], DeepseekV3], smallest_bytes: int, multiple: int
+) -> None:
+    recipe = replace(prepared.recipe, bucket_multiple=multiple)
+    costs = limited_counts(prepared.problem.costs, prepared.shapes.config, recipe)
+    problem = replace(prepared.problem, costs=costs, multiple=multiple)
+    planned = plan_within(replace(prepared, recipe=recipe, problem=problem), smallest_bytes * 8 // 5, silent)
+    leaves = named_leaves(planned_model(planned.plan)).values()
+    counts = [bucket.shape[0] for leaf in leaves if isinstance(leaf, ExpertWeights) for bucket in leaf.buckets]
+    assert len(counts) > 3 * 3, "some projections have several formats"
+    assert all(count % multiple == 0 for count in counts)
 
 
 def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None:

@@ -1,8 +1,6 @@
 """The budget solver against the exact optimum of small instances, found by dynamic programming over bytes."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -12,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from frontier import Frontier, both, efficient, rows_frontier
 from moejax.planning.menus import ExpertMenu, Menu, Menus
 from moejax.planning.plan import KEEP, PROJECTIONS
 from moejax.planning.predict import Losses
 from moejax.planning.solve import Choice, _spend_rest, choice_bytes, choice_losses, menu_survivors, solve
 
 Array = NDArray[Any]
-# The least cost at which so many bytes can be taken.
-Frontier = dict[int, float]
 
 FORMATS = ("int1g32", "int2g32", "int4g32", KEEP)
 # More than any block has: none is an MTP block.
@@ -90,39 +87,6 @@ def frontier(costs: Menus, pruning_weight: float = 1.0) -> Frontier:
             }
         total = both(total, block)
     return {size: cost for size, cost in total.items() if np.isfinite(cost)}
-
-
-def rows_frontier(menu: Menu, rows: Iterable[int]) -> Frontier:
-    found: Frontier = {0: 0.0}
-    for n in rows:
-        options: Frontier = {}
-        for size, cost in zip(menu.bytes_NF[n].tolist(), menu.cost_NF[n].tolist(), strict=True):
-            options[size] = min(options.get(size, np.inf), cost)
-        found = both(found, options)
-    return found
-
-
-def both(first: Frontier, second: Frontier) -> Frontier:
-    """One choice of each, together."""
-    found: Frontier = {}
-    for size, cost in first.items():
-        for more, extra in second.items():
-            found[size + more] = min(found.get(size + more, np.inf), cost + extra)
-    return found
-
-
-def efficient(found: Frontier) -> list[tuple[int, float]]:
-    """The corners of the frontier's lower convex hull with falling cost: the answers at some price per byte."""
-    hull: list[tuple[int, float]] = []
-    for point in sorted(found.items()):
-        while len(hull) > 1 and slope(hull[-2], point) <= slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return hull[:1] + [now for before, now in pairwise(hull) if now[1] < before[1]]
-
-
-def slope(first: tuple[int, float], second: tuple[int, float]) -> float:
-    return (second[1] - first[1]) / (second[0] - first[0])
 
 
 def weighted_cost(costs: Menus, choice: Choice, pruning_weight: float) -> float:
