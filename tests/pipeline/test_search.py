@@ -1,19 +1,23 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError
-from moejax.formats import ExpertWeights
+from moejax.formats import ExpertWeights, parse_format
 from moejax.model import DeepseekV3, named_leaves
-from moejax.pipeline.job import Prepared, plan_within
-from moejax.pipeline.options import limited_counts
+from moejax.pipeline.check import require_original
+from moejax.pipeline.job import Prepared, plan_within, prepare, split_calibration
 from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.search import Candidate, try_out
 from moejax.planning import Plan
 from moejax.planning.fit import Fitted, check_budget
 from moejax.progress import silent
+from moejax.transforms.compress import compress
 from small_job import Job
 
 INFINITE = float("inf")
@@ -59,18 +63,20 @@ def test_without_pruning_the_smallest_budgets_cannot_be_met(prepared: Prepared, 
     assert fit(prepared, smallest_bytes - 1) is None
 
 
-@pytest.mark.parametrize("multiple", [2, 4])
 def test_a_models_experts_of_a_format_are_as_many_as_are_a_multiple(
-    prepared: Prepared, planned_model: Callable[[Plan], DeepseekV3], smallest_bytes: int, multiple: int
+    small: Path, calibration_text: Path, tokenize: Callable[[Path], np.ndarray], original: DeepseekV3
 ) -> None:
-    recipe = replace(prepared.recipe, bucket_multiple=multiple)
-    costs = limited_counts(prepared.problem.costs, prepared.shapes.config, recipe)
-    problem = replace(prepared.problem, costs=costs, multiple=multiple)
-    planned = plan_within(replace(prepared, recipe=recipe, problem=problem), smallest_bytes * 8 // 5, silent)
-    leaves = named_leaves(planned_model(planned.plan)).values()
+    """From a recipe to the model."""
+    recipe = Recipe(tuple(map(parse_format, ("int1g128", "int4g128"))), bucket_multiple=4, fit_routing_scale=False)
+    calibrated = split_calibration(tokenize(calibration_text), calibration=2, probed=1)
+    prepared = prepare(require_original(open_checkpoint(small)), calibrated, recipe, {}, silent)
+    plan = plan_within(prepared, prepared.problem.smallest().bytes * 8 // 5, silent).plan
+    statistics = prepared.trials.statistics.known
+    assert statistics is not None
+    leaves = named_leaves(compress(original, plan, statistics)).values()
     counts = [bucket.shape[0] for leaf in leaves if isinstance(leaf, ExpertWeights) for bucket in leaf.buckets]
     assert len(counts) > 3 * 3, "some projections have several formats"
-    assert all(count % multiple == 0 for count in counts)
+    assert all(count % 4 == 0 for count in counts)
 
 
 def test_the_smallest_candidate(prepared: Prepared, smallest_bytes: int) -> None:
