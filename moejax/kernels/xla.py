@@ -171,6 +171,7 @@ def _over_tiles(shape: tuple[int, ...], tile: Callable[[jax.Array | int, int, Ca
     return tile(whole * size, rest, carry) if rest else carry
 
 
+@partial(jax.jit, static_argnames=("size", "dtype"))
 def _expert_tile(bucket: Leaf, index: jax.Array, start: jax.Array | int, size: int, dtype: jnp.dtype) -> jax.Array:
     bucket, index, start = _tied((bucket, index, start))
     return _unpacked(rows(matrix(bucket, index), start, size), dtype)
@@ -183,8 +184,8 @@ def _unpacked_rows(w: Leaf, start: jax.Array | int, size: int, dtype: jnp.dtype)
 
 @partial(jax.jit, static_argnames="dtype")
 def _unpacked(tile: Leaf, dtype: jnp.dtype) -> jax.Array:
-    """Under jit, so that it is traced once for all tiles of a format and shape: it is most of what a model is traced
-    for."""
+    """Under jit, as `_expert_tile` is, so that it is traced once for all tiles of a format and shape: unpacking is most
+    of what a model is traced for."""
     return dense(tile, dtype)
 
 

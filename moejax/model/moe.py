@@ -191,7 +191,7 @@ class MoE(nnx.Module):
     def scores(self, x_TD: jax.Array) -> jax.Array:
         """sigmoid(x W_router) in at least float32, (T, E)."""
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-        return jax.nn.sigmoid(matmul(x_TD.astype(wide), self.router.get_value()))
+        return jax.nn.sigmoid(gathered(matmul(x_TD.astype(wide), self.router.get_value())))
 
     def route(self, x_TD: jax.Array, choice_TK: jax.Array | None = None) -> Routing:
         """Each token's experts and weights."""
