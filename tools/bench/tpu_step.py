@@ -7,7 +7,8 @@ PLAN is what `moejax plan deepseek_v3 --budget 103GB --output PLAN` writes. Weig
 (`moejax.sharding`), and there are none, of chips as of weights: only shapes. Prints how many lines of StableHLO and
 kernels there are, seconds to trace, to lower and to compile, and what `memory_analysis()` says of one chip: bytes of
 arguments (weights and cache), of results and of temporaries. `--layers` takes the first N alone, `--text` is where the
-compiled program goes.
+compiled program goes. Beside that stand the bytes that a step moves on a chip, and the tokens a second that this
+allows at most (`roofline.py`).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import roofline
 from moejax.checkpoint.abstract import abstract_original
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.toml_file import read_toml
@@ -93,6 +95,7 @@ def compiled_step(model: DeepseekV3, options: argparse.Namespace) -> dict[str, A
         "tokens": options.tokens,
         "context": options.context,
         "layers": len(model.layers),
+        **bound(model, options, mesh.size),
         "stablehlo_lines": text.count("\n"),
         "mosaic_kernels": text.count("tpu_custom_call"),
         "seconds": seconds.laps,
@@ -105,6 +108,15 @@ def compiled_step(model: DeepseekV3, options: argparse.Namespace) -> dict[str, A
             re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", compiled_text)
         ),
     }
+
+
+def bound(model: DeepseekV3, options: argparse.Namespace, chips: int) -> dict[str, float]:
+    """What a step moves on a chip at least, and what that allows; see `roofline`."""
+    moved = roofline.step(model, options.batch, options.tokens, options.context, chips)
+    found = {"needed_bytes": moved.needed, "moved_bytes": moved.moved, "moved_over_needed": moved.moved / moved.needed}
+    if chip := roofline.CHIPS.get(options.chip.partition(":")[0]):
+        found["bound_tokens_per_s"] = options.batch * options.tokens / moved.seconds(chip)
+    return found
 
 
 def arguments(model: DeepseekV3, mesh: Mesh, options: argparse.Namespace) -> tuple[Any, ...]:
