@@ -1,6 +1,6 @@
 """A whole decode step, or a chunk of a prompt, of a compressed model compiled ahead of time for several TPU chips.
 
-usage: python tools/bench/tpu_step.py PLAN [--model deepseek_v3] [--chip v5e:2x4] [--batch 1] [--tokens 1]
+usage: python tools/bench/tpu_step.py PLAN [--model NAME|config.json] [--chip v5e:2x4] [--batch 1] [--tokens 1]
            [--context 4096] [--layers N] [--text FILE] [--json FILE]
 
 PLAN is what `moejax plan deepseek_v3 --budget 103GB --output PLAN` writes. Weights lie over all the chips
@@ -65,7 +65,7 @@ def main() -> None:
 
 def compressed(name: str, plan_file: Path, layers: int | None) -> DeepseekV3:
     """The abstract model that a plan makes of a known one; of its layers the first ones, if a number is given."""
-    plan, file = from_json(read_toml(plan_file)), config_path("models", name)
+    plan, file = from_json(read_toml(plan_file)), Path(name) if name.endswith(".json") else config_path("models", name)
     raw = read_json_object(file)
     model = shapes_for(abstract_original(raw, str(file)), plan.method, raw, []).compressed(plan)
     if layers is not None:
