@@ -32,7 +32,7 @@ def test_python_examples_run_one_behind_the_other(capsys: pytest.CaptureFixture[
     namespace: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
-    size = re.search(r"(\d+) -> (\d+) bytes$", capsys.readouterr().out.strip())
+    size = re.search(r"(\d+) -> (\d+) bytes$", capsys.readouterr().out, re.MULTILINE)
     assert size is not None and 0 < int(size[2]) < int(size[1])
     assert namespace["layer"].num_experts == 24  # type: ignore[attr-defined]
     assert namespace["packed"].shape == namespace["weight"].shape  # type: ignore[attr-defined]
