@@ -42,14 +42,14 @@ def matmul(x: jax.Array, w: Leaf, interpret: bool | None = None) -> jax.Array:
         return xla.matmul(x, w)
     if w.ndim == 2:
         return matmul(x[..., None, :], jax.tree.map(lambda a: a[None], w), interpret)[..., 0, :]
-    return _compiled_or_interpreted(_per_matrix, interpret, x, w, False)
+    return _compiled_or_interpreted(partial(_per_matrix, transposed=False), interpret, x, w)
 
 
 def matmul_transposed(x: jax.Array, w: Leaf, interpret: bool | None = None) -> jax.Array:
     """As `api.matmul_transposed`, of one small matrix per head: all its outputs are unpacked together."""
     if not x.size or w.ndim != 3 or not takes(x.dtype, w) or not is_one_tile(w, x.dtype):
         return xla.matmul_transposed(x, w)
-    return _compiled_or_interpreted(_per_matrix, interpret, x, w, True)
+    return _compiled_or_interpreted(partial(_per_matrix, transposed=True), interpret, x, w)
 
 
 def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, interpret: bool | None = None) -> jax.Array:
@@ -61,11 +61,9 @@ def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, interpre
 
 def _compiled_or_interpreted(operation: Callable[..., jax.Array], interpret: bool | None, *given: object) -> jax.Array:
     if interpret is not None:
-        return operation(*given, interpret)
-    arrays = [own for own in given if not isinstance(own, bool)]
-    static = given[len(arrays) :]
-    compiled, interpreted = (lambda *arrays, own=own: operation(*arrays, *static, own) for own in (False, True))
-    return jax.lax.platform_dependent(*arrays, tpu=compiled, default=interpreted)
+        return operation(*given, interpret=interpret)
+    compiled, interpreted = partial(operation, interpret=False), partial(operation, interpret=True)
+    return jax.lax.platform_dependent(*given, tpu=compiled, default=interpreted)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))

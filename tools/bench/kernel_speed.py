@@ -43,11 +43,11 @@ def main() -> None:
     for name in options.formats:
         matrix, experts = random_words(abstract_leaf(f"{name}[{MATRIX[0]},{MATRIX[1]}]")), experts_of(name, options)
         x_RI = jnp.ones((options.rows, MATRIX[1]), jnp.bfloat16)
-        dense = payload_bytes(matrix) / median_seconds(jax.jit(multiply), (x_RI, matrix), options.repeats) / 1e9
+        dense = payload_bytes(matrix) / median_seconds(jax.jit(kernels.matmul), (x_RI, matrix), options.repeats) / 1e9
         rows_E = jnp.asarray(np.arange(options.experts) < CHOSEN, jnp.int32)
         given = (jnp.ones((CHOSEN, EXPERT[1]), jnp.bfloat16), experts, rows_E)
         read = payload_bytes(experts.buckets) * CHOSEN / options.experts
-        routed = read / median_seconds(jax.jit(multiply_experts), given, options.repeats) / 1e9
+        routed = read / median_seconds(jax.jit(kernels.expert_matmul), given, options.repeats) / 1e9
         print(f"| {name} | {dense:.1f} | {routed:.1f} |", flush=True)
         found["gb_per_s"][name] = {"matrix": dense, "experts": routed}
     if options.json:
@@ -79,14 +79,6 @@ def median_seconds(run: Callable[..., jax.Array], given: tuple[Any, ...], repeat
         jax.block_until_ready(run(*given))
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def multiply(x: jax.Array, w: Leaf) -> jax.Array:
-    return kernels.matmul(x, w)
-
-
-def multiply_experts(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    return kernels.expert_matmul(x_RI, w, rows_E)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import kernels
-from moejax.formats import ExpertWeights, Leaf, abstract_experts, abstract_leaf, payload_bytes
+from moejax.formats import ExpertWeights, abstract_experts, abstract_leaf, payload_bytes
 from moejax.kernels import multiply_tpu
 
 CHIPS = ("v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1")
@@ -103,7 +103,7 @@ def compiled(case: str, sharding: NamedSharding) -> dict[str, Any]:
     x = jax.ShapeDtypeStruct((int(rows), w.shape[-1]), np.dtype(dtype))
     given = (x, w, jax.ShapeDtypeStruct((w.shape[0],), jnp.int32)) if are_experts else (x, w)
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), given)
-    multiply = multiply_experts if are_experts else multiply_matrix
+    multiply = kernels.expert_matmul if are_experts else kernels.matmul
     program = jax.jit(multiply).trace(*args).lower(lowering_platforms=("tpu",)).compile()
     memory = program.memory_analysis()
     moved = {}
@@ -125,14 +125,6 @@ def moved_over_packed(w: ExpertWeights, dtype: str) -> float:
     packed = payload_bytes(w.buckets) / w.num_experts
     row = (tiles * inputs + outputs) * np.dtype(dtype).itemsize
     return (packed + row) / packed
-
-
-def multiply_matrix(x: jax.Array, w: Leaf) -> jax.Array:
-    return kernels.matmul(x, w)
-
-
-def multiply_experts(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    return kernels.expert_matmul(x_RI, w, rows_E)
 
 
 if __name__ == "__main__":
