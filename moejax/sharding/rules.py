@@ -9,8 +9,9 @@ device, and so are vectors and caches.
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf, PackedTensor
 
 TENSOR = "tensor"
@@ -33,7 +34,13 @@ def is_cut(w: Leaf | ExpertWeights, parts: int) -> bool:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree of NamedSharding: where the arrays of a model lie on a mesh with the axis `tensor`."""
+    """A tree of NamedSharding: where the arrays of a model lie on a mesh with the axis `tensor`.
+
+    Raises InputError for a mesh without that axis, or with an axis that is not `AxisType.Auto`.
+    """
+    if TENSOR not in mesh.axis_names or set(mesh.axis_types) != {AxisType.Auto}:
+        axes = ", ".join(f"{name} ({kind.name})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise InputError(f"a mesh has the axes {axes}; one named {TENSOR} is needed, and AxisType.Auto for all")
     parts = mesh.shape[TENSOR]
 
     def place(w: Leaf | ExpertWeights) -> Any:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 from leaf_oracle import random_leaf
 from model_cases import random_tensors
 from moejax import kernels, sharding
+from moejax.errors import InputError
 from moejax.formats import abstract_leaf, gather_experts
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
 from moejax.model.latent_cache import LatentCache
@@ -88,6 +89,13 @@ def test_weights_are_cut_over_outputs_and_heads() -> None:
     assert gate.bucket_E.sharding.is_fully_replicated
     assert placed["norm"].sharding.is_fully_replicated
     assert placed["layers.1.mlp.router"].sharding.is_fully_replicated  # 12 experts are not 8 equal parts
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model", AxisType.Auto), (TENSOR, AxisType.Explicit)])
+def test_other_meshes_are_refused(name: str, kind: AxisType) -> None:
+    mesh = jax.make_mesh((8,), (name,), axis_types=(kind,))
+    with pytest.raises(InputError, match=rf"^a mesh has the axes {name} \({kind.name}\); one named tensor is needed"):
+        shardings(packed_model(), mesh)
 
 
 def test_blocks_of_fp8_stay_whole() -> None:
