@@ -3,19 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.checkpoint.chunks import aligned
 from moejax.checkpoint.hf_names import K_B, SCALE, V_B, hf_name
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf
 from moejax.model.config import Config
 from moejax.model.leaves import Weight
 from moejax.model.weights import row_of
-
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class HuggingFaceLeaves:
         first = self.read(tensors[0])
         if isinstance(first, jax.Array):
             return jnp.stack([self.read(tensor) for tensor in tensors])
-        stacked = _aligned((len(tensors), *first.shape), first.dtype)
+        stacked = aligned((len(tensors), *first.shape), first.dtype)
         stacked[0] = first
         for e, tensor in enumerate(tensors[1:], start=1):
             stacked[e] = self.read(tensor)
@@ -97,11 +95,3 @@ def derived_leaf(name: str, config: Config) -> jax.Array:
 def kv_b_block(block: tuple[int, int], config: Config) -> tuple[int, int]:
     """The FP8 blocks of k_b and v_b, where kv_b_proj's are `block`: the most rows that no border lies within."""
     return math.gcd(block[0], config.qk_nope_head_dim, config.v_head_dim), block[1]
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array to be filled and given away: begun where JAX on a CPU wants it, or it would copy it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moejax.checkpoint.chunks import StoredArray
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights
 from moejax.model import Config
@@ -16,7 +17,9 @@ from moejax.model.leaves import Weight
 from moejax.model.weights import row_of
 
 
-def check_arrays(path: Path, name: str, arrays: Sequence[jax.Array], abstract: Sequence[jax.ShapeDtypeStruct]) -> None:
+def check_arrays(
+    path: Path, name: str, arrays: Sequence[jax.Array | StoredArray], abstract: Sequence[jax.ShapeDtypeStruct]
+) -> None:
     """Raises InputError where an array has not the shape and dtype that the manifest gives it."""
     for array, expected in zip(arrays, abstract, strict=True):
         if array.shape != expected.shape or array.dtype != expected.dtype:

@@ -9,27 +9,37 @@ tokenizer.json, ...    copied from the original
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moejax.checkpoint import store
+from moejax.checkpoint.chunks import Index, StoredArray, bytes_checksum, grid_of
 from moejax.checkpoint.hf_names import num_elements
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.leaf_checks import check_arrays, check_indices
+from moejax.checkpoint.placed import placed
 from moejax.errors import InputError, brief
 from moejax.formats import ExpertWeights, abstract_experts, abstract_leaf, select_experts
 from moejax.model import Config, Layout, config_from_hf
 from moejax.model.leaves import Weight
 from moejax.model.weights import PER_EXPERT, block_name, row_of
+from moejax.sharding import shardings
 
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-# In version 1 planes spanned whole rows.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# What is otherwise in older folders.
+_OLDER = {
+    1: "whose packed words are in another order than in",
+    2: "whose arrays are one file each where they are several in",
+}
 COPIED_FILES = (
     "tokenizer.json",
     "tiktoken.model",
@@ -59,10 +69,15 @@ def arrays_of(name: str, leaf: Weight) -> dict[str, jax.Array]:
     }
 
 
+def checksum_digits(array: jax.Array) -> int:
+    """How many digits the checksums of an array's chunks have; of use is its shape alone."""
+    return 8 * grid_of(array.shape, np.dtype(array.dtype)).count
+
+
 def with_checksum(manifest: bytes) -> bytes:
     """A manifest with its own checksum in place of whatever it has for one."""
     zeroed = _OWN_CHECKSUM.sub(f'"checksum":"{NO_CHECKSUM}"'.encode(), manifest, count=1)
-    return _OWN_CHECKSUM.sub(f'"checksum":"{store.bytes_checksum(zeroed)}"'.encode(), manifest, count=1)
+    return _OWN_CHECKSUM.sub(f'"checksum":"{bytes_checksum(zeroed)}"'.encode(), manifest, count=1)
 
 
 @dataclass(frozen=True)
@@ -76,22 +91,24 @@ class NativeCheckpoint:
     items: Mapping[str, Mapping[str, tuple[str, str]]]
     plan: dict[str, Any]
     provenance: dict[str, Any]
-    _opened: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _opened: dict[str, dict[str, StoredArray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_elements(self) -> int:
         """Numbers of an original of this config."""
         return num_elements(self.config)
 
-    def leaf(self, name: str) -> Weight:
-        """The weight called `name`.
+    def leaf(self, name: str, mesh: Mesh | None = None) -> Weight:
+        """The weight called `name`; on a mesh its parts, where `shardings` has them: a process reads its own alone.
 
         Raises InputError if its bytes are not those that the manifest names, or name experts or groups that are none.
         """
-        abstract = self.abstract(name)
-        restored = [jax.device_put(array) for array in self.arrays(name)]
-        check_arrays(self.path, name, restored, jax.tree.leaves(abstract))
-        weight = jax.tree.unflatten(jax.tree.structure(abstract), restored)
+        abstract, stored = self.abstract(name), self._stored(name)
+        check_arrays(self.path, name, stored, jax.tree.leaves(abstract))
+        places = [None] * len(stored) if mesh is None else jax.tree.leaves(shardings(abstract, mesh))
+        reads = [partial(self._read, name, n, own) for n, own in enumerate(stored)]
+        arrays = [placed(own.shape, read, place) for own, read, place in zip(stored, reads, places, strict=True)]
+        weight = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
         check_indices(self.path, name, weight, self.config)
         return weight
 
@@ -104,18 +121,14 @@ class NativeCheckpoint:
     def experts_in_slice(self) -> None:
         """All of a layer's, which are packed, are read together: their checksums are of all."""
 
-    def arrays(self, name: str) -> list[np.ndarray]:
-        """The arrays of the weight called `name`, mapped from the disk. Raises InputError if their bytes are not those
-        that the manifest names."""
-        item, within = item_of(name)
-        names, checksums = list(arrays_of(within, self.abstract(name))), self.items[item][within][1]
-        mapped = self._arrays_of_item(item)
-        for n, array_name in enumerate(names):
-            if store.checksum(mapped[array_name]) != checksums[8 * n : 8 * n + 8]:
-                raise InputError(
-                    f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew"
-                )
-        return [mapped[array_name] for array_name in names]
+    def verify(self, name: str) -> int:
+        """Reads every byte of the weight called `name` and returns how many they are. Raises InputError if they are not
+        those that the manifest names."""
+        stored = self._stored(name)
+        for n, own in enumerate(stored):
+            if own.checksums() != self._checksums(name)[n]:
+                self._refuse(name)
+        return sum(own.nbytes for own in stored)
 
     def abstract(self, name: str) -> Weight:
         """The weight called `name` in shapes alone. Raises InputError if the manifest does not describe it."""
@@ -132,23 +145,43 @@ class NativeCheckpoint:
         """Every weight by name, in shapes alone."""
         return ((name, self.abstract(name)) for name in Layout(self.config).shapes())
 
-    def _arrays_of_item(self, item: str) -> dict[str, np.ndarray]:
+    def _stored(self, name: str) -> list[StoredArray]:
+        """Where the arrays of the weight called `name` lie."""
+        item, within = item_of(name)
         if item not in self._opened:
-            self._opened.clear()  # mapped pages count as the process's own memory
             names = [name for name in Layout(self.config).shapes() if item_of(name)[0] == item]
             arrays = [array for name in names for array in arrays_of(item_of(name)[1], self.abstract(name))]
             self._opened[item] = store.read_item(self.path, item, arrays)
-        return self._opened[item]
+        return [self._opened[item][own] for own in arrays_of(within, self.abstract(name))]
+
+    def _checksums(self, name: str) -> list[str]:
+        """Of every array of the weight called `name` those of its chunks, one behind another."""
+        item, within = item_of(name)
+        sizes = map(checksum_digits, jax.tree.leaves(self.abstract(name)))
+        digits = iter(self.items[item][within][1])
+        return ["".join(islice(digits, size)) for size in sizes]
+
+    def _read(self, name: str, number: int, stored: StoredArray, index: Index | None = None) -> np.ndarray:
+        """A part of one of a weight's arrays, checked."""
+        part, found = stored.read(index)
+        expected = self._checksums(name)[number]
+        if any(expected[8 * chunk : 8 * chunk + 8] != own for chunk, own in found.items()):
+            self._refuse(name)
+        return part
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise InputError(f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew")
 
 
 def open_native(path: Path) -> NativeCheckpoint:
     """Open a folder with a manifest and check it against its own config, without reading the weights."""
     source = path / MANIFEST
     raw = read_json_object(source)
-    if (raw.get("format"), raw.get("version")) == ("moejax", 1):
+    version = raw.get("version")
+    if raw.get("format") == "moejax" and type(version) is int and version in _OLDER:
         raise InputError(
-            f"{source}: a manifest of version 1, whose packed words are in another order than in version "
-            f"{FORMAT_VERSION}, the only one that is read; moejax 0.1 reads it, or compress the original again"
+            f"{source}: a manifest of version {version}, {_OLDER[version]} version {FORMAT_VERSION}, the only one that "
+            f"is read; moejax 0.{version} reads it, or compress the original again"
         )
     if raw.get("format") != "moejax" or raw.get("version") != FORMAT_VERSION:
         raise InputError(f"{source}: not a moejax manifest of version {FORMAT_VERSION}, the only one that is read")
@@ -217,5 +250,5 @@ def _check_spec(checkpoint: NativeCheckpoint, name: str) -> None:
     spec, checksums = checkpoint.items[item][within]
     if ("i32" in spec) != (row_of(name).dtype == "int32"):
         raise InputError(f"{source}: the weight {name} is {spec}; i32 is what group_id alone is made of")
-    if len(checksums) != 8 * len(jax.tree.leaves(leaf)):
-        raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays")
+    if len(checksums) != sum(map(checksum_digits, jax.tree.leaves(leaf))):
+        raise InputError(f"{source}: the weight {name} needs a checksum of 8 digits for each of its arrays' chunks")

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint import store
 from moejax.checkpoint.atomic import atomic_folder, clear_folder, partial_path, require_space
+from moejax.checkpoint.chunks import bytes_checksum, checksums
 from moejax.checkpoint.journal import Journal
-from moejax.checkpoint.native import FORMAT_VERSION, MANIFEST, NO_CHECKSUM, arrays_of, item_of, with_checksum
+from moejax.checkpoint.native import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NO_CHECKSUM,
+    arrays_of,
+    checksum_digits,
+    item_of,
+    with_checksum,
+)
 from moejax.errors import InputError, InternalError, note
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves
@@ -55,9 +63,11 @@ class NativeBytes:
 def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
     """The exact bytes of the folder that `native_writer` and `write_native` will write, from shapes alone."""
     items = {item: _arrays_of_item(leaves) for item, leaves in _items(abstract_model).items()}
-    checksums = {item: dict.fromkeys(own, NO_CHECKSUM) for item, own in items.items()}
+    no_checksums = {
+        item: {name: "0" * checksum_digits(array) for name, array in own.items()} for item, own in items.items()
+    }
     files = {file.name: NO_CHECKSUM for file in copied}
-    manifest = _manifest(abstract_model, description, checksums, files)
+    manifest = _manifest(abstract_model, description, no_checksums, files)
     arrays = sum(store.payload_bytes(own) for own in items.values())
     in_items = sum(store.item_bytes(own) for own in items.values())
     return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
@@ -69,7 +79,7 @@ class NativeWriter:
 
     items: what is promised, every leaf by item and by name within; of use are the shapes alone.
     bytes: what the whole folder will take.
-    checksums: of every array of the items that are finished, by item and by the array's name within.
+    checksums: of every array's chunks of the items that are finished, by item and by the array's name within.
     """
 
     folder: Path
@@ -93,7 +103,7 @@ class NativeWriter:
         arrays = store.read_item(self.folder, item)
         return {
             name: jax.tree.unflatten(
-                jax.tree.structure(leaf), [jnp.asarray(arrays[own]) for own in arrays_of(name, leaf)]
+                jax.tree.structure(leaf), [jax.device_put(arrays[own].read()[0]) for own in arrays_of(name, leaf)]
             )
             for name, leaf in self.items[item].items()
         }
@@ -110,11 +120,11 @@ class NativeWriter:
         _check_leaves(item, leaves, promised)
         in_order = {name: leaves[name] for name in promised}
         arrays = {name: np.asarray(array) for name, array in _arrays_of_item(in_order).items()}
-        checksums = {name: store.checksum(array) for name, array in arrays.items()}
+        own = {name: checksums(array) for name, array in arrays.items()}
         store.write_item(self.folder, item, arrays)
-        self.checksums[item] = checksums
+        self.checksums[item] = own
         if self.journal:
-            self.journal.add(item, checksums)
+            self.journal.add(item, own)
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def native_writer(
         for file in copied:
             content = file.read_bytes()
             (folder / file.name).write_bytes(content)
-            files[file.name] = store.bytes_checksum(content)
+            files[file.name] = bytes_checksum(content)
         (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums, files))
         (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
         store.check_written(f"{output}", store.folder_bytes(folder), predicted)

@@ -1,42 +1,33 @@
-"""The native store: `items/<item>/<leaf>`, one orbax item per name, one file of raw bytes per leaf.
+"""The native store: `items/<item>/<leaf>`, one orbax item per name, one file of raw bytes per chunk of a leaf.
 
-Without OCDBT and compression, and with one zarr chunk per leaf, an item's size is a function of its leaves' names,
-shapes and dtypes only, and a leaf can be memory-mapped. Orbax writes the items, so plain orbax restores them:
-`ocp.PyTreeCheckpointer().restore(folder / "items" / item)`. Format: https://zarr-specs.readthedocs.io (version 2).
+Without OCDBT and compression an item's bytes are a function of its leaves alone, and plain orbax restores it:
+`ocp.PyTreeCheckpointer().restore(folder / "items" / item)`. Orbax does not write it, because it cannot be told the
+chunks: those of its arrays follow the mesh they lie on, those of NumPy's are gathered by one process. Format:
+https://zarr-specs.readthedocs.io (version 2), and orbax's `_METADATA`.
 """
 
 import errno
-import functools
 import json
-import logging
 import math
 import os
 import re
 import shutil
-import sys
-import threading
-import time
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from moejax.checkpoint.atomic import atomic_folder
+from moejax.checkpoint.chunks import StoredArray, chunks_of, grid_of
 from moejax.checkpoint.json_file import read_json_object
 from moejax.errors import InputError, InternalError
 
 ITEMS_FOLDER = "items"
 _TREE_FILE = "_METADATA"
 _ARRAY_FILE = ".zarray"
-# Seconds that a write which goes on after another one failed is waited for.
-_LONGEST_WRITE = 10.0
 
 _DTYPES: dict[str, np.dtype[Any]] = {np.dtype(code).str: np.dtype(code) for code in "?bBhHiIqQefd"} | {
     np.dtype(scalar).name: np.dtype(scalar)
@@ -63,13 +54,16 @@ def write_item(folder: Path, name: str, leaves: Mapping[str, np.ndarray | jax.Ar
     """
     _check_name(name)
     size = item_bytes(leaves)
-    arrays = {leaf: np.asarray(array) for leaf, array in leaves.items()}
     (folder / ITEMS_FOLDER).mkdir(exist_ok=True)
     with atomic_folder(folder / ITEMS_FOLDER / name) as temporary:
         if shutil.disk_usage(temporary).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
-        with _failing_once(temporary):
-            _handler().save(epath.Path(temporary), args=ocp.args.PyTreeSave(arrays))
+        for leaf, array in leaves.items():
+            (temporary / leaf).mkdir()
+            for file, chunk in chunks_of(np.asarray(array)):
+                (temporary / leaf / file).write_bytes(chunk)
+        for file, content in _descriptions(leaves).items():
+            (temporary / file).write_bytes(content)
         check_written(f"item {name}", folder_bytes(temporary), size)
 
 
@@ -79,8 +73,8 @@ def check_written(what: str, found: int, predicted: int) -> None:
         raise InternalError(f"{what} takes {found} bytes and was predicted to take {predicted}; nothing was written")
 
 
-def read_item(folder: Path, name: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """Returns the leaves of the item `name` as read-only arrays over memory maps.
+def read_item(folder: Path, name: str, names: Collection[str] | None = None) -> dict[str, StoredArray]:
+    """Returns the leaves of the item `name`, of which nothing is read yet.
 
     With `names`, the item must have exactly these leaves; without, those that it lists itself. Raises InputError if the
     item or a leaf is missing, a leaf is there that should not be, or a leaf's files are damaged or truncated.
@@ -97,7 +91,7 @@ def read_item(folder: Path, name: str, names: Collection[str] | None = None) -> 
     for leaf in sorted(present | listed):
         if leaf not in expected:
             raise InputError(f"{item}: leaf {leaf} does not belong there; an item with only its own leaves is needed")
-    return {leaf: _map_leaf(item / leaf) for leaf in sorted(expected)}
+    return {leaf: _stored(item / leaf) for leaf in sorted(expected)}
 
 
 def is_whole(folder: Path, name: str, leaves: Mapping[str, ArrayLike], checksums: Mapping[str, str]) -> bool:
@@ -111,8 +105,8 @@ def is_whole(folder: Path, name: str, leaves: Mapping[str, ArrayLike], checksums
         return False
     files = sum(file.is_file() for file in item.rglob("*"))
     return (
-        files == len(_descriptions(leaves)) + len(leaves)
-        and {leaf: checksum(array) for leaf, array in arrays.items()} == checksums
+        files == len(_descriptions(leaves)) + sum(len(array.files) for array in arrays.values())
+        and {leaf: array.checksums() for leaf, array in arrays.items()} == checksums
     )
 
 
@@ -147,72 +141,6 @@ def folder_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def checksum(array: np.ndarray | jax.Array) -> str:
-    """Returns the CRC-32 of the array's bytes in row-major order, as 8 hexadecimal digits."""
-    return bytes_checksum(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def bytes_checksum(content: bytes | memoryview) -> str:
-    """Returns their CRC-32, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(content):08x}"
-
-
-@contextmanager
-def _failing_once(folder: Path) -> Iterator[None]:
-    """Raises as OSError what the threads of orbax and tensorstore that write to `folder` fail with, none of which
-    prints it beside. After a failure or an interrupt they are waited for: no file appears after that."""
-    show = sys.unraisablehook
-    sys.unraisablehook = _but_for_closed_loops(show)
-    try:
-        yield
-    except BaseException as error:  # the hook stays, since some come late
-        _wait_for_writers(folder)
-        if isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)):  # tensorstore's, whatever went wrong
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            number, reason = (int(code[1]), os.strerror(int(code[1]))) if code else (errno.EIO, str(error))
-            raise OSError(number, reason, str(folder)) from error
-        raise
-    sys.unraisablehook = show
-
-
-def _but_for_closed_loops(show: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """After one leaf's failure orbax closes the loop to which tensorstore reports the others: each would be shown."""
-
-    def show_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            show(unraisable)
-
-    return show_others
-
-
-def _wait_for_writers(folder: Path) -> None:
-    """tensorstore writes a file under a name of its own that ends in `.__lock` while it is at it."""
-    for thread in threading.enumerate():
-        if type(thread).__module__.startswith("orbax."):
-            thread.join()
-    end = time.monotonic() + _LONGEST_WRITE
-    while any(folder.rglob("*.__lock")) and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-@functools.cache
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    """The part of orbax that writes one item.
-
-    The handler alone, because a `Checkpointer` around it adds its own temporary folder, files with timestamps and the
-    folder's path, and warnings about the OCDBT files that are not there. NumPy arrays alone, because `jax.Array` leaves
-    bring further files that describe shardings; not copied before writing, because nobody changes them meanwhile. What
-    its threads and loops log is what `save` raises.
-    """
-    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
-    logging.getLogger("asyncio").addFilter(lambda record: ".partial/" not in str(record.msg))
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),  # unused, but orbax warns where it is missing
-    )
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
-
-
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):  # 255 bytes is the usual limit of file systems
         raise ValueError(
@@ -242,7 +170,7 @@ def _descriptions(leaves: Mapping[str, ArrayLike]) -> dict[str, bytes]:
 def _array_fields(shape: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:
     """The content of a leaf's `.zarray`, in the order in which it is written there."""
     return {
-        "chunks": list(shape),
+        "chunks": list(grid_of(shape, dtype).chunk_shape),
         "compressor": None,
         "dimension_separator": ".",
         "dtype": _DTYPE_NAMES[dtype],
@@ -278,15 +206,12 @@ def _listed_leaves(file: Path) -> set[str]:
     return {key.removeprefix("('").removesuffix("',)") for key in tree}
 
 
-def _map_leaf(leaf: Path) -> np.ndarray:
-    """Maps the single chunk of a leaf into memory, after comparing its size with the leaf's description."""
+def _stored(leaf: Path) -> StoredArray:
+    """A leaf, after comparing its chunks' sizes with its description."""
     shape, dtype = _read_array_fields(leaf / _ARRAY_FILE)
-    chunk = leaf / (".".join("0" * len(shape)) or "0")
-    needed = math.prod(shape) * dtype.itemsize
-    found = chunk.stat().st_size if chunk.is_file() else 0
-    if found != needed:
-        raise InputError(f"{chunk}: has {found} bytes where leaf {leaf.name} of {dtype} {list(shape)} needs {needed}")
-    return np.asarray(np.memmap(chunk, np.uint8, "r")).view(dtype).reshape(shape)
+    stored = StoredArray(leaf, shape, dtype)
+    stored.check_sizes()
+    return stored
 
 
 def _read_array_fields(file: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -296,4 +221,4 @@ def _read_array_fields(file: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     is_shape = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
     if is_shape and dtype is not None and fields | _array_fields(tuple(shape), dtype) == fields:
         return tuple(shape), dtype
-    raise InputError(f"{file}: does not describe one uncompressed chunk of a known dtype, as the native store needs")
+    raise InputError(f"{file}: does not describe uncompressed chunks of a known dtype on the native store's grid")

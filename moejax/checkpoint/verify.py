@@ -1,6 +1,7 @@
 """Every byte of a native checkpoint read and compared with the checksums of its manifest."""
 
 from moejax.checkpoint import store
+from moejax.checkpoint.chunks import bytes_checksum
 from moejax.checkpoint.json_file import read_json_object
 from moejax.checkpoint.native import MANIFEST, NativeCheckpoint, arrays_of, item_of, with_checksum
 from moejax.errors import InputError, note
@@ -17,7 +18,7 @@ def verify(checkpoint: NativeCheckpoint, progress: Progress = silent) -> int:
     size = _check_files(checkpoint)
     names = list(Layout(checkpoint.config).shapes())
     for name in progress(names, "verifying"):
-        size += sum(array.nbytes for array in checkpoint.arrays(name))
+        size += checkpoint.verify(name)
     for item in checkpoint.items:
         own = (name for name in names if item_of(name)[0] == item)
         arrays = {k: a for name in own for k, a in arrays_of(item_of(name)[1], checkpoint.abstract(name)).items()}
@@ -37,7 +38,7 @@ def _check_files(checkpoint: NativeCheckpoint) -> int:
         raise InputError(f"{path}: is not what was written there; copy it anew")
     for name, checksum in files.items():
         file = checkpoint.path / name
-        if not file.is_file() or store.bytes_checksum(file.read_bytes()) != checksum:
+        if not file.is_file() or bytes_checksum(file.read_bytes()) != checksum:
             raise InputError(f"{file}: is not what was written there; copy it anew")
         size += file.stat().st_size
     return size

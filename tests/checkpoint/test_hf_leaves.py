@@ -128,12 +128,12 @@ def test_experts_are_read_into_memory_that_jax_takes_without_a_copy(
     stored, _ = as_fp8(tensors, [128, 128])
     checkpoint = write(tmp_path, fp8_config(CONFIG, [128, 128]) if is_fp8 else CONFIG, stored if is_fp8 else tensors)
     given: list[np.ndarray[Any, Any]] = []
-    aligned = hf_leaves._aligned
+    aligned = hf_leaves.aligned
 
     def noted(*arguments: Any) -> np.ndarray[Any, Any]:
         given.append(aligned(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(hf_leaves, "_aligned", noted)
+    monkeypatch.setattr(hf_leaves, "aligned", noted)
     arrays = jax.tree.leaves(checkpoint.leaf("layers.1.mlp.experts.up").buckets)
     assert [array.unsafe_buffer_pointer() for array in arrays] == [memory.ctypes.data for memory in given]
