@@ -39,7 +39,14 @@ MemoryArg = Annotated[
 ]
 DropMtpArg = Annotated[bool, FlagCreatePairsOff, arg(help="leave the blocks of multi-token prediction out")]
 DtypeArg = Annotated[Literal["float32", "bfloat16"], arg(help="what is computed in")]
-
+MeshArg = Annotated[
+    str | None,
+    arg(help="devices to lie on: tensor=8, or tensor=4,data=2; weights are cut over tensor, sequences over data"),
+]
+DistributedArg = Annotated[
+    str | None,
+    arg(help="be one of several processes: coordinator=HOST:PORT,processes=2,process=0, or auto on a cluster"),
+]
 CacheDtypeArg = Annotated[
     Literal["float32", "bfloat16", "int8"] | None, arg(help="what the latent cache is kept in; without it, --dtype")
 ]
@@ -101,12 +108,16 @@ def evaluate(
     text: TextArg = None,
     memory: MemoryArg = None,
     dtype: DtypeArg = "float32",
+    mesh: MeshArg = None,
+    distributed: DistributedArg = None,
     json: JsonArg = None,
 ) -> None:
     """Perplexity of a checkpoint, and how far its predictions are from another's."""
+    from moejax.commands.devices import mesh_from
     from moejax.commands.evaluate import run_evaluate
 
-    run_evaluate(checkpoint, against, save_base, text, memory, dtype, json)
+    with mesh_from(mesh, distributed) as devices:
+        run_evaluate(checkpoint, against, save_base, text, memory, dtype, devices, json)
 
 
 @app.command
@@ -134,16 +145,20 @@ def generate(
     dtype: DtypeArg = "float32",
     cache_dtype: CacheDtypeArg = None,
     prefill_chunk: PrefillChunkArg = 512,
+    mesh: MeshArg = None,
+    distributed: DistributedArg = None,
     json: JsonArg = None,
 ) -> None:
     """Continue a prompt."""
+    from moejax.commands.devices import mesh_from
     from moejax.commands.generate import Request, run_generate
     from moejax.generate.decode import Decoding
     from moejax.generate.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p)
     request = Request(prompt, system, raw, tokens, sampling, seed, stop, speculate)
-    run_generate(checkpoint, request, Decoding(dtype, cache_dtype, prefill_chunk), memory, json)
+    with mesh_from(mesh, distributed) as devices:
+        run_generate(checkpoint, request, Decoding(dtype, cache_dtype, prefill_chunk), memory, devices, json)
 
 
 @app.command
@@ -156,13 +171,17 @@ def bench(
     dtype: DtypeArg = "float32",
     cache_dtype: CacheDtypeArg = None,
     prefill_chunk: PrefillChunkArg = 512,
+    mesh: MeshArg = None,
+    distributed: DistributedArg = None,
     json: JsonArg = None,
 ) -> None:
     """How fast a checkpoint reads and writes on this machine, and what memory it takes."""
     from moejax.commands.bench import run_bench
+    from moejax.commands.devices import mesh_from
     from moejax.generate.decode import Decoding
 
-    run_bench(checkpoint, prompt, tokens, repeats, Decoding(dtype, cache_dtype, prefill_chunk), json)
+    with mesh_from(mesh, distributed) as devices:
+        run_bench(checkpoint, prompt, tokens, repeats, Decoding(dtype, cache_dtype, prefill_chunk), devices, json)
 
 
 @app.command

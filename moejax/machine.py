@@ -41,7 +41,7 @@ def accelerator_memory() -> int | None:
     """What JAX may hold of its device's own memory; None where it computes in this process's."""
     import jax  # which takes seconds, and not every command needs
 
-    told = jax.devices()[0].memory_stats()
+    told = jax.local_devices()[0].memory_stats()
     return None if jax.default_backend() == "cpu" or told is None else told.get("bytes_limit")
 
 

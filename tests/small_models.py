@@ -32,7 +32,7 @@ CHUNKS: NDArray[np.int32] = np.random.RandomState(0).randint(CONFIG.vocab_size, 
 def small_model(mtp: bool = True) -> DeepseekV3:
     """One dense layer, two with experts and an MTP block. Experts, o_proj and head are FP8 with ragged edges."""
     raw = RAW_CONFIG | {"num_nextn_predict_layers": int(mtp)}
-    tensors = _with_fp8(random_tensors(raw, seed=1))
+    tensors = with_fp8(random_tensors(raw, seed=1))
     return model_of(raw, tensors)
 
 
@@ -55,7 +55,7 @@ def small_statistics() -> Statistics:
     return calibrate(small_model(), CHUNKS, batch=2)
 
 
-def _with_fp8(tensors: Tensors) -> Tensors:
+def with_fp8(tensors: Tensors) -> Tensors:
     """The checkpoint with a part of its matrices in FP8 blocks."""
     random, out = np.random.RandomState(2), dict(tensors)
     for name, tensor in tensors.items():

@@ -23,6 +23,7 @@ from moejax.checkpoint.hf_layouts import refuse_other_folders, refuse_other_layo
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.checkpoint.hf_mtp import copies, lacks_mtp, left_out_mtp, mtp_layers, note_mtp
 from moejax.checkpoint.hf_names import SCALE, expected_tensors, hf_name
+from moejax.checkpoint.hf_parts import leaf_in_parts
 from moejax.checkpoint.safetensors_folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -69,9 +70,12 @@ class HuggingFaceCheckpoint:
         """K of every block: the config's."""
         return (self.config.num_experts_per_tok,) * self.config.num_blocks
 
-    def leaf(self, name: str) -> Weight:
-        """The weight that `Layout` calls `name`. Raises InputError if a value in it is not finite."""
-        return self._leaves(self._finite)(name)
+    def leaf(self, name: str, like: Weight | None = None) -> Weight:
+        """The weight that `Layout` calls `name`; where `like`, it in shapes that have shardings, has it: a process then
+        reads no more than its own parts. Raises InputError if a value in it is not finite."""
+        if like is None:
+            return self._leaves(self._finite)(name)
+        return leaf_in_parts(like, lambda part, count: self._leaves(partial(self._finite, part=part, of=count))(name))
 
     def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
         """Of routed experts' weights of that name those of some experts. Raises InputError as `leaf` does."""
@@ -102,8 +106,11 @@ class HuggingFaceCheckpoint:
     def _leaves(self, read: Any) -> HuggingFaceLeaves:
         return HuggingFaceLeaves(self.config, read, partial(fp8_block, self.raw_config, str(self.path / CONFIG_FILE)))
 
-    def _finite(self, tensor: str) -> np.ndarray:
-        values = self.folder.tensors[tensor].load()
+    def _finite(self, tensor: str, part: int = 0, of: int = 1) -> np.ndarray:
+        """A tensor, or one of so many equal parts of its rows."""
+        info = self.folder.tensors[tensor]
+        rows = info.shape[0] // of if info.shape else 0
+        values = info.load(slice(part * rows, (part + 1) * rows) if of > 1 else slice(None))
         if not _all_finite(values):
             raise InputError(f"{self.folder.tensors[tensor].file}: the tensor {tensor} holds a NaN or an infinity")
         return values

@@ -4,15 +4,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jax.sharding import Mesh
+
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.native import MANIFEST, open_native
 from moejax.checkpoint.safetensors_folder import resolve_checkpoint
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights
 from moejax.model import Config, DeepseekV3, Layout
-from moejax.model.leaves import Weight
+from moejax.model.leaves import Weight, named_leaves
 from moejax.progress import Progress, counted, silent
 from moejax.resources import tiny_checkpoint
+from moejax.sharding import on_mesh
 
 
 class Checkpoint(Protocol):
@@ -37,8 +40,9 @@ class Checkpoint(Protocol):
         """Numbers of the original checkpoint, two bytes each in BF16."""
         ...
 
-    def leaf(self, name: str) -> Weight:
-        """One weight of the model, by the name that `Layout` gives it."""
+    def leaf(self, name: str, like: Weight | None = None) -> Weight:
+        """One weight of the model, by the name that `Layout` gives it; where `like`, it in shapes that have shardings,
+        has it."""
         ...
 
     def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
@@ -71,13 +75,18 @@ def open_checkpoint(name: str | Path | None = None, drop_mtp: bool = False) -> C
     return open_native(path)
 
 
-def load_model(checkpoint: Checkpoint, progress: Progress = silent) -> DeepseekV3:
-    """The whole model, its weights in the checkpoint's own formats."""
+def load_model(checkpoint: Checkpoint, mesh: Mesh | None = None, *, progress: Progress = silent) -> DeepseekV3:
+    """The whole model, its weights in the checkpoint's own formats; on a mesh, where `shardings` has it, every process
+    reads those parts alone that lie on its own devices.
+
+    Raises InputError as `shardings` does, and for what a weight's bytes should not be.
+    """
+    like = {} if mesh is None else named_leaves(on_mesh(abstract_model(checkpoint), mesh))
     with counted(progress, len(Layout(checkpoint.config).shapes()), "reading") as begin:
 
         def leaf(name: str) -> Weight:
             begin()
-            return checkpoint.leaf(name)
+            return checkpoint.leaf(name, like.get(name))
 
         return DeepseekV3(checkpoint.config, leaf, checkpoint.experts_per_token)
 

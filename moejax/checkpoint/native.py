@@ -16,7 +16,6 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from moejax.checkpoint import store
 from moejax.checkpoint.chunks import Index, StoredArray, bytes_checksum, grid_of
@@ -29,7 +28,6 @@ from moejax.formats import ExpertWeights, abstract_experts, abstract_leaf, selec
 from moejax.model import Config, Layout, config_from_hf
 from moejax.model.leaves import Weight
 from moejax.model.weights import PER_EXPERT, block_name, row_of
-from moejax.sharding import shardings
 
 T = TypeVar("T")
 
@@ -98,16 +96,19 @@ class NativeCheckpoint:
         """Numbers of an original of this config."""
         return num_elements(self.config)
 
-    def leaf(self, name: str, mesh: Mesh | None = None) -> Weight:
-        """The weight called `name`; on a mesh its parts, where `shardings` has them: a process reads its own alone.
+    def leaf(self, name: str, like: Weight | None = None) -> Weight:
+        """The weight called `name`; where `like`, it in shapes that have shardings, has it: a process then reads no
+        more than its own parts.
 
         Raises InputError if its bytes are not those that the manifest names, or name experts or groups that are none.
         """
         abstract, stored = self.abstract(name), self._stored(name)
         check_arrays(self.path, name, stored, jax.tree.leaves(abstract))
-        places = [None] * len(stored) if mesh is None else jax.tree.leaves(shardings(abstract, mesh))
         reads = [partial(self._read, name, n, own) for n, own in enumerate(stored)]
-        arrays = [placed(own.shape, read, place) for own, read, place in zip(stored, reads, places, strict=True)]
+        if like is None:
+            arrays = [jax.device_put(read()) for read in reads]
+        else:
+            arrays = [placed(own, read) for own, read in zip(jax.tree.leaves(like), reads, strict=True)]
         weight = jax.tree.unflatten(jax.tree.structure(abstract), arrays)
         check_indices(self.path, name, weight, self.config)
         return weight

@@ -4,16 +4,12 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from moejax.checkpoint.chunks import Index
 
 
-def placed(shape: tuple[int, ...], read: Callable[[Index | None], np.ndarray], sharding: Sharding | None) -> jax.Array:
-    """The array whose parts `read` gives, whole for None: on this process's own devices of a sharding, or without one
-    on the default device."""
-    if sharding is None:
-        return jax.device_put(read(None))
+def placed(like: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """The array whose parts `read` gives, on those devices of a shape's sharding that are this process's own."""
     parts: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
 
     def part(index: Index | None) -> np.ndarray:
@@ -23,4 +19,4 @@ def placed(shape: tuple[int, ...], read: Callable[[Index | None], np.ndarray], s
             parts[bounds] = read(index)
         return parts[bounds]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback(like.shape, like.sharding, part)

@@ -3,18 +3,21 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
-from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
+from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.predictions import BaseOrigin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
 from moejax.commands.common import cost_of_the_run, evaluation_text, tokenize
+from moejax.commands.devices import in_first
 from moejax.errors import InputError
 from moejax.evaluate.divergence import Predictions, evaluate
-from moejax.evaluate.memory import Needs, Read, needs, read_within
+from moejax.evaluate.memory import Needs, Read, needs, read_within, require_in_memory
 from moejax.evaluate.text import Text
 from moejax.formats import Leaf, abstract_leaf
 from moejax.ledger import ledger_of
@@ -22,6 +25,7 @@ from moejax.model import DeepseekV3
 from moejax.model.source import Source
 from moejax.report import figures
 from moejax.report.console import print_table, progress_bar
+from moejax.sharding import DATA, around
 from moejax.tokenizer import load_tokenizer
 
 _BATCH = 8
@@ -36,10 +40,12 @@ def run_evaluate(
     text: Path | None,
     memory: str | None,
     dtype: str,
+    mesh: Mesh | None,
     json: Path | None,
 ) -> None:
     """Perplexity and divergence."""
     started = time.monotonic()
+    json, save_base = in_first(json), in_first(save_base)
     figures.require_writable(json, save_base)
     ledger = ledger_of(memory)
     checkpoint = open_checkpoint(name)
@@ -48,15 +54,21 @@ def run_evaluate(
     original = _original(against, checkpoint, source, chunks, dtype)
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
-    asked = _needs(checkpoint, original, chunks, dtype)
-    read, wave = read_within(ledger, asked, checkpoint.path, len(chunks), progress_bar)
-    with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep:
+    batch = min(_batch(mesh), len(chunks))
+    asked = _needs(checkpoint, original, chunks.shape[1], batch, dtype, mesh)
+    if mesh is None:
+        read, wave = read_within(ledger, asked, checkpoint.path, len(chunks), progress_bar)
+    else:
+        require_in_memory(ledger, asked, checkpoint.path)
+        read, wave = partial(load_model, mesh=mesh, progress=progress_bar), batch
+    model, base = read(checkpoint), _base(original, read)
+    with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep, around(mesh):
         evaluation = evaluate(
-            read(checkpoint),
+            model,
             chunks,
-            _base(original, read),
+            base,
             dtype=dtype,
-            batch=_BATCH,
+            batch=batch,
             wave=wave,
             keep=keep,
             progress=progress_bar,
@@ -96,13 +108,19 @@ def _require_one_vocabulary(against: str, found: int, checkpoint: Checkpoint) ->
         )
 
 
-def _needs(checkpoint: Checkpoint, original: Original, chunks: np.ndarray, dtype: str) -> Needs:
+def _batch(mesh: Mesh | None) -> int:
+    """Chunks at once: at least _BATCH, and as many in every part of them."""
+    parts = 1 if mesh is None else mesh.shape[DATA]
+    return -(-_BATCH // parts) * parts
+
+
+def _needs(checkpoint: Checkpoint, original: Original, length: int, batch: int, dtype: str, mesh: Mesh | None) -> Needs:
     base: DeepseekV3 | Leaf | None = None
     if isinstance(original, SavedPredictions):
         base = abstract_leaf(original.head_spec)
     elif original is not None:
         base = abstract_model(original)
-    return needs(abstract_model(checkpoint), base, chunks.shape[1], min(_BATCH, len(chunks)), dtype)
+    return needs(abstract_model(checkpoint), base, length, batch, dtype, mesh)
 
 
 def _base(original: Original, read: Read) -> DeepseekV3 | Source | Predictions | None:

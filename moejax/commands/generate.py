@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
+from moejax.commands.devices import in_first, is_first, require_one_sequence
 from moejax.errors import InputError, note
 from moejax.generate.decode import Decoding, Runner, check_request, generate
 from moejax.generate.from_disk import PartByPart
-from moejax.generate.memory import ample_bytes, decoding_needs
+from moejax.generate.memory import ample_bytes, bytes_on_mesh, decoding_needs
 from moejax.generate.sampling import Sampling, check_sampling
 from moejax.generate.speculative import Speculation, require_mtp
 from moejax.generate.speed import Timed
@@ -21,6 +23,7 @@ from moejax.ledger import Ledger, ledger_of
 from moejax.machine import peak_memory
 from moejax.model import DeepseekV3
 from moejax.report import figures
+from moejax.sharding import around
 from moejax.tokenizer import ChatTemplate, Tokenizer, encode_chat, load_chat_template, load_tokenizer, text_pieces
 
 
@@ -42,9 +45,18 @@ class Request:
     speculate: bool
 
 
-def run_generate(name: str | None, request: Request, decoding: Decoding, memory: str | None, json: Path | None) -> None:
+def run_generate(
+    name: str | None,
+    request: Request,
+    decoding: Decoding,
+    memory: str | None,
+    mesh: Mesh | None,
+    json: Path | None,
+) -> None:
     """Text, as it comes."""
+    json = in_first(json)
     figures.require_writable(json)
+    require_one_sequence(mesh)
     ledger = ledger_of(memory)
     _check(request)
     checkpoint = open_checkpoint(name)
@@ -55,16 +67,18 @@ def run_generate(name: str | None, request: Request, decoding: Decoding, memory:
     template = None if request.raw else load_chat_template(checkpoint.path)
     ids = _prompt_ids(request, template, tokenizer)
     check_request(checkpoint.config, [ids], request.tokens)
-    model = _within(ledger, checkpoint, len(ids), request, decoding)
-    continuation = _continuation(model, ids, request, stop, decoding)
-    timed = Timed(continuation)
+    model = _within(ledger, checkpoint, len(ids), request, decoding, mesh)
     if template is None:
         print(request.prompt, end="", flush=True)
-    for piece in text_pieces(tokenizer, timed):
-        print(piece, end="", flush=True)
+    with around(mesh):
+        continuation = _continuation(model, ids, request, stop, decoding)
+        timed = Timed(continuation)
+        for piece in text_pieces(tokenizer, timed):
+            print(piece, end="", flush=True)
     print()
     facts = _facts(timed, len(ids), continuation)
-    print(_summary(facts), file=sys.stderr)
+    if is_first():
+        print(_summary(facts), file=sys.stderr)
     figures.write_json(json, facts)
 
 
@@ -108,10 +122,20 @@ def _continuation(
 
 
 def _within(
-    ledger: Ledger, checkpoint: Checkpoint, prompt_tokens: int, request: Request, decoding: Decoding
+    ledger: Ledger,
+    checkpoint: Checkpoint,
+    prompt_tokens: int,
+    request: Request,
+    decoding: Decoding,
+    mesh: Mesh | None,
 ) -> DeepseekV3 | Runner:
-    """The model, in memory if it fits, else part by part."""
+    """The model, in memory if it fits, else part by part; on a mesh in memory."""
     model = abstract_model(checkpoint)
+    if mesh is not None:
+        needed = bytes_on_mesh(mesh, model, prompt_tokens, request.tokens, decoding)
+        if not ledger.fits(needed):
+            ledger.refuse(f"{checkpoint.path} cannot be run on a mesh, which needs all of it in memory,", needed)
+        return load_model(checkpoint, mesh)
     if ledger.fits(ample_bytes(model, prompt_tokens, request.tokens, decoding)):
         return load_model(checkpoint)
     needs = decoding_needs(model, prompt_tokens, request.tokens, decoding)

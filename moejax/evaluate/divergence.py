@@ -21,6 +21,7 @@ from moejax.model.deepseek_v3 import head_logits
 from moejax.model.finite import refuse_head
 from moejax.model.source import Source, source_of
 from moejax.progress import Progress, counted, silent
+from moejax.sharding import by_sequence, gathered
 
 # exp of more is infinite in float64.
 _LARGEST_NLL = 709.0
@@ -230,7 +231,8 @@ def _perplexity(nll: np.ndarray) -> float:
 @jax.jit
 def log_probabilities(states_BSD: jax.Array, head: Leaf) -> jax.Array:
     """log p(next token) from the states that the head takes, (B, S, C) in float32."""
-    return jax.nn.log_softmax(head_logits(states_BSD, head).astype(jnp.float32), axis=-1)
+    logits_BSC = by_sequence(lambda head, states_BSD: head_logits(states_BSD, head), (head,), (states_BSD,))
+    return jax.nn.log_softmax(gathered(logits_BSC).astype(jnp.float32), axis=-1)
 
 
 @jax.jit

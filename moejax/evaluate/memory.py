@@ -1,13 +1,14 @@
 """What an evaluation takes of memory, from shapes; how checkpoints are read within a limit, whole or part by part."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moejax.checkpoint.load import Checkpoint, load_model
 from moejax.checkpoint.source import CheckpointSource
@@ -30,6 +31,7 @@ from moejax.model.workspace import (
     with_margin,
 )
 from moejax.progress import Progress
+from moejax.sharding import local_bytes, on_mesh
 
 Read = Callable[[Checkpoint], DeepseekV3 | Source]
 
@@ -68,11 +70,15 @@ def needs(
     length: int,
     batch: int,
     dtype: jax.typing.DTypeLike,
+    mesh: Mesh | None = None,
 ) -> Needs:
-    """Of an abstract model and its original, or the head of its original's `Predictions`, on chunks of `length` tokens.
+    """Of an abstract model and its original, or the head of its original's `Predictions`, on chunks of `length` tokens;
+    on a mesh, what this process takes for its own devices with the models in memory.
 
     Compiles a step of every kind, which then need not be compiled again.
     """
+    if mesh is not None:
+        return _needs_on(mesh, model, base, length, batch, dtype)
     models = [own for own in (model, base) if isinstance(own, DeepseekV3)]
     steps = [step for own in models for step in _steps(own, length, batch, dtype)]
     heads = [own.head.get_value() for own in models]
@@ -91,6 +97,21 @@ def needs(
         + max(-(-_waiting_bytes(own, length, batch, dtype) // batch) for own in models),
         batch=batch,
     )
+
+
+def _needs_on(
+    mesh: Mesh,
+    model: DeepseekV3,
+    base: DeepseekV3 | Leaf | None,
+    length: int,
+    batch: int,
+    dtype: jax.typing.DTypeLike,
+) -> Needs:
+    with jax.set_mesh(mesh):
+        device = needs(on_mesh(model, mesh), None if base is None else on_mesh(base, mesh), length, batch, dtype)
+    steps = device.whole - payload_bytes([model, base])
+    in_memory = len(mesh.local_devices) if jax.default_backend() == "cpu" else 1
+    return replace(device, whole=local_bytes([model, base], mesh) + in_memory * steps)
 
 
 def _steps(model: DeepseekV3, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:
@@ -134,6 +155,12 @@ def _abstract_rotation(config: Config, length: int, dtype: jax.typing.DTypeLike)
 
 def _array_bytes(array: jax.Array) -> int:
     return payload_bytes([array])
+
+
+def require_in_memory(ledger: Ledger, asked: Needs, path: Path) -> None:
+    """Raise InputError, naming the checkpoint's path, if an evaluation with the models in memory does not fit."""
+    if not ledger.fits(asked.in_memory):
+        ledger.refuse(f"{path} cannot be evaluated on a mesh, which needs all of it in memory,", asked.in_memory)
 
 
 def read_within(ledger: Ledger, asked: Needs, path: Path, chunks: int, progress: Progress) -> tuple[Read, int]:

@@ -16,6 +16,7 @@ from moejax.model.finite import finite_rows, refuse_head
 from moejax.model.hidden_states import require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.source import ModelSource, Source
+from moejax.sharding import by_sequence, gathered, put_by_sequence
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 # What is drawn where something is not finite.
@@ -95,10 +96,16 @@ class InMemory:
 def decode_step(
     model: DeepseekV3, rows: Rows, cache: list[LatentCache], draw: Draw, dtype: str
 ) -> tuple[jax.Array, list[LatentCache]]:
-    x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)
-    x_B1D = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)
-    logits_BC = model.logits(x_B1D)[:, 0]
-    return known_token(sample(logits_BC, draw), x_BTD, rows.last_B, logits_BC), cache
+    def logits(
+        model: DeepseekV3, rows: Rows, cache: list[LatentCache]
+    ) -> tuple[jax.Array, jax.Array, list[LatentCache]]:
+        x_BTD, cache = model.extend(rows.tokens_BT, cache, rows.start_B, dtype)
+        x_B1D = jnp.take_along_axis(x_BTD, rows.last_B[:, None, None], axis=1)
+        return x_BTD, model.logits(x_B1D)[:, 0], cache
+
+    x_BTD, logits_BC, cache = by_sequence(logits, (model,), (rows, cache))
+    x_BTD, logits_BC = gathered(x_BTD), gathered(logits_BC)
+    return gathered(known_token(sample(logits_BC, draw), x_BTD, rows.last_B, logits_BC)), cache
 
 
 def known_token(token_B: jax.Array, x_BTD: jax.Array, last_B: jax.Array, logits_BC: jax.Array) -> jax.Array:
@@ -187,7 +194,7 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     length = cache_length(int(lengths.max()), max_tokens, decoding.prefill_chunk)
-    cache = empty_caches(runner.config, len(prompts), length, decoding.kept_in)
+    cache = put_by_sequence(empty_caches(runner.config, len(prompts), length, decoding.kept_in))
     seeds_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     going, position_B, token_B = np.ones(len(prompts), bool), jnp.asarray(lengths), None
     so_far = [list(prompt) for prompt in prompts]

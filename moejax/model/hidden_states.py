@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.formats import Leaf
-from moejax.kernels import take
 from moejax.model.config import Config
 from moejax.model.finite import require_finite, require_finite_block
 from moejax.model.rope import Angles, angles
 from moejax.model.sliced import SlicedBlock, through
 from moejax.model.source import Source, Step, walk
+from moejax.sharding import take
 
 # An array, a `jax.Array` or what a `Keep` makes of one: `jnp.asarray` and an index give numbers of both.
 Kept = Any

@@ -26,6 +26,7 @@ from moejax.model.leaves import Taps, named_leaves, prefixed
 from moejax.model.moe import Experts, MoE, Routing, wide_dtype
 from moejax.model.rope import Angles
 from moejax.model.steps import run_block
+from moejax.sharding import data_parts
 
 # Numbers in a slice of experts, at most: half a gigabyte in float32. All experts of a small model are one slice. On an
 # accelerator a slice takes that share of its memory in float32, if that is more.
@@ -256,9 +257,11 @@ def most_rows(routing: Routing, hidden_size: int) -> int:
 
 
 def through(block: SlicedBlock, states: Iterable[jax.Array], by: Angles) -> Iterator[jax.Array]:
-    """States x (B, T, D) through a decoder block: what `block.whole()` makes of each. Every slice is asked for once."""
-    if not block.is_moe:
-        yield from (run_block(block.trunk, x_BTD, by) for x_BTD in states)
+    """States x (B, T, D) through a decoder block: what `block.whole()` makes of each. Every slice is asked for once, or
+    all together where the sequences are in parts: each has rows of other experts."""
+    if not block.is_moe or data_parts() > 1:
+        whole = block.whole()
+        yield from (run_block(whole, x_BTD, by) for x_BTD in states)
         return
     if len(block.ranges) == 1:
         ((members, experts),) = block.slices()

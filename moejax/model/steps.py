@@ -12,12 +12,13 @@ from moejax.model.deepseek_v3 import Block
 from moejax.model.latent_cache import LatentCache
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles
+from moejax.sharding import by_sequence, gathered
 
 
 @jax.jit
 def run_block(block: Block, x_BTD: jax.Array, by: Angles) -> jax.Array:
     """One decoder block, compiled."""
-    return block(x_BTD, by)
+    return gathered(by_sequence(lambda block, by, x_BTD: block(x_BTD, by), (block, by), (x_BTD,)))
 
 
 @partial(jax.jit, donate_argnames="cache")

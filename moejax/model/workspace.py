@@ -13,6 +13,7 @@ from moejax.model.moe import Experts, MoE
 from moejax.model.rope import Angles
 from moejax.model.sliced import Entered, SlicedBlock, add_piece, enter, leave, most_rows, sliced, some_of
 from moejax.model.steps import run_block
+from moejax.sharding import data_parts
 
 # What allocators lose, libraries set aside and compilers take beside all that is counted: 130 MB were measured on two
 # cores, of a checkpoint of 4 GB.
@@ -40,7 +41,7 @@ def sliced_step_bytes(block: Block, x_BTD: jax.Array, by: Angles) -> int:
     """What states x (B, T, D) take on their way through an abstract block, slice by slice, beside x and the block:
     workspace, results, and what is within the block."""
     own = sliced(block)
-    if not own.is_moe:
+    if not own.is_moe or data_parts() > 1:
         return step_bytes(run_block, block, x_BTD, by)
     inside, routed_TD = _within(own, x_BTD, by)
     rows = most_rows(inside.routing, x_BTD.shape[-1])

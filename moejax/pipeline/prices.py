@@ -36,7 +36,6 @@ from moejax.transforms.prune import PruningError, super_experts
 
 # Whose cost a weight takes that MTP blocks alone have: another matrix of D outputs.
 _STAND_IN = "self_attn.o"
-_NOTHING = Pruned(0, PruningError(*[jnp.zeros(())] * 4), 0.0)
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Prices:
     def _probed(self, own: BlockMeasures, change: Change) -> Pruned:
         """What is known of a layer's pruning at the number of experts that a probe prunes."""
         count = self._count(own, change.level)
-        return next((at for at in own.pruned if at.count == count), _NOTHING)
+        return next((at for at in own.pruned if at.count == count), _nothing())
 
     def _count(self, own: BlockMeasures, share: float) -> int:
         assert own.scores_E is not None
@@ -187,3 +186,8 @@ def _interpolated(probes: Sequence[PruningProbe], most: int) -> np.ndarray:
     counts = [0, *(own.pruned for own in probes)]
     divergences = np.maximum.accumulate([0.0, *(own.divergence for own in probes)])
     return np.interp(np.arange(most + 1), counts, divergences)
+
+
+def _nothing() -> Pruned:
+    """That no expert is pruned."""
+    return Pruned(0, PruningError(*[jnp.zeros(())] * 4), 0.0)

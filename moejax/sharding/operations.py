@@ -1,18 +1,20 @@
 """The kernels' operations with weights that lie on a mesh: the products of every device's own outputs, or heads.
 
 Without a mesh (`jax.set_mesh`), or with one that has no axis `tensor`, they are the kernels' own. Kernels see one
-device's part (`jax.shard_map`), so that compilers need not know how to cut them.
+device's part (`jax.shard_map`), so that compilers need not know how to cut them. A whole step sees the sequences of one
+place along the axis `data` (`by_sequence`).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax import kernels
 from moejax.formats import ExpertWeights, Leaf
-from moejax.sharding.rules import EVERYWHERE, TENSOR, is_cut, spec_of
+from moejax.sharding.rules import DATA, EVERYWHERE, TENSOR, is_cut, spec_of
 
 
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
@@ -59,7 +61,36 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def gathered(x: jax.Array) -> jax.Array:
     """The same, on every device whole: compilers would else leave it in parts, and cut what it comes to as well."""
-    return x if _parts() is None else jax.lax.with_sharding_constraint(x, EVERYWHERE)
+    return x if not _sizes() else jax.lax.with_sharding_constraint(x, EVERYWHERE)
+
+
+def by_sequence(step: Callable[..., Any], shared: tuple[Any, ...], batched: tuple[Any, ...]) -> Any:
+    """step(*shared, *batched), where what is batched and all results have the batch (B, ...) for their first axis:
+    every place along `data` has a part of the sequences. Where B does not fall into such parts, all have all."""
+    batch = _batch_spec(batched)
+    if batch == EVERYWHERE:
+        return step(*shared, *batched)
+    specs = (*(EVERYWHERE for _ in shared), *(batch for _ in batched))
+    run = jax.shard_map(step, in_specs=specs, out_specs=batch, axis_names={DATA}, check_vma=False)
+    return run(*shared, *batched)
+
+
+def put_by_sequence(batched: Any) -> Any:
+    """Arrays (B, ...) on the devices of the mesh, where `by_sequence` takes them; without one as they are."""
+    if not _sizes():
+        return batched
+    return jax.device_put(batched, NamedSharding(jax.sharding.get_mesh(), _batch_spec(batched)))
+
+
+def _batch_spec(batched: Any) -> PartitionSpec:
+    parts = data_parts()
+    is_parted = parts > 1 and jax.tree.leaves(batched)[0].shape[0] % parts == 0
+    return PartitionSpec(DATA) if is_parted else EVERYWHERE
+
+
+def data_parts() -> int:
+    """Into how many parts sequences are cut; 1 without a mesh."""
+    return _sizes().get(DATA, 1)
 
 
 def _per_head(operation: Callable[[jax.Array, Leaf], jax.Array], x: jax.Array, w: Leaf, parts: int) -> jax.Array:
@@ -70,12 +101,16 @@ def _per_head(operation: Callable[[jax.Array, Leaf], jax.Array], x: jax.Array, w
 def _on_every_device(
     operation: Callable[..., jax.Array], in_specs: tuple[object, ...], out_specs: PartitionSpec
 ) -> Callable[..., jax.Array]:
-    return jax.shard_map(operation, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(operation, in_specs=in_specs, out_specs=out_specs, axis_names={*_sizes()}, check_vma=False)
 
 
 def _parts() -> int | None:
     """How many devices weights are cut over; None without a mesh, and within one device's part."""
+    return _sizes().get(TENSOR)
+
+
+def _sizes() -> dict[str, int]:
+    """The axes of the mesh that lie around here still, and how long they are."""
     mesh = jax.sharding.get_abstract_mesh()
-    if TENSOR not in mesh.axis_names or mesh.axis_types[mesh.axis_names.index(TENSOR)] != AxisType.Auto:
-        return None
-    return mesh.shape[TENSOR]
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}

@@ -1,4 +1,4 @@
-"""Which axis of a weight is cut over a mesh's axis `tensor`.
+"""Which axis of a weight is cut over a mesh's axis `tensor`; over its axis `data`, sequences alone are.
 
 Matrices (O, I) are cut over their outputs, experts' (E, O, I) too, so that buckets of any number of experts can be;
 what is one matrix per head (H, O, I) is cut over the heads. Packed rows stay whole, and no product is summed over
@@ -15,6 +15,7 @@ from moejax.errors import InputError
 from moejax.formats import ExpertWeights, Fp8Blocks, Leaf, PackedTensor
 
 TENSOR = "tensor"
+DATA = "data"
 EVERYWHERE = PartitionSpec()
 
 
@@ -50,6 +51,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         )
 
     return jax.tree.map(place, tree, is_leaf=lambda own: isinstance(own, PackedTensor | ExpertWeights))
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The tree in shapes alone, each with its place in `shardings`. Raises InputError as that does."""
+    places = shardings(tree, mesh)
+    return jax.tree.map(lambda own, place: jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=place), tree, places)
 
 
 def _falls_into(w: Leaf, axis: int, parts: int) -> bool:

@@ -198,7 +198,7 @@ class InMemory:
     num_elements: int = 0
     experts_in_slice: int | None = None
 
-    def leaf(self, name: str) -> Any:
+    def leaf(self, name: str, like: Any = None) -> Any:
         return self.leaves[name]
 
     def experts(self, name: str, members: Sequence[int]) -> ExpertWeights:
@@ -291,10 +291,10 @@ def test_a_folder_that_exists_and_a_job_that_fails_midway(tmp_path: Path) -> Non
         write_huggingface(model, tmp_path)
 
     class Failing(InMemory):
-        def leaf(self, name: str) -> Any:
+        def leaf(self, name: str, like: Any = None) -> Any:
             if name == "norm":
                 raise InputError("the norm cannot be read")
-            return super().leaf(name)
+            return super().leaf(name, like)
 
     with pytest.raises(InputError, match="the norm cannot be read"):
         write_huggingface(Failing(model.raw_config, CONFIG, leaves), tmp_path / "out")

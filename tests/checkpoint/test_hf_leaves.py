@@ -8,7 +8,7 @@ import pytest
 
 from fp8_checkpoint import BF16, BIAS, CONFIG, EXPERT, FP8, KV_A, NORM, SCALE, as_fp8, fp8_config
 from model_cases import Config, Tensors, random_tensors, write_hf_checkpoint
-from moejax.checkpoint import hf_leaves
+from moejax.checkpoint import chunks, hf_leaves
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint, open_huggingface
 from moejax.formats import ExpertWeights, Fp8Blocks, dense, describe
 from moejax.model import Layout
@@ -128,7 +128,7 @@ def test_experts_are_read_into_memory_that_jax_takes_without_a_copy(
     stored, _ = as_fp8(tensors, [128, 128])
     checkpoint = write(tmp_path, fp8_config(CONFIG, [128, 128]) if is_fp8 else CONFIG, stored if is_fp8 else tensors)
     given: list[np.ndarray[Any, Any]] = []
-    aligned = hf_leaves.aligned
+    aligned = chunks.aligned
 
     def noted(*arguments: Any) -> np.ndarray[Any, Any]:
         given.append(aligned(*arguments))

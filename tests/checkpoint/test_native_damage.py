@@ -117,7 +117,10 @@ NORM = ("items", "layer_1", "input_norm")
         (at(*NORM, value=[["f32[64]"], "0" * 8]), "damaged (TypeError(\"['f32[64]'] is no str\"))"),
         (at(*NORM, 1, value=12345678), "damaged (TypeError('12345678 is no str'))"),
         (at(*NORM, 1, value=""), "layers.1.input_norm needs a checksum of 8 digits for each of its arrays' chunks"),
-        (at(*NORM, 1, value="0" * 16), "layers.1.input_norm needs a checksum of 8 digits for each of its arrays' chunks"),
+        (
+            at(*NORM, 1, value="0" * 16),
+            "layers.1.input_norm needs a checksum of 8 digits for each of its arrays' chunks",
+        ),
         (at(*NORM, 0, value="i32[64]"), "layers.1.input_norm is i32[64]; i32 is what group_id alone is made of"),
         (at("items", "layer_1", "mlp.group_id", 0, value="f32[5]"), "layers.1.mlp.group_id is f32[5]; i32 is what"),
         (at("plan", value=[]), "damaged (TypeError('[] is no dict'))"),

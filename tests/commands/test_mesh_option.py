@@ -1,0 +1,154 @@
+"""`--mesh` and `--distributed`: over devices and processes, commands say what they say on one device."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import moejax, refused, run
+from small_checkpoint import words
+
+# What a run takes, and what is rounded otherwise where sums are made in other orders.
+COST = ("seconds", "peak_memory_bytes", "read_seconds", "text")
+# Joins, and is killed.
+KILLED = """
+import os, sys
+from moejax.commands.devices import mesh_from
+with mesh_from(*sys.argv[1:]):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four chunks."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(words(seed=2, count=600))
+    return file
+
+
+def figures(file: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(file.read_text())
+    return {name: value for name, value in read.items() if name not in COST}
+
+
+@pytest.mark.parametrize("mesh", ["tensor=8", "tensor=2,data=4"])
+def test_evaluate_over_devices(mesh: str, small: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", compressed, "--against", small, "--text", text, "--json"]
+    run(*arguments, tmp_path / "one.json")
+    run(*arguments, tmp_path / "mesh.json", "--mesh", mesh)
+    assert figures(tmp_path / "mesh.json") == pytest.approx(figures(tmp_path / "one.json"), rel=1e-4)
+
+
+def test_generate_over_devices(compressed: Path) -> None:
+    arguments = ["generate", compressed, "--prompt", "one two", "--tokens", "6"]
+    assert run(*arguments, "--mesh", "tensor=8") == run(*arguments)
+
+
+def test_bench_over_devices(compressed: Path, tmp_path: Path) -> None:
+    arguments = ["bench", compressed, "--prompt", "4", "--tokens", "2", "--repeats", "1", "--json", tmp_path / "b.json"]
+    run(*arguments, "--mesh", "tensor=2")
+    assert json.loads((tmp_path / "b.json").read_text())["read_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--mesh", "tensor=16"], "--mesh tensor=16 is of 16 devices; there are 8 CPU devices"),
+        (["--mesh", "tensor"], "--mesh is 'tensor'; tensor=8, data=2 or tensor=4,data=2 are accepted"),
+        (["--mesh", "tensor=2,tensor=4"], "--mesh is 'tensor=2,tensor=4'; tensor=8"),
+        (["--mesh", "expert=2"], "--mesh is 'expert=2'; tensor=8"),
+        (["--mesh", "tensor=0"], "--mesh is 'tensor=0'; tensor=8"),
+        (["--mesh", "tensor=8", "--distributed", "all"], "--distributed is 'all'; auto, or coordinator=HOST:PORT"),
+        (
+            ["--mesh", "tensor=8", "--distributed", "coordinator=a:1,processes=2,process=2"],
+            "--distributed is 'coordinator=a:1,processes=2,process=2'; auto, or",
+        ),
+        (["--distributed", "auto"], "--distributed spreads a model over the devices of several processes; --mesh says"),
+        (
+            ["--mesh", "tensor=2", "--memory", "100MB"],
+            "cannot be evaluated on a mesh, which needs all of it in memory,",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(options: list[str], reason: str, small: Path, text: Path, tmp_path: Path) -> None:
+    assert reason in refused(tmp_path, "evaluate", small, "--text", text, *options)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "one"], ["bench"]])
+def test_one_sequence_is_not_spread_over_data(command: list[str], small: Path, tmp_path: Path) -> None:
+    message = refused(tmp_path, command[0], small, *command[1:], "--mesh", "tensor=2,data=2")
+    assert "--mesh has data=2; one sequence is decoded, so data=1 is accepted" in message
+
+
+class Processes:
+    """Two of four devices each, which run a program together; each has its output in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.folder = folder
+        self.join = [f"coordinator=127.0.0.1:{port},processes=2,process={k}" for k in (0, 1)]
+        # As a shell has it: without what JAX has set in the tests' own process.
+        own = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+        self.environment = own | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+    def start(self, number: int, *words: object) -> subprocess.Popen[bytes]:
+        with (self.folder / f"out{number}").open("wb") as out, (self.folder / f"err{number}").open("wb") as err:
+            return subprocess.Popen([sys.executable, *map(str, words)], stdout=out, stderr=err, env=self.environment)
+
+    def run(self, *arguments: object) -> list[int]:
+        """The exit codes of a command that both run."""
+        started = [self.start(n, "-m", "moejax", *arguments, "--distributed", join) for n, join in enumerate(self.join)]
+        return [own.wait(timeout=300) for own in started]
+
+    def said(self, number: int) -> tuple[str, str]:
+        out, err = ((self.folder / f"{kind}{number}").read_text() for kind in ("out", "err"))
+        return out, err
+
+
+def test_two_processes_evaluate_as_one(small: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", compressed, "--against", small, "--text", text, "--json"]
+    processes = Processes(tmp_path)
+    codes = processes.run(*arguments, tmp_path / "two.json", "--mesh", "tensor=4,data=2")
+    assert codes == [0, 0], processes.said(0) + processes.said(1)
+    out, err = processes.said(0)
+    assert "perplexity" in out and "Gloo" not in out + err
+    assert processes.said(1) == ("", "")
+    run(*arguments, tmp_path / "one.json")
+    assert figures(tmp_path / "two.json") == pytest.approx(figures(tmp_path / "one.json"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_generate_as_one(compressed: Path, tmp_path: Path) -> None:
+    arguments, processes = ["generate", compressed, "--prompt", "one two", "--tokens", "6"], Processes(tmp_path)
+    assert processes.run(*arguments, "--mesh", "tensor=8") == [0, 0], processes.said(0) + processes.said(1)
+    assert processes.said(0)[0] == run(*arguments)
+    assert processes.said(1) == ("", "")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_stops_the_other(killed: int, compressed: Path, text: Path, tmp_path: Path) -> None:
+    processes, other = Processes(tmp_path), 1 - killed
+    command = ["-m", "moejax", "evaluate", compressed, "--text", text, "--mesh", "tensor=8", "--distributed"]
+    going = processes.start(other, *command, processes.join[other])
+    processes.start(killed, "-c", KILLED, "tensor=8", processes.join[killed]).wait(timeout=300)
+    assert going.wait(timeout=300) == 1
+    said = f"moejax: process {killed} ended before all was done, so process {other} does"
+    assert re.sub(r"reading .*\n", "", processes.said(other)[1]) == f"{said}\n"
+
+
+def test_bad_input_is_told_and_ends_both(tmp_path: Path) -> None:
+    processes = Processes(tmp_path)
+    assert processes.run("evaluate", tmp_path / "nothing", "--mesh", "tensor=8") == [2, 2]
+    assert all("nothing" in processes.said(n)[1] and processes.said(n)[1].count("\n") == 1 for n in (0, 1))
+
+
+def test_help_names_the_options() -> None:
+    assert all("--mesh" in moejax(command, "--help").out for command in ("evaluate", "generate", "bench"))
