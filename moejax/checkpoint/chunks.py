@@ -6,11 +6,12 @@ The file of chunk n is named by its place in the grid, `n.0` of a matrix cut int
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ _LEAST_BYTES = 1 << 20
 _ALIGNMENT = 64
 
 Index = tuple[slice, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,16 @@ class StoredArray:
         given = index or (slice(None),) * len(self.shape)
         bounds = tuple(slice(*own.indices(n)[:2]) for own, n in zip(given, self.shape, strict=True))
         part = aligned(tuple(own.stop - own.start for own in bounds), self.dtype)
-        found = {}
-        for chunk in range(self.grid.count):
-            if all(a.start < b.stop and b.start < a.stop for a, b in zip(self.grid.index(chunk), bounds, strict=True)):
-                found[chunk] = self._read_chunk(chunk, bounds, part)
-        return part, found
+        touched = [
+            chunk
+            for chunk in range(self.grid.count)
+            if all(a.start < b.stop and b.start < a.stop for a, b in zip(self.grid.index(chunk), bounds, strict=True))
+        ]
+        return part, dict(zip(touched, _of_each(lambda own: self._read_chunk(own, bounds, part), touched), strict=True))
 
     def checksums(self) -> str:
         """Of every chunk, one behind another, with little of them in memory."""
-        return "".join(map(_file_checksum, self.files))
+        return "".join(_of_each(_file_checksum, self.files))
 
     def _read_chunk(self, chunk: int, bounds: Index, part: np.ndarray) -> str:
         """What of a chunk lies within the bounds into their part, and the chunk's checksum. For every place before the
@@ -155,6 +158,14 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _of_each(work: Callable[[T], str], chunks: Sequence[T]) -> list[str]:
+    """What work gives for every chunk, several of them at once."""
+    if len(chunks) == 1:
+        return [work(chunks[0])]
+    with ThreadPoolExecutor(max_workers=MOST_CHUNKS) as pool:
+        return list(pool.map(work, chunks))
 
 
 def _bytes(array: np.ndarray) -> memoryview:
