@@ -4,7 +4,9 @@ Whoever holds a part of an array can write and check that part, whatever mesh it
 The file of chunk n is named by its place in the grid, `n.0` of a matrix cut into rows, as zarr has it.
 """
 
+import contextlib
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,6 @@ from moejax.errors import InputError
 # An array has a power of two of chunks: as many as a host has devices, but none of less than a megabyte.
 MOST_CHUNKS = 8
 _LEAST_BYTES = 1 << 20
-_ALIGNMENT = 64
 
 Index = tuple[slice, ...]
 T = TypeVar("T")
@@ -153,11 +154,14 @@ class StoredArray:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array to be filled and given away: begun where JAX on a CPU wants it, or it would copy it."""
+    """An array to be filled and given away: begun where JAX on a CPU wants it, or it would copy it, and in large pages
+    where the system gives them, or making its memory would take as long as reading it."""
     size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    memory = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system may be without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
 
 
 def _of_each(work: Callable[[T], str], chunks: Sequence[T]) -> list[str]:
