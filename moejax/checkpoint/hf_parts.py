@@ -1,7 +1,8 @@
 """A leaf of Hugging Face tensors on several devices, of which no more is read than lies on this process's own."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
+from threading import Lock
 
 import jax
 import numpy as np
@@ -19,27 +20,39 @@ def leaf_in_parts(like: Weight, read: Callable[[int, int], Weight]) -> Weight:
     Rows are outputs. Leaves that are cut over heads, which tensors have side by side with other rows, are read whole.
     """
     arrays, structure = jax.tree.flatten(like)
-    axis = 1 if isinstance(like, ExpertWeights) else 0
-    is_per_head = not isinstance(like, ExpertWeights) and like.ndim == 3
-    count = 1 if is_per_head else max(_parts(own, axis) for own in arrays)
-
-    @cache
-    def part(number: int) -> list[np.ndarray]:
-        # On the host, whatever devices it goes to.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return [np.asarray(own) for own in jax.tree.leaves(read(number, count))]
-
-    def own_part(n: int, index: Index) -> np.ndarray:
-        if count == 1 or arrays[n].ndim <= axis:
-            return part(0)[n][index]
-        rows = arrays[n].shape[axis] // count
-        return part((index[axis].start or 0) // rows)[n]
-
-    return jax.tree.unflatten(structure, [placed(own, partial(own_part, n)) for n, own in enumerate(arrays)])
+    parts = _Parts(like, arrays, read)
+    return jax.tree.unflatten(structure, [placed(own, partial(parts.of, n)) for n, own in enumerate(arrays)])
 
 
-def _parts(array: jax.ShapeDtypeStruct, axis: int) -> int:
-    """Into how many parts an array is cut along an axis."""
-    if array.ndim <= axis:
-        return 1
-    return array.shape[axis] // array.sharding.shard_shape(array.shape)[axis]
+class _Parts:
+    """The parts of a leaf's arrays, all of a part read once."""
+
+    def __init__(self, like: Weight, arrays: list[jax.ShapeDtypeStruct], read: Callable[[int, int], Weight]):
+        self._arrays, self._read, self._axis = arrays, read, int(isinstance(like, ExpertWeights))
+        is_per_head = self._axis == 0 and like.ndim == 3
+        self._count = 1 if is_per_head else max(map(self._count_of, arrays))
+        self._locks, self._known = [Lock() for _ in range(self._count)], dict[int, list[np.ndarray]]()
+
+    def of(self, n: int, index: Index) -> np.ndarray:
+        """Of array number n."""
+        own = self._arrays[n]
+        if self._count == 1:
+            return self._part(0)[n][index]
+        if self._count_of(own) == 1:
+            return self._part(next(iter(self._known), 0))[n]
+        return self._part((index[self._axis].start or 0) * self._count // own.shape[self._axis])[n]
+
+    def _part(self, number: int) -> list[np.ndarray]:
+        with self._locks[number]:
+            if number not in self._known:
+                # On the host, whatever devices it goes to.
+                with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                    own = jax.tree.leaves(self._read(number, self._count))
+                    self._known[number] = [np.asarray(array) for array in own]
+            return self._known[number]
+
+    def _count_of(self, array: jax.ShapeDtypeStruct) -> int:
+        """Into how many parts an array is cut along its rows."""
+        if array.ndim <= self._axis:
+            return 1
+        return array.shape[self._axis] // array.sharding.shard_shape(array.shape)[self._axis]

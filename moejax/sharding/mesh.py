@@ -46,18 +46,19 @@ def around(mesh: Mesh | None) -> AbstractContextManager[object]:
 
 def local_bytes(tree: Any, mesh: Mesh) -> int:
     """What the arrays of a tree, in shapes alone, take on a mesh of this process's own memory: all that lies on its
-    devices where those compute in it, or what of the largest weight is read for them."""
+    devices where those compute in it, devices that hold equal parts sharing them; else what of the largest weight is
+    read for them."""
     placed = on_mesh(tree, mesh)
-    devices = len(mesh.local_devices)
-
-    def own(part: Any) -> int:
-        return sum(
-            devices * math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(part)
-        )
-
     if jax.default_backend() == "cpu":
-        return own(placed)
-    return max(map(own, jax.tree.leaves(placed, is_leaf=lambda leaf: isinstance(leaf, PackedTensor | ExpertWeights))))
+        return sum(map(_local_bytes, jax.tree.leaves(placed)))
+    weights = jax.tree.leaves(placed, is_leaf=lambda leaf: isinstance(leaf, PackedTensor | ExpertWeights))
+    return max(sum(map(_local_bytes, jax.tree.leaves(own))) for own in weights)
+
+
+def _local_bytes(own: jax.ShapeDtypeStruct) -> int:
+    indices = own.sharding.addressable_devices_indices_map(own.shape).values()
+    parts = {tuple((axis.start, axis.stop) for axis in index) for index in indices}
+    return len(parts) * math.prod(own.sharding.shard_shape(own.shape)) * own.dtype.itemsize
 
 
 def _count(number: int, kind: str) -> str:
