@@ -53,8 +53,8 @@ def mesh_from(mesh: str | None, distributed: str | None) -> Iterator[Mesh | None
         return
     if mesh is None:
         raise InputError("--distributed spreads a model over the devices of several processes; --mesh says how")
-    _join(distributed)
-    with _quiet() as errors, _watching(errors):
+    host = _join(distributed)
+    with _quiet() as errors, _watching(host, errors):
         own = mesh_of(mesh)
         _meet(own)
         yield own
@@ -76,7 +76,8 @@ def require_one_sequence(mesh: Mesh | None) -> None:
         raise InputError(f"--mesh has data={mesh.shape[DATA]}; one sequence is decoded, so data=1 is accepted")
 
 
-def _join(distributed: str) -> None:
+def _join(distributed: str) -> str:
+    """Makes this one of the processes; returns the first one's host, which in a cluster is what it calls itself."""
     # Else JAX ends a process whose fellow has, with a stack of its own instead of a sentence, or waits at its end.
     jax.config.update("jax_enable_recoverability", True)
     match = _FORM.fullmatch(distributed)
@@ -97,6 +98,7 @@ def _join(distributed: str) -> None:
         raise OSError(
             errno.ECONNREFUSED, f"--distributed {distributed}: the processes cannot be joined ({reason})"
         ) from error
+    return socket.gethostname() if match is None else match["coordinator"].rsplit(":", 1)[0]
 
 
 def _meet(mesh: Mesh) -> None:
@@ -135,10 +137,10 @@ def _redirect(streams: Sequence[TextIO], to: Sequence[int]) -> None:
 
 
 @contextmanager
-def _watching(errors: int) -> Iterator[None]:
+def _watching(host: str, errors: int) -> Iterator[None]:
     """While the block runs, an end of another process before its own block's is this one's: raises OSError, or, where
     the block waits for the other's part and nothing interrupts it, says so to a descriptor and ends the process."""
-    watches = [_Watch(*own, errors) for own in _connections().items()]
+    watches = [_Watch(*own, errors) for own in _connections(host).items()]
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -200,17 +202,21 @@ class _Watch(threading.Thread):
         return b""
 
 
-def _connections() -> dict[int, socket.socket]:
-    """Of the first process with every other one, and of every other one with the first."""
+def _connections(host: str) -> dict[int, socket.socket]:
+    """Of the first process, on that host as itself has it, with every other one, and of every other one with it."""
     if not is_first():
         host, port, secret = _told(b"").decode().split()
-        connection = socket.create_connection((host, int(port)))
+        try:
+            connection = socket.create_connection((host, int(port)))
+        except OSError as error:
+            own = f"process {jax.process_index()} cannot reach process 0 at {host}, port {port}"
+            raise OSError(error.errno, f"{own}: {error.strerror}") from error
         connection.sendall(f"{secret}{jax.process_index():08}".encode())
         return {0: connection}
     found: dict[int, socket.socket] = {}
     secret = secrets.token_hex()
     with socket.create_server(("", 0), backlog=jax.process_count()) as server:
-        _told(f"{socket.gethostname()} {server.getsockname()[1]} {secret}".encode())
+        _told(f"{host} {server.getsockname()[1]} {secret}".encode())
         while len(found) < jax.process_count() - 1:
             connection, _ = server.accept()
             connection.settimeout(_OWN_END)
