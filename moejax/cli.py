@@ -1,19 +1,12 @@
 """The command line: thin, typed, no logic of its own."""
 
-import re
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from moejax.errors import InputError, InternalError, Note
+from moejax.commands.ending import in_sentences
 
 app = tyro.extras.SubcommandApp()
 
@@ -236,78 +229,7 @@ def export(
     run_export(checkpoint, output, dequantize)
 
 
-_STOPPED_BY = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-
-
 def main() -> None:
-    """Run a command; bad input is one sentence and exit code 2, a failure of the machine one sentence and 1, an
-    interrupt one sentence and 128 and the signal's number, as shells have it."""
-    try:
-        with warnings.catch_warnings(), _stopping():
-            warnings.simplefilter("always", Note)
-            warnings.showwarning = _shown_by(warnings.showwarning)
-            app.cli(prog="moejax", description="Compress DeepSeek-V3-class models to a byte budget.")
-    except InputError as error:
-        _leave(str(error), 2)
-    except (OSError, MemoryError, RuntimeError) as error:
-        sentence = _sentence(error)
-        if sentence is None:
-            raise
-        _leave(sentence, 1)
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        _leave(_STOPPED_BY[number], 128 + number)
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """What asks this process to end is an interrupt, so that all that ends one's work cleanly does so here too."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
-
-    before = {own: signal.getsignal(own) for own in (signal.SIGTERM, signal.SIGHUP)}
-    asked = [own for own, handler in before.items() if handler != signal.SIG_IGN]  # nohup ignores SIGHUP
-    for own in asked:
-        signal.signal(own, interrupt)
-    try:
-        yield
-    finally:
-        for own in asked:
-            signal.signal(own, before[own])
-
-
-def _sentence(error: Exception) -> str | None:
-    """What a failure of the machine says to a user; None if it is none."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
-    if isinstance(error, OSError):
-        return error.strerror or str(error) or type(error).__name__
-    if isinstance(error, InternalError):
-        return f"{error}: this is a bug of moejax, please report it"
-    # XLA's own error, by what it says: its class is in JAX, which not every command imports.
-    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
-        size = re.search(r"allocat\w+ (\d[\d.]*) ?([kKMGTP]i?B|bytes|B)", str(error))
-        wanted = f"; {size[1]} {size[2]} could not be had" if size else ""
-        return f"out of memory{wanted}"
-    return None
-
-
-def _shown_by(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """How warnings are shown: a note is one sentence, said once, others are as `otherwise` has them."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, Note):
-            if str(message) not in said:
-                print(f"moejax: {message}", file=sys.stderr)
-            said.add(str(message))
-        else:
-            otherwise(message, category, *where, **more)
-
-    return show
-
-
-def _leave(message: str, code: int) -> None:
-    print(f"moejax: {message}", file=sys.stderr)
-    sys.exit(code)
+    """Run a command, which ends `in_sentences`."""
+    with in_sentences():
+        app.cli(prog="moejax", description="Compress DeepSeek-V3-class models to a byte budget.")

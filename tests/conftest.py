@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.
-_MAPPINGS, _MANY_MAPPINGS = Path("/proc/self/maps"), 40_000
+_MAPPINGS, _MANY_MAPPINGS = Path("/proc/self/maps"), 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,8 +18,6 @@ from typing import BinaryIO
 
 from moejax.errors import InputError, note
 
-# Threads that still write may put a file into a folder while it is removed.
-_REMOVALS = 5
 _NO_FOLDER = "no folder can be made in {parent} ({reason}); give a path in a folder that exists and can be written to"
 _NO_FILE = "cannot be written ({reason}); give a file in a folder that exists"
 
@@ -222,10 +220,10 @@ def _empty(path: Path, descriptor: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    for _ in range(_REMOVALS):
-        if not path.is_dir():
-            return path.unlink(missing_ok=True)
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_within(file: object, folder: Path) -> bool:

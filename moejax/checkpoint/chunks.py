@@ -17,11 +17,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from moejax.checkpoint.atomic import naming
 from moejax.errors import InputError
 
 # An array has a power of two of chunks: as many as a host has devices, but none of less than a megabyte.
 MOST_CHUNKS = 8
 _LEAST_BYTES = 1 << 20
+
+# Bytes from which on pages of two megabytes are asked for.
+_LARGE_PAGES = 8 << 20
+_ALIGNMENT = 64
 
 Index = tuple[slice, ...]
 T = TypeVar("T")
@@ -66,7 +71,7 @@ def chunks_of(array: np.ndarray) -> Iterator[tuple[str, memoryview]]:
     """The chunks of an array in their order: their files' names, and their bytes."""
     grid = grid_of(array.shape, array.dtype)
     for chunk in range(grid.count):
-        yield grid.file_name(chunk), _bytes(np.ascontiguousarray(array[grid.index(chunk)]))
+        yield grid.file_name(chunk), bytes_of(np.ascontiguousarray(array[grid.index(chunk)]))
 
 
 def checksums(array: np.ndarray) -> str:
@@ -114,7 +119,7 @@ class StoredArray:
         """A part of the array, begun where JAX on a CPU takes it over without a copy, and the checksum of every chunk
         that the part lies in, all of whose bytes are read.
 
-        Raises InputError, naming the file, if one is shorter than it should be.
+        Raises InputError, naming the file, if one is shorter than it should be, and OSError if one cannot be read.
         """
         given = index or (slice(None),) * len(self.shape)
         bounds = tuple(slice(*own.indices(n)[:2]) for own, n in zip(given, self.shape, strict=True))
@@ -127,27 +132,29 @@ class StoredArray:
         return part, dict(zip(touched, _of_each(lambda own: self._read_chunk(own, bounds, part), touched), strict=True))
 
     def checksums(self) -> str:
-        """Of every chunk, one behind another, with little of them in memory."""
+        """Of every chunk, one behind another, with little of them in memory. Raises OSError, naming the file, if one
+        cannot be read."""
         return "".join(_of_each(_file_checksum, self.files))
 
     def _read_chunk(self, chunk: int, bounds: Index, part: np.ndarray) -> str:
         """What of a chunk lies within the bounds into their part, and the chunk's checksum. For every place before the
         axis that is cut, the chunk's bytes are one run."""
-        axis, own = self.grid.axis, self.grid.chunk_shape[self.grid.axis :]
+        grid, file = self.grid, self.folder / self.grid.file_name(chunk)
+        axis, run_shape = grid.axis, grid.chunk_shape[grid.axis :]
         if not self.shape:
-            bounds, part, own = (slice(0, 1),), part.reshape(1), (1,)
-        first, last = chunk * own[0], (chunk + 1) * own[0]
+            bounds, part, run_shape = (slice(0, 1),), part.reshape(1), (1,)
+        first, last = chunk * run_shape[0], (chunk + 1) * run_shape[0]
         start, stop = max(first, bounds[axis].start), min(last, bounds[axis].stop)
         rows, into = slice(start - first, stop - first), slice(start - bounds[axis].start, stop - bounds[axis].start)
-        scratch, checksum = np.empty(own, self.dtype), 0
-        with self.files[chunk].open("rb", buffering=0) as stream:
+        scratch, checksum = np.empty(run_shape, self.dtype), 0
+        with naming(file), file.open("rb", buffering=0) as stream:
             for place in np.ndindex(*self.shape[:axis]):
                 inside = tuple(n - own.start for n, own in zip(place, bounds, strict=False))
                 is_wanted = all(b.start <= n < b.stop for n, b in zip(place, bounds, strict=False))
                 target = part[inside][into] if is_wanted else None
                 run = scratch if target is None or target.shape != scratch.shape else target
-                _fill(run, stream, self.files[chunk])
-                checksum = zlib.crc32(_bytes(run), checksum)
+                _fill(run, stream, file)
+                checksum = zlib.crc32(bytes_of(run), checksum)
                 if target is not None and run is scratch:
                     target[...] = scratch[(rows, *bounds[axis + 1 :])]
         return f"{checksum:08x}"
@@ -155,13 +162,17 @@ class StoredArray:
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """An array to be filled and given away: begun where JAX on a CPU wants it, or it would copy it, and in large pages
-    where the system gives them, or making its memory would take as long as reading it."""
+    where it has some and the system gives them, or making its memory would take as long as reading it."""
     size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size < _LARGE_PAGES:
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start : start + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system may be without
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def _of_each(work: Callable[[T], str], chunks: Sequence[T]) -> list[str]:
@@ -172,13 +183,13 @@ def _of_each(work: Callable[[T], str], chunks: Sequence[T]) -> list[str]:
         return list(pool.map(work, chunks))
 
 
-def _bytes(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
     """Of a contiguous array, its own."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _fill(array: np.ndarray, stream: FileIO, file: Path) -> None:
-    left = _bytes(array)
+    left = bytes_of(array)
     while left:
         taken = stream.readinto(left)
         if not taken:
@@ -188,7 +199,7 @@ def _fill(array: np.ndarray, stream: FileIO, file: Path) -> None:
 
 def _file_checksum(file: Path) -> str:
     checksum = 0
-    with file.open("rb", buffering=0) as stream:
+    with naming(file), file.open("rb", buffering=0) as stream:
         while piece := stream.read(_LEAST_BYTES):
             checksum = zlib.crc32(piece, checksum)
     return f"{checksum:08x}"

@@ -7,11 +7,12 @@ tokenizer.json, ...    copied from the original
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -30,6 +31,8 @@ from moejax.model.leaves import Weight
 from moejax.model.weights import PER_EXPERT, block_name, row_of
 
 T = TypeVar("T")
+# Gives a part of an array, or all of it.
+Read = Callable[..., np.ndarray]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
@@ -98,13 +101,15 @@ class NativeCheckpoint:
 
     def leaf(self, name: str, like: Weight | None = None) -> Weight:
         """The weight called `name`; where `like`, it in shapes that have shardings, has it: a process then reads no
-        more than its own parts.
+        other chunks than those its own parts lie in, of what is one matrix per head all.
 
         Raises InputError if its bytes are not those that the manifest names, or name experts or groups that are none.
         """
         abstract, stored = self.abstract(name), self._stored(name)
         check_arrays(self.path, name, stored, jax.tree.leaves(abstract))
-        reads = [partial(self._read, name, n, own) for n, own in enumerate(stored)]
+        reads: list[Read] = [partial(self._read, name, n, own) for n, own in enumerate(stored)]
+        if len(abstract.shape) == 3 and not isinstance(abstract, ExpertWeights):  # chunks are not cut over heads
+            reads = list(map(_whole_once, reads))
         if like is None:
             arrays = [jax.device_put(read()) for read in reads]
         else:
@@ -172,6 +177,18 @@ class NativeCheckpoint:
 
     def _refuse(self, name: str) -> NoReturn:
         raise InputError(f"{self.path}: the bytes of {name} are not those that its manifest names; copy it anew")
+
+
+def _whole_once(read: Read) -> Read:
+    """Gives parts of an array that is read whole, once."""
+    whole, lock = cache(read), Lock()
+
+    def part(index: Index | None = None) -> np.ndarray:
+        with lock:
+            own = whole()
+        return own if index is None else own[index]
+
+    return part
 
 
 def open_native(path: Path) -> NativeCheckpoint:

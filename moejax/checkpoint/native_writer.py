@@ -99,12 +99,17 @@ class NativeWriter:
         return [item for item in self.items if item not in self.checksums]
 
     def read(self, item: str) -> dict[str, Weight]:
-        """The leaves of a finished item, read back."""
-        arrays = store.read_item(self.folder, item)
+        """The leaves of a finished item, read back. Raises InputError if they are not what was written."""
+        stored = store.read_item(self.folder, item)
+
+        def array(name: str) -> jax.Array:
+            own, found = stored[name].read()
+            if "".join(found.values()) != self.checksums[item][name]:
+                raise InputError(f"{stored[name].folder}: is not what was written there; remove it, and begin anew")
+            return jax.device_put(own)
+
         return {
-            name: jax.tree.unflatten(
-                jax.tree.structure(leaf), [jax.device_put(arrays[own].read()[0]) for own in arrays_of(name, leaf)]
-            )
+            name: jax.tree.unflatten(jax.tree.structure(leaf), list(map(array, arrays_of(name, leaf))))
             for name, leaf in self.items[item].items()
         }
 

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import safe_open
 
 from moejax.checkpoint.atomic import atomic_file, require_space
+from moejax.checkpoint.chunks import bytes_of
 from moejax.checkpoint.safetensors_folder import DTYPES, TensorInfo, read_header
 from moejax.checkpoint.store import payload_bytes
 from moejax.errors import InputError
@@ -91,7 +92,7 @@ def saved_predictions(
         def append(states_BSD: np.ndarray) -> None:
             if states_BSD.dtype != states.dtype or states_BSD.shape[1:] != states.shape[1:]:
                 raise ValueError(f"states of {states_BSD.dtype}{states_BSD.shape} came where {states} are expected")
-            stream.write(_bytes(states_BSD))
+            stream.write(bytes_of(np.ascontiguousarray(states_BSD)))
 
         yield append
         if stream.tell() != end:
@@ -111,7 +112,7 @@ def _write_beginning(
     require_space(path, len(header) + payload_bytes(arrays | {"states": states}))
     stream.write(header)
     for array in arrays.values():
-        stream.write(_bytes(array))
+        stream.write(bytes_of(np.ascontiguousarray(array)))
     return states
 
 
@@ -150,7 +151,3 @@ def _header(arrays: dict[str, Any], metadata: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -202,7 +202,7 @@ def _listed_leaves(file: Path) -> set[str]:
     """Returns the names in an item's `_METADATA`, whose keys are `str((name,))`."""
     tree = read_json_object(file).get("tree_metadata")
     if not isinstance(tree, dict):
-        raise InputError(f"{file}: lacks the object `tree_metadata`; the file as orbax wrote it is needed")
+        raise InputError(f"{file}: lacks the object `tree_metadata`; the file as it was written is needed")
     return {key.removeprefix("('").removesuffix("',)") for key in tree}
 
 

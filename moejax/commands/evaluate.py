@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
+from moejax.checkpoint.placed import spread
 from moejax.checkpoint.predictions import BaseOrigin, SavedPredictions, open_predictions, saved_predictions
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
@@ -45,8 +46,8 @@ def run_evaluate(
 ) -> None:
     """Perplexity and divergence."""
     started = time.monotonic()
-    json, save_base = in_first(json), in_first(save_base)
-    figures.require_writable(json, save_base)
+    json = in_first(json)
+    figures.require_writable(json, in_first(save_base))
     ledger = ledger_of(memory)
     checkpoint = open_checkpoint(name)
     source = evaluation_text(text)
@@ -61,8 +62,8 @@ def run_evaluate(
     else:
         require_in_memory(ledger, asked, checkpoint.path)
         read, wave = partial(load_model, mesh=mesh, progress=progress_bar), batch
-    model, base = read(checkpoint), _base(original, read)
-    with _saving(save_base, original or checkpoint, source, chunks, dtype) as keep, around(mesh):
+    model, base = read(checkpoint), _base(original, read, mesh)
+    with _saving(in_first(save_base), original or checkpoint, source, chunks, dtype) as keep, around(mesh):
         evaluation = evaluate(
             model,
             chunks,
@@ -123,9 +124,10 @@ def _needs(checkpoint: Checkpoint, original: Original, length: int, batch: int, 
     return needs(abstract_model(checkpoint), base, length, batch, dtype, mesh)
 
 
-def _base(original: Original, read: Read) -> DeepseekV3 | Source | Predictions | None:
+def _base(original: Original, read: Read, mesh: Mesh | None) -> DeepseekV3 | Source | Predictions | None:
     if isinstance(original, SavedPredictions):
-        return Predictions(original.states_NSD, original.head())
+        head = original.head()
+        return Predictions(original.states_NSD, head if mesh is None else spread(head, mesh))
     return None if original is None else read(original)
 
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from moejax.checkpoint.load import Checkpoint, abstract_model, load_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
-from moejax.commands.devices import in_first, is_first, require_one_sequence
+from moejax.commands.devices import in_first, require_one_sequence
+from moejax.commands.watch import is_first
 from moejax.errors import InputError, note
 from moejax.generate.decode import Decoding, Runner, check_request, generate
 from moejax.generate.from_disk import PartByPart

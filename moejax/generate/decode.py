@@ -16,7 +16,7 @@ from moejax.model.finite import finite_rows, refuse_head
 from moejax.model.hidden_states import require_finite_blocks
 from moejax.model.latent_cache import LatentCache, empty_caches
 from moejax.model.source import ModelSource, Source
-from moejax.sharding import by_sequence, gathered, put_by_sequence
+from moejax.sharding import by_sequence, gathered, made_by_sequence
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 # What is drawn where something is not finite.
@@ -194,7 +194,7 @@ def _decode(
 ) -> Iterator[list[int | None]]:
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     length = cache_length(int(lengths.max()), max_tokens, decoding.prefill_chunk)
-    cache = put_by_sequence(empty_caches(runner.config, len(prompts), length, decoding.kept_in))
+    cache = made_by_sequence(partial(empty_caches, runner.config, len(prompts), length, decoding.kept_in))
     seeds_B = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
     going, position_B, token_B = np.ones(len(prompts), bool), jnp.asarray(lengths), None
     so_far = [list(prompt) for prompt in prompts]

@@ -16,7 +16,7 @@ from moejax.model.leaves import Leaves, Taps, Weight, linear, named_leaves, pref
 from moejax.model.moe import Mlp, MoE
 from moejax.model.norm import rms_norm
 from moejax.model.rope import Angles, angles
-from moejax.sharding import matmul, take
+from moejax.sharding import gathered, matmul, take
 
 
 class Block(nnx.Module):
@@ -147,7 +147,7 @@ class MtpBlock(nnx.Module):
         if self.config.residual_rotation:
             h_BTD = unrotated(h_BTD, self.signs.get_value()) * self.input_gain.get_value().astype(h_BTD.dtype)
         both = [rms_norm(next_BTD, self.enorm.get_value(), eps), rms_norm(h_BTD, self.hnorm.get_value(), eps)]
-        return linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj")
+        return gathered(linear(jnp.concatenate(both, axis=-1), self.eh_proj, taps, "eh_proj"))
 
     def normed(self, drafted_BTD: jax.Array) -> jax.Array:
         """h' of what the block inside puts out."""

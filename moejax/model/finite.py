@@ -10,12 +10,12 @@ import numpy as np
 
 from moejax.errors import InputError
 from moejax.formats import reshape_outputs
-from moejax.kernels import matmul
 from moejax.model.deepseek_v3 import Block, MtpBlock
 from moejax.model.leaves import Taps, Weight, named_leaves
 from moejax.model.moe import ExpertRun, Experts, MoE, Routing
 from moejax.model.rope import Angles
 from moejax.model.sliced import SlicedBlock, SlicedMtp, entered, pieces
+from moejax.sharding import gathered, matmul
 
 _ORDER = ("eh_proj", "q", "q_a", "q_b", "kv_a", "k_b", "v_b", "o", "router", "gate", "up", "down")
 _NEEDED = "a checkpoint whose weights are sound is needed"
@@ -81,7 +81,7 @@ def _refuse(name: str, steps: Callable[[], Iterator[_Step]]) -> NoReturn:
 
 
 def _sentence(what: str, found: jax.Array) -> str:
-    numbers = np.abs(np.asarray(found, np.float64))
+    numbers = np.abs(np.asarray(_whole(found), np.float64))
     if np.isnan(numbers).any():
         return f"{what} is not a number; {_NEEDED}"
     return f"{what} reaches {numbers.max():.3g}, too much to be squared and summed in float32; {_NEEDED}"
@@ -122,11 +122,15 @@ def _expert_steps(name: str, members: Sequence[int], run: ExpertRun) -> Iterator
         "gate and up": (both_R2F, run.hidden_RF),
         "down": (run.hidden_RF, run.y_RD),
     }
-    expert_R = np.asarray(run.expert_R)
+    expert_R = np.asarray(_whole(run.expert_R))
     for projection, (taken, output) in projections.items():
         for k, e in enumerate(members):
             if np.any(expert_R == k):
                 yield _Step(f"{name}.{projection} of expert {e}", taken[expert_R == k], output[expert_R == k])
+
+
+# What lies on several devices in parts cannot be looked at.
+_whole = jax.jit(gathered)
 
 
 @jax.jit

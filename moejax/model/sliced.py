@@ -26,7 +26,7 @@ from moejax.model.leaves import Taps, named_leaves, prefixed
 from moejax.model.moe import Experts, MoE, Routing, wide_dtype
 from moejax.model.rope import Angles
 from moejax.model.steps import run_block
-from moejax.sharding import data_parts
+from moejax.sharding import data_parts, is_meshed
 
 # Numbers in a slice of experts, at most: half a gigabyte in float32. All experts of a small model are one slice. On an
 # accelerator a slice takes that share of its memory in float32, if that is more.
@@ -111,14 +111,14 @@ class SlicedMtp:
 
 def sliced(block: Block) -> SlicedBlock:
     """A block that is in memory. Packed experts are one slice: they are few bytes, and lie in buckets of which every
-    other cut would be compiled by itself."""
+    other cut would be compiled by itself. On a mesh all are: its processes need not have equal memories."""
     if not isinstance(block.mlp, MoE):
         return SlicedBlock(block, _no_experts, 0, 1)
     experts = block.mlp.experts
     assert experts is not None
     buckets = [bucket for own in named_leaves(experts).values() for bucket in own.buckets]
     is_packed = any(isinstance(own, GroupedCodes) for own in buckets)
-    per_slice = experts.num_experts if is_packed else experts_in_slice(block.config)
+    per_slice = experts.num_experts if is_packed or is_meshed() else experts_in_slice(block.config)
     return SlicedBlock(trunk_of(block), partial(some_of, experts), experts.num_experts, per_slice)
 
 

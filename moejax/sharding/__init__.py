@@ -1,14 +1,15 @@
 """How a model lies over the devices of a mesh, and the products of weights that are cut over them."""
 
-from moejax.sharding.mesh import around, local_bytes, mesh_of
+from moejax.sharding.mesh import around, local_bytes, local_devices, mesh_of
 from moejax.sharding.operations import (
     by_sequence,
     data_parts,
     expert_matmul,
     gathered,
+    is_meshed,
+    made_by_sequence,
     matmul,
     matmul_transposed,
-    put_by_sequence,
     take,
 )
 from moejax.sharding.rules import DATA, TENSOR, on_mesh, shardings
@@ -21,12 +22,14 @@ __all__ = [
     "data_parts",
     "expert_matmul",
     "gathered",
+    "is_meshed",
     "local_bytes",
+    "local_devices",
+    "made_by_sequence",
     "matmul",
     "matmul_transposed",
     "mesh_of",
     "on_mesh",
-    "put_by_sequence",
     "shardings",
     "take",
 ]

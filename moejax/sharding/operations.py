@@ -6,7 +6,7 @@ place along the axis `data` (`by_sequence`).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moejax import kernels
 from moejax.formats import ExpertWeights, Leaf
 from moejax.sharding.rules import DATA, EVERYWHERE, TENSOR, is_cut, spec_of
+
+T = TypeVar("T")
 
 
 def matmul(x: jax.Array, w: Leaf) -> jax.Array:
@@ -60,8 +62,8 @@ def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """The same, on every device whole: compilers would else leave it in parts, and cut what it comes to as well."""
-    return x if not _sizes() else jax.lax.with_sharding_constraint(x, EVERYWHERE)
+    """x on every device whole: compilers would else leave it in parts, and cut what it comes to as well."""
+    return x if not is_meshed() else jax.lax.with_sharding_constraint(x, EVERYWHERE)
 
 
 def by_sequence(step: Callable[..., Any], shared: tuple[Any, ...], batched: tuple[Any, ...]) -> Any:
@@ -75,11 +77,17 @@ def by_sequence(step: Callable[..., Any], shared: tuple[Any, ...], batched: tupl
     return run(*shared, *batched)
 
 
-def put_by_sequence(batched: Any) -> Any:
-    """Arrays (B, ...) on the devices of the mesh, where `by_sequence` takes them; without one as they are."""
-    if not _sizes():
-        return batched
-    return jax.device_put(batched, NamedSharding(jax.sharding.get_mesh(), _batch_spec(batched)))
+def made_by_sequence(make: Callable[[], T]) -> T:
+    """The arrays (B, ...) that `make` gives, made on the devices of the mesh where `by_sequence` takes them."""
+    if not is_meshed():
+        return make()
+    place = NamedSharding(jax.sharding.get_mesh(), _batch_spec(jax.eval_shape(make)))
+    return jax.jit(make, out_shardings=place)()
+
+
+def is_meshed() -> bool:
+    """Whether what is computed here lies on a mesh."""
+    return bool(_sizes())
 
 
 def _batch_spec(batched: Any) -> PartitionSpec:

@@ -105,8 +105,11 @@ def test_plain_orbax_restores_chunks(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_item(tmp_path, "a")[name].read()[0], array)
 
 
-def test_what_is_read_is_not_copied_by_jax(tmp_path: Path) -> None:
-    part, _ = stored(tmp_path, np.arange(64, dtype=np.uint32).reshape(16, 4)).read()
+@pytest.mark.parametrize("inputs", [4, 1 << 18])  # and in large pages
+def test_what_is_read_is_not_copied_by_jax(tmp_path: Path, inputs: int) -> None:
+    array = np.arange(16 * inputs, dtype=np.uint32).reshape(16, inputs)
+    part, _ = stored(tmp_path, array).read()
+    np.testing.assert_array_equal(part, array)
     assert jax.device_put(part).unsafe_buffer_pointer() == part.ctypes.data
 
 

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from command_line import moejax, refused, run
 from small_checkpoint import words
@@ -38,7 +41,7 @@ def figures(file: Path) -> dict[str, Any]:
     return {name: value for name, value in read.items() if name not in COST}
 
 
-@pytest.mark.parametrize("mesh", ["tensor=8", "tensor=2,data=4"])
+@pytest.mark.parametrize("mesh", [pytest.param("tensor=8", marks=pytest.mark.slow), "tensor=2,data=4"])
 def test_evaluate_over_devices(mesh: str, small: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["evaluate", compressed, "--against", small, "--text", text, "--json"]
     run(*arguments, tmp_path / "one.json")
@@ -113,16 +116,19 @@ class Processes:
         return out, err
 
 
-def test_two_processes_evaluate_as_one(small: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["evaluate", compressed, "--against", small, "--text", text, "--json"]
-    processes = Processes(tmp_path)
-    codes = processes.run(*arguments, tmp_path / "two.json", "--mesh", "tensor=4,data=2")
+@pytest.mark.parametrize("mesh", ["tensor=8", pytest.param("tensor=4,data=2", marks=pytest.mark.slow)])
+def test_two_processes_evaluate_as_one(mesh: str, small: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    arguments, processes = ["evaluate", compressed, "--text", text], Processes(tmp_path)
+    saving = ["--against", small, "--save-base", tmp_path / "base", "--json", tmp_path / "two.json"]
+    codes = processes.run(*arguments, *saving, "--mesh", mesh)
     assert codes == [0, 0], processes.said(0) + processes.said(1)
     out, err = processes.said(0)
     assert "perplexity" in out and "Gloo" not in out + err
     assert processes.said(1) == ("", "")
-    run(*arguments, tmp_path / "one.json")
+    run(*arguments, "--against", small, "--json", tmp_path / "one.json")
     assert figures(tmp_path / "two.json") == pytest.approx(figures(tmp_path / "one.json"), rel=1e-4)
+    run(*arguments, "--against", tmp_path / "base", "--mesh", "tensor=2", "--json", tmp_path / "saved.json")
+    assert figures(tmp_path / "saved.json") == pytest.approx(figures(tmp_path / "one.json"), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -148,6 +154,28 @@ def test_bad_input_is_told_and_ends_both(tmp_path: Path) -> None:
     processes = Processes(tmp_path)
     assert processes.run("evaluate", tmp_path / "nothing", "--mesh", "tensor=8") == [2, 2]
     assert all("nothing" in processes.said(n)[1] and processes.said(n)[1].count("\n") == 1 for n in (0, 1))
+
+
+def test_what_the_first_alone_fails_by_ends_both(small: Path, text: Path, tmp_path: Path) -> None:
+    processes, nowhere = Processes(tmp_path), tmp_path / "nowhere" / "figures.json"
+    codes = processes.run("evaluate", small, "--text", text, "--json", nowhere, "--mesh", "tensor=8")
+    assert codes == [2, 1], processes.said(0) + processes.said(1)
+    assert processes.said(0)[1].startswith(f"moejax: {nowhere}: cannot be written")
+    assert processes.said(1)[1] == "moejax: process 0 ended before all was done, so process 1 does\n"
+
+
+def test_numbers_that_are_not_finite_are_traced_to_their_matrix(small: Path, text: Path, tmp_path: Path) -> None:
+    """On several devices as on one."""
+    folder = tmp_path / "overflowing"
+    shutil.copytree(small, folder)
+    (file,) = (own for own in folder.glob("*.safetensors") if "layers.1.self_attn.o_proj" in str(load_file(own).keys()))
+    tensors = load_file(file)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    save_file(tensors | {name: (tensors[name].astype(np.float32) * 1e25).astype(tensors[name].dtype)}, file)
+    for mesh in ([], ["--mesh", "tensor=8"]):
+        ran = moejax("evaluate", folder, "--text", text, *mesh)
+        assert ran.code == 2
+        assert "moejax: layers.1: the output of self_attn.o reaches 3.33e+25, too much" in ran.err
 
 
 def test_help_names_the_options() -> None:
