@@ -14,7 +14,7 @@ from moejax.checkpoint.summary import kernel_bytes
 from moejax.commands.common import cost_of_the_run
 from moejax.commands.devices import in_first, require_one_sequence
 from moejax.generate.decode import Decoding
-from moejax.generate.speed import measure_speed
+from moejax.generate.speed import check_measurement, measure_speed
 from moejax.model.latent_cache import bytes_per_token
 from moejax.planning.size import format_size
 from moejax.report import figures
@@ -35,6 +35,7 @@ def run_bench(
     started, json = time.monotonic(), in_first(json)
     figures.require_writable(json)
     require_one_sequence(mesh)
+    check_measurement(prompt, tokens, repeats)
     checkpoint = open_checkpoint(name)
     model = load_model(checkpoint, mesh, progress=progress_bar)
     read = time.monotonic() - started

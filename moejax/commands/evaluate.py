@@ -62,18 +62,12 @@ def run_evaluate(
     else:
         require_in_memory(ledger, asked, checkpoint.path)
         read, wave = partial(load_model, mesh=mesh, progress=progress_bar), batch
-    model, base = read(checkpoint), _base(original, read, mesh)
-    with _saving(in_first(save_base), original or checkpoint, source, chunks, dtype) as keep, around(mesh):
-        evaluation = evaluate(
-            model,
-            chunks,
-            base,
-            dtype=dtype,
-            batch=batch,
-            wave=wave,
-            keep=keep,
-            progress=progress_bar,
-        )
+    with _saving(in_first(save_base), original or checkpoint, source, chunks, dtype) as keep:
+        model, base = read(checkpoint), _base(original, read, mesh)
+        with around(mesh):
+            evaluation = evaluate(
+                model, chunks, base, dtype=dtype, batch=batch, wave=wave, keep=keep, progress=progress_bar
+            )
     print_table(f"{checkpoint.path} on {source.source}", ("figure", "value"), figures.evaluation_rows(evaluation))
     size = figures.size_figures(folder_bytes(checkpoint.path), checkpoint.num_elements)
     written = {**size, **figures.evaluation_figures(evaluation, source), **cost_of_the_run(started)}

@@ -56,6 +56,13 @@ class Speed:
     decode_tokens_per_s: float
 
 
+def check_measurement(prompt_tokens: int, decoded_tokens: int, repeats: int) -> None:
+    """Raise InputError for numbers below 1."""
+    for name, value in (("prompt", prompt_tokens), ("tokens", decoded_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; at least 1 is needed")
+
+
 def measure_speed(
     model: DeepseekV3 | Runner,
     prompt_tokens: int,
@@ -66,11 +73,9 @@ def measure_speed(
 ) -> Speed:
     """Random prompts of `prompt_tokens`, each continued greedily by `decoded_tokens` behind it, `repeats` times.
 
-    Raises InputError for numbers below 1, or if both exceed the context.
+    Raises InputError as `check_measurement` does, or if both exceed the context.
     """
-    for name, value in (("prompt", prompt_tokens), ("tokens", decoded_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; at least 1 is needed")
+    check_measurement(prompt_tokens, decoded_tokens, repeats)
     prefill, decode = [], []
     for n in progress(range(repeats + 1), "measuring speed"):
         prompt = np.random.RandomState(n).randint(model.config.vocab_size, size=prompt_tokens)
