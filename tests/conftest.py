@@ -1,6 +1,7 @@
 """What every test shares: JAX on the CPU, reproducible hypothesis examples, the checkpoints that tests work on."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -59,15 +60,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _turn(item.nodeid))
 
 
-# A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them.
-_MAPPINGS, _MANY_MAPPINGS = Path("/proc/self/maps"), 20_000
+# A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them. Looking
+# how many there are takes longer than many a test.
+_MAPPINGS, _MANY_MAPPINGS, _LOOKED_AFTER = Path("/proc/self/maps"), 40_000, 20
+_tests = itertools.count(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def bounded_mappings() -> Iterator[None]:
-    """Forgets what was compiled, between modules, before mappings run out: XLA would crash."""
+    """Forgets what was compiled before mappings run out: XLA would crash."""
     yield
-    if _MAPPINGS.is_file() and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+    is_due = next(_tests) % _LOOKED_AFTER == 0 and _MAPPINGS.is_file()
+    if is_due and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
         jax.clear_caches()
 
 
