@@ -244,11 +244,11 @@ def test_what_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> No
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_process_of_its_own_that_is_terminated_while_orbax_writes(tmp_path: Path) -> None:
+def test_a_process_of_its_own_that_is_terminated_while_it_writes_an_item(tmp_path: Path) -> None:
     program = """
 import os, signal, sys
-import orbax.checkpoint as ocp
 from moejax import cli
+from moejax.checkpoint import store
 from moejax.commands import inspect
 from moejax.checkpoint.native_writer import Description, write_native
 from moejax.checkpoint.load import load_model, open_checkpoint
@@ -258,11 +258,11 @@ def write(*_):
     checkpoint = open_checkpoint()
     write_native(load_model(checkpoint), Path("out"), Description(checkpoint.raw_config, {}, {}), [], 10**9)
 
-def save_and_stop(handler, folder, args):
-    save(handler, folder, args=args)
+def first_and_stop(array):
+    yield next(chunks_of(array))
     os.kill(os.getpid(), signal.SIGTERM)
 
-save, ocp.PyTreeCheckpointHandler.save = ocp.PyTreeCheckpointHandler.save, save_and_stop
+chunks_of, store.chunks_of = store.chunks_of, first_and_stop
 inspect.run_inspect = write
 sys.argv = ["moejax", "inspect"]
 cli.main()
