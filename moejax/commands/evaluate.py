@@ -55,7 +55,7 @@ def run_evaluate(
     original = _original(against, checkpoint, source, chunks, dtype)
     if save_base is not None and isinstance(original, SavedPredictions):
         raise InputError(f"{against} holds predictions already; --save-base takes them from a checkpoint")
-    batch = min(_batch(mesh), len(chunks))
+    batch = _batch(mesh, len(chunks))
     asked = _needs(checkpoint, original, chunks.shape[1], batch, dtype, mesh)
     if mesh is None:
         read, wave = read_within(ledger, asked, checkpoint.path, len(chunks), progress_bar)
@@ -103,10 +103,12 @@ def _require_one_vocabulary(against: str, found: int, checkpoint: Checkpoint) ->
         )
 
 
-def _batch(mesh: Mesh | None) -> int:
-    """Chunks at once: at least _BATCH, and as many in every part of them."""
+def _batch(mesh: Mesh | None, chunks: int) -> int:
+    """Chunks at once: about _BATCH, and as many in every part of them."""
     parts = 1 if mesh is None else mesh.shape[DATA]
-    return -(-_BATCH // parts) * parts
+    if chunks < parts:
+        raise InputError(f"--mesh has data={parts} and the text {chunks} chunks; up to data={chunks} is accepted")
+    return min(-(-_BATCH // parts), chunks // parts) * parts
 
 
 def _needs(checkpoint: Checkpoint, original: Original, length: int, batch: int, dtype: str, mesh: Mesh | None) -> Needs:

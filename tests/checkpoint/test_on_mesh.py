@@ -1,6 +1,7 @@
 """Either kind of checkpoint restored onto a mesh: every part where the rules have it, no more read than that."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,9 +67,9 @@ def test_a_part_reads_its_own_chunks_alone(native: Path, name: str, monkeypatch:
     checkpoint, read = open_native(native), list[Path]()
     original = StoredArray._read_chunk
 
-    def noted(self: StoredArray, chunk: int, *arguments: object) -> str:
+    def noted(self: StoredArray, chunk: int, *arguments: Any) -> str:
         read.append(self.files[chunk])
-        return original(self, chunk, *arguments)  # type: ignore[arg-type]
+        return original(self, chunk, *arguments)
 
     monkeypatch.setattr(StoredArray, "_read_chunk", noted)
     like = jax.tree.leaves(on_mesh(checkpoint.abstract(name), mesh_of("tensor=8")))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from small_checkpoint import words
 
 # What a run takes, and what is rounded otherwise where sums are made in other orders.
 COST = ("seconds", "peak_memory_bytes", "read_seconds", "text")
-# Joins, and is killed.
-KILLED = """
-import os, sys
+# Joins, and is sent a signal.
+SIGNALLED = """
+import os, sys, time
 from moejax.commands.devices import mesh_from
-with mesh_from(*sys.argv[1:]):
-    os.kill(os.getpid(), 9)
+from moejax.commands.ending import in_sentences
+number, *options = sys.argv[1:]
+with in_sentences(), mesh_from(*options):
+    os.kill(os.getpid(), int(number))
+    time.sleep(300)
 """
 
 
@@ -67,6 +71,7 @@ def test_bench_over_devices(compressed: Path, tmp_path: Path) -> None:
         (["--mesh", "tensor"], "--mesh is 'tensor'; tensor=8, data=2 or tensor=4,data=2 are accepted"),
         (["--mesh", "tensor=2,tensor=4"], "--mesh is 'tensor=2,tensor=4'; tensor=8"),
         (["--mesh", "expert=2"], "--mesh is 'expert=2'; tensor=8"),
+        (["--mesh", "data=8"], "--mesh has data=8 and the text 4 chunks; up to data=4 is accepted"),
         (["--mesh", "tensor=0"], "--mesh is 'tensor=0'; tensor=8"),
         (["--mesh", "tensor=8", "--distributed", "all"], "--distributed is 'all'; auto, or coordinator=HOST:PORT"),
         (
@@ -140,11 +145,18 @@ def test_two_processes_generate_as_one(compressed: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_stops_the_other(killed: int, compressed: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "own"), [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 143, "moejax: terminated\n")]
+)
+def test_a_process_that_is_stopped_stops_the_other(
+    number: int, code: int, own: str, killed: int, compressed: Path, text: Path, tmp_path: Path
+) -> None:
     processes, other = Processes(tmp_path), 1 - killed
     command = ["-m", "moejax", "evaluate", compressed, "--text", text, "--mesh", "tensor=8", "--distributed"]
     going = processes.start(other, *command, processes.join[other])
-    processes.start(killed, "-c", KILLED, "tensor=8", processes.join[killed]).wait(timeout=300)
+    stopped = processes.start(killed, "-c", SIGNALLED, int(number), "tensor=8", processes.join[killed])
+    assert stopped.wait(timeout=300) == code
+    assert own in processes.said(killed)[1]
     assert going.wait(timeout=300) == 1
     said = f"moejax: process {killed} ended before all was done, so process {other} does"
     assert re.sub(r"reading .*\n", "", processes.said(other)[1]) == f"{said}\n"

@@ -38,7 +38,7 @@ from moejax.model import DeepseekV3
 from moejax.pipeline.shapes import shapes_for
 from moejax.planning.plan import from_json
 from moejax.resources import config_path
-from moejax.sharding import TENSOR, shardings
+from moejax.sharding import TENSOR, on_mesh
 from tpu_compile import WITHOUT_TPU
 
 
@@ -127,10 +127,8 @@ def arguments(model: DeepseekV3, mesh: Mesh, options: argparse.Namespace) -> tup
     rows = jax.eval_shape(lambda: Rows(*(jnp.zeros(shape, jnp.int32) for shape in of_rows)))
     draw = jax.eval_shape(lambda: Draw(jax.tree.map(jnp.asarray, GREEDY), jax.random.split(jax.random.key(0), batch)))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    places = (shardings(model, mesh), *jax.tree.map(lambda _: everywhere, (rows, cache, draw)))
-    return jax.tree.map(
-        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (model, rows, cache, draw), places
-    )
+    others = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), (rows, cache, draw))
+    return (on_mesh(model, mesh), *others)
 
 
 class Stopwatch:
