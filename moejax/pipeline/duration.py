@@ -40,7 +40,8 @@ from moejax.pipeline.sampled import ROWS, Sampled, seen_by_variants
 from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.working_copy import dense_experts, dense_trunk
 from moejax.planning.fit import PRUNING_WEIGHTS
-from moejax.transforms.rounder import AFRESH
+from moejax.sharding import ALONE, Crew
+from moejax.transforms.rounder import Afresh, Wanted
 
 # Slices, and runs through them, of which the pieces are timed: enough slices to tell them from what the trunk takes.
 _CASES = ((4, 1), (24, 1), (24, 4))
@@ -68,16 +69,21 @@ class Pieces:
     head: float
 
 
-def expected(source: Source, recipe: Recipe, calibrated: Calibrated, room: Room, evaluated: int) -> dict[str, float]:
-    """Seconds of every phase, by what its progress is called, of a job that evaluates so many chunks."""
+def expected(
+    source: Source, recipe: Recipe, calibrated: Calibrated, room: Room, evaluated: int, crew: Crew = ALONE
+) -> dict[str, float]:
+    """Seconds of every phase, by what its progress is called, of a job that evaluates so many chunks, and rounds
+    experts on a crew's devices."""
     config = source.config
     seen_BT = seen_by_variants(calibrated.held_out, Sampled(recipe.formats, {}))
     together = room.runs_within(4 * seen_BT.size * config.hidden_size)
-    pieces = timed_pieces(source, recipe, calibrated, seen_BT, room)
+    pieces = timed_pieces(source, recipe, calibrated, seen_BT, room, crew)
     return expected_seconds(pieces, config, recipe, len(calibrated.chunks), len(seen_BT), evaluated, together)
 
 
-def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT: np.ndarray, room: Room) -> Pieces:
+def timed_pieces(
+    source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT: np.ndarray, room: Room, crew: Crew = ALONE
+) -> Pieces:
     """Of a model's first layer with experts, or its last, on the chunks that variants see and on one batch to
     calibrate on. Each is done once before it is timed, so that compiling does not count; embedding, layer and head are
     in memory one after another."""
@@ -94,7 +100,7 @@ def timed_pieces(source: Source, recipe: Recipe, calibrated: Calibrated, seen_BT
         own.embedding(embedding)
     one.embedding(embedding)
     del embedding
-    pieces = _of_layer(index, source.block(index), variants, one, cases, recipe)
+    pieces = _of_layer(index, source.block(index), variants, one, cases, recipe, crew)
     head, normed_1TD = source.head(), jnp.asarray(one.states[0][:1])
     predicted = partial(head_log_probabilities, normed_1TD, head)
     _seconds(predicted)
@@ -108,6 +114,7 @@ def _of_layer(
     one: Calibration,
     cases: Sequence[tuple[int, int]],
     recipe: Recipe,
+    crew: Crew,
 ) -> Pieces:
     """Of a layer, nothing of the head."""
     block = replace(whole, trunk=dense_trunk(whole.trunk))
@@ -125,7 +132,7 @@ def _of_layer(
     sums = one.observe(index, part(numbers[0]))
     seconds = [_seconds(partial(one.observe, index, part(own))) for own in numbers]
     both, trunk_observed = _fitted([(own, 1) for own in numbers], seconds)
-    weights = _of_weights(index, block, sums, recipe)
+    weights = _of_weights(index, block, sums, recipe, crew)
     return Pieces(read, through, trunk, max(0.0, both - read), trunk_observed, *weights, head=0.0)
 
 
@@ -214,7 +221,9 @@ def _begun(changes: list[Change], layer: int) -> int:
     return sum(EMBEDDING in own.families or any(n <= layer for n in own.layers) for own in changes)
 
 
-def _of_weights(index: int, block: SlicedBlock, sums: BlockStatistics, recipe: Recipe) -> tuple[float, float]:
+def _of_weights(
+    index: int, block: SlicedBlock, sums: BlockStatistics, recipe: Recipe, crew: Crew
+) -> tuple[float, float]:
     """Seconds per number to imitate and to round, of an expert's projections, in the format whose bits are in the
     middle; 0 where there are no experts."""
     formats = sorted(recipe.formats, key=lambda own: own.bits)
@@ -227,12 +236,10 @@ def _of_weights(index: int, block: SlicedBlock, sums: BlockStatistics, recipe: R
     seconds = [0.0, 0.0]
     of = experts_in_formats(name, members, experts, sums.experts, [to], Sampled([to], relative))
     for own in of.values():
-        some = range(min(4, len(members)))
-        jobs: tuple[Callable[[], object], ...] = (
-            partial(own.rounded, 0),
-            partial(AFRESH.experts, own.of, some, to.name),
-        )
-        for n, (job, count) in enumerate(zip(jobs, (len(members), len(some)), strict=True)):
+        some, every = range(min(4, len(members))), max(1, len(crew.devices))
+        wanted = [Wanted(own.of, some, to.name)] * every
+        jobs: tuple[Callable[[], object], ...] = (partial(own.rounded, 0), partial(Afresh(crew).experts, wanted))
+        for n, (job, count) in enumerate(zip(jobs, (len(members), len(some) * every), strict=True)):
             _seconds(job)
             seconds[n] += _seconds(job) / count
     each = sum(math.prod(own.of.weights.shape[1:]) for own in of.values())

@@ -1,7 +1,7 @@
 """Weights in the candidate formats: what each is rounded to, what error that makes, and what is remembered of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -17,7 +17,15 @@ from moejax.model.moe import Experts
 from moejax.model.weights import IN_BLOCK
 from moejax.pipeline.working_copy import one_bucket
 from moejax.planning import KEEP
-from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, experts_together
+from moejax.transforms.rounder import (
+    AFRESH,
+    MOST_NUMBERS,
+    Projection,
+    Rounder,
+    Wanted,
+    cut,
+    experts_together,
+)
 from moejax.transforms.rounding import rounding_error, to_float32
 
 _EXPERTS = "mlp.experts"
@@ -42,13 +50,23 @@ class RoundedWeights:
         self._remember(name, target, rounded)
         return rounded
 
-    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        unknown = [k for k in some if (of.name_of(k), target) not in self._known]
-        new = dict(zip(unknown, self._rounder.experts(of, unknown, target), strict=True)) if unknown else {}
-        leaves = [new[k] if k in new else self._known[of.name_of(k), target] for k in some]
-        for k, leaf in new.items():
-            self._remember(of.name_of(k), target, leaf)
+    def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
+        unknown = [replace(own, some=[k for k in own.some if self._key(own, k) not in self._known]) for own in wanted]
+        asked = [own for own in unknown if own.some]
+        new = {
+            self._key(own, k): leaf
+            for own, leaves in zip(asked, self._rounder.experts(asked), strict=True)
+            for k, leaf in zip(own.some, leaves, strict=True)
+        }
+        known = self._known | new
+        leaves = [[known[self._key(own, k)] for k in own.some] for own in wanted]
+        for (name, target), leaf in new.items():
+            self._remember(name, target, leaf)
         return leaves
+
+    @staticmethod
+    def _key(wanted: Wanted, k: int) -> tuple[str, str]:
+        return wanted.of.name_of(k), wanted.target
 
     def _remember(self, name: str, target: str, leaf: Leaf) -> None:
         size = payload_bytes(leaf)
@@ -109,7 +127,7 @@ class ExpertsInFormats:
 
     def rounded(self, f: int) -> ExpertWeights:
         """In format number f, in float32."""
-        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._some(self._every, f)]))
+        return one_bucket(jnp.stack([to_float32(leaf) for leaf in self._in(self._every, [f])[0]]))
 
     def errors(self, tick: Callable[[], object] = lambda: None) -> np.ndarray:
         """The error of every expert's outputs in every format, (E, F). `tick` is called for as many experts as are
@@ -121,8 +139,8 @@ class ExpertsInFormats:
             tick()
             some = self._every[start : start + together]
             dense = [to_float32(self.of.weights.expert(e)) for e in some]
-            for f in range(len(self.formats)):
-                each = map(to_float32, self._some(some, f))
+            for f, leaves in enumerate(self._in(some, range(len(self.formats)))):
+                each = map(to_float32, leaves)
                 for e, matrix, rounded in zip(some, dense, each, strict=True):
                     error_EF[e, f] = rounding_error(matrix, rounded, self.of.inputs(e), output_EO[e])
             for e, matrix in zip(some, dense, strict=True):
@@ -139,8 +157,9 @@ class ExpertsInFormats:
     def _every(self) -> range:
         return range(self.of.weights.num_experts)
 
-    def _some(self, some: Sequence[int], f: int) -> list[Leaf]:
-        return self.rounder.experts(self.of, some, self.formats[f].name)
+    def _in(self, some: Sequence[int], formats: Sequence[int]) -> list[list[Leaf]]:
+        """Some in each of some formats, by their numbers."""
+        return self.rounder.experts([Wanted(self.of, some, self.formats[f].name) for f in formats])
 
 
 def matrices_in_formats(

@@ -10,6 +10,7 @@ Variants, plans that are tried among them, see CHUNKS of the chunks held out, an
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from moejax.pipeline.variants import USED_ROWS
 from moejax.planning import KEEP
 from moejax.planning.parameters import count_parameters
 from moejax.transforms.imitate import energy_by_output, imitate, imitate_expert
-from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Projection, Rounder, cut, some_rows
+from moejax.transforms.rounder import AFRESH, MOST_NUMBERS, Rounder, Wanted, cut, some_rows
 from moejax.transforms.rounding import rounding_error, rounding_errors, to_float32
 
 EXPERTS, ROWS, CHUNKS = 8, 256, 4
@@ -100,12 +101,16 @@ class Sampled:
             return AFRESH.matrix(name, leaf, inputs, target)
         return imitate(to_float32(leaf), inputs.second_moment, *self._format_and_error(name, target))
 
-    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
+    def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
         """As a `Rounder`."""
-        if target == KEEP:
-            return [of.weights.expert(k) for k in some]
-        own, moment_EI = self._format_and_error(of.name, target), of.statistics.input_second_moment(of.own)
-        return [imitate_expert(of.weights, k, moment_EI, *own) for k in some]
+        return [list(map(partial(self._expert, own), own.some)) for own in wanted]
+
+    def _expert(self, wanted: Wanted, k: int) -> Leaf:
+        of = wanted.of
+        if wanted.target == KEEP:
+            return of.weights.expert(k)
+        moment_EI = of.statistics.input_second_moment(of.own)
+        return imitate_expert(of.weights, k, moment_EI, *self._format_and_error(of.name, wanted.target))
 
     def _format_and_error(self, name: str, target: str) -> tuple[Format, float]:
         to = parse_format(target)

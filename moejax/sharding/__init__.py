@@ -1,5 +1,6 @@
 """How a model lies over the devices of a mesh, and the products of weights that are cut over them."""
 
+from moejax.sharding.crew import ALONE, Crew, crew_of, told_bytes
 from moejax.sharding.mesh import around, local_bytes, local_devices, mesh_of
 from moejax.sharding.operations import (
     by_sequence,
@@ -15,10 +16,13 @@ from moejax.sharding.operations import (
 from moejax.sharding.rules import DATA, TENSOR, on_mesh, shardings
 
 __all__ = [
+    "ALONE",
     "DATA",
     "TENSOR",
+    "Crew",
     "around",
     "by_sequence",
+    "crew_of",
     "data_parts",
     "expert_matmul",
     "gathered",
@@ -32,4 +36,5 @@ __all__ = [
     "on_mesh",
     "shardings",
     "take",
+    "told_bytes",
 ]

@@ -20,7 +20,7 @@ from moejax.model.weights import IN_BLOCK, row_of
 from moejax.planning.plan import PROJECTIONS
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.hessian import DAMPING, damping_for
-from moejax.transforms.rounder import AFRESH, Projection, few_experts, requantize, some_rows
+from moejax.transforms.rounder import AFRESH, Projection, Wanted, few_experts, requantize, some_rows
 from moejax.transforms.rounding import rounding_error, to_float32
 
 # Multiples of `damping_for` that are tried.
@@ -125,7 +125,9 @@ def _of_projection(
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
         damped = replace(sums, damping={projection: multiple})
-        return AFRESH.experts(Projection(projection, members, weights, damped), members, _FORMAT)
+        of = Projection(projection, members, weights, damped)
+        (leaves,) = AFRESH.experts([Wanted(of, members, _FORMAT)])
+        return leaves
 
     return _best(rounded, [weights.expert(e) for e in members], [held_out.inputs(projection, e) for e in members])
 

@@ -26,7 +26,7 @@ from moejax.planning import KEEP, BlockPlan
 from moejax.planning.plan import PROJECTIONS
 from moejax.transforms.experts_per_token import adjust
 from moejax.transforms.prune import masked_bias, prune
-from moejax.transforms.rounder import AFRESH, Projection, Rounder, requantize
+from moejax.transforms.rounder import AFRESH, Projection, Rounder, Wanted, requantize
 
 
 def compress_block(
@@ -70,12 +70,17 @@ def compressed_slice(
     by number."""
     assert statistics.experts is not None
     sums, kept = statistics.experts.of(members), np.asarray(members if plan.keep is None else plan.keep)
-    is_here, found = np.isin(kept, members), {}
+    is_here, wanted = np.isin(kept, members), []
+    survivors = kept[is_here]
     for name, weights in named_leaves(experts).items():
         formats = np.asarray(plan.experts.get(name, (KEEP,) * len(kept)))[is_here]
         own = Projection(f"{block}.mlp.experts.{name}", members, weights, sums)
-        found[name] = _rounded_slice(own, formats, kept[is_here], rounder)
-    return found
+        for target in sorted(set(formats)):
+            wanted.append(Wanted(own, (survivors[formats == target] - members[0]).tolist(), target))
+    found: dict[str, dict[int, Leaf]] = {name: {} for name in named_leaves(experts)}
+    for one, leaves in zip(wanted, rounder.experts(wanted), strict=True):
+        found[one.of.own] |= {one.of.members[k]: leaf for k, leaf in zip(one.some, leaves, strict=True)}
+    return {name: {e: each[e] for e in survivors.tolist()} for name, each in found.items()}
 
 
 def as_planned(block: SlicedBlock, plan: BlockPlan, leaves: Mapping[str, Weight]) -> Block:
@@ -127,15 +132,6 @@ def _compressed_experts(
         for name, survivors in compressed_slice(members, experts, plan, statistics, rounder, block_name).items():
             compressed[name] += survivors.values()
     return {name: gather_experts(compressed.pop(name)) for name in PROJECTIONS}
-
-
-def _rounded_slice(of: Projection, formats: np.ndarray, kept: np.ndarray, rounder: Rounder) -> dict[int, Leaf]:
-    """The survivors `kept` among consecutive experts, each in its format."""
-    each: dict[int, Leaf] = {}
-    for target in sorted(set(formats)):
-        own = kept[formats == target]
-        each |= zip(own.tolist(), rounder.experts(of, (own - of.members[0]).tolist(), target), strict=True)
-    return {e: each[e] for e in kept.tolist()}
 
 
 def _is_traced(block: SlicedBlock) -> bool:

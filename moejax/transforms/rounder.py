@@ -1,9 +1,9 @@
 """Matrices rounded by name: one by one, and some experts of a layer together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from moejax.calibrate import ExpertStatistics, Inputs
 from moejax.formats import ExpertWeights, Leaf, parse_format, row_parts, rows
 from moejax.machine import accelerator_memory
 from moejax.planning import KEEP
+from moejax.sharding import ALONE, Crew
 from moejax.transforms.error_feedback import rows_together
 from moejax.transforms.rounding import round_weight, to_float32
 
@@ -59,6 +60,15 @@ class Projection:
         return self.statistics.inputs(self.own, k)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Experts at some positions of a projection's, in the format of a name; as they are if that is KEEP."""
+
+    of: Projection
+    some: Sequence[int]
+    target: str
+
+
 class Rounder(Protocol):
     """Gives matrices, by their names in the model, in the format of a name; as they are if that is KEEP."""
 
@@ -66,38 +76,83 @@ class Rounder(Protocol):
         """One that has that input."""
         ...
 
-    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        """Those at some positions among experts."""
+    def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
+        """Every wanted expert, each by itself."""
         ...
 
 
+@dataclass(frozen=True)
 class Afresh:
-    """The rounder that knows nothing yet."""
+    """The rounder that knows nothing yet. crew: over whose devices groups of experts are spread."""
+
+    crew: Crew = ALONE
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         return requantize(leaf, inputs, target)
 
-    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        """Several are rounded together, so that the number of experts compiles little anew: by powers of two where they
-        are large or share a Hessian; else in as many as there may be, the last beside some that were rounded already.
-        Large ones without Hessians go one by one, in a sixth of the time: by rows that a cache holds.
-        """
-        if target == KEEP:
-            return [of.weights.expert(e) for e in some]
-        to, (_, outputs, inputs), shared = parse_format(target), of.weights.shape, of.shares_hessian
-        is_large = outputs * inputs >= _LARGE
-        if is_large and of.statistics.layer.x_DD is None:
-            return [requantize(of.weights.expert(k), of.inputs(k), target) for k in some]
-        together = max(1, rows_together(inputs) // outputs) if shared else experts_together(of.weights.shape)
-        rounded_together, by_powers = partial(round_weight, to=to), shared or is_large
-        leaves: list[Leaf] = []
-        while count := min(together, len(some) - len(leaves)):
-            count = 1 << count.bit_length() >> 1 if by_powers else count
-            own = np.resize(list(some)[len(leaves) : len(leaves) + count], count if by_powers else together)
-            given = _matrices_and_inputs(of.weights, of.statistics, own, of.own)
-            rounded = jax.device_get((rounded_together if shared else jax.vmap(rounded_together))(*given))
-            leaves += [jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), rounded) for k in range(count)]
+    def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
+        groups = [list(_groups(own)) for own in wanted]
+        every = [group for own in groups for group in own]
+        rounded = iter(self.crew.spread(lambda n, device: every[n].rounded(device), [own.abstract() for own in every]))
+        leaves = []
+        for own, of_own in zip(wanted, groups, strict=True):
+            kept = [own.of.weights.expert(k) for k in own.some] if own.target == KEEP else []
+            leaves.append(kept + [jax.tree.map(jnp.asarray, leaf) for _ in of_own for leaf in next(rounded)])
         return leaves
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Experts of a projection, by their positions, that are rounded together; the first `count` are wanted, the others
+    make up a number that is compiled."""
+
+    of: Projection
+    positions: np.ndarray
+    count: int
+    target: str
+    by_rows: bool = False
+
+    def abstract(self) -> list[Leaf]:
+        """The wanted ones, shapes only."""
+        return [parse_format(self.target).abstract(self.of.weights.shape[1:])] * self.count
+
+    def rounded(self, device: jax.Device | None) -> list[Leaf]:
+        """The wanted ones, arrays of NumPy's, rounded on a device."""
+        to = parse_format(self.target)
+        if self.by_rows:
+            (k,) = self.positions.tolist()
+            leaf, inputs = _on(device, (self.of.weights.expert(k), self.of.inputs(k)))
+            return [jax.device_get(requantize(leaf, inputs, self.target))]
+        given = _matrices_and_inputs(self.of.weights, self.of.statistics, self.positions, self.of.own)
+        rounding = partial(round_weight, to=to)
+        rounded = (rounding if self.of.shares_hessian else jax.vmap(rounding))(*_on(device, given))
+        return [jax.tree.map(lambda a, k=k: a[k], jax.device_get(rounded)) for k in range(self.count)]
+
+
+def _groups(wanted: Wanted) -> Iterator[_Group]:
+    """Experts are rounded together so that the number of experts compiles little anew: by powers of two where they are
+    large or share a Hessian; else in as many as there may be, the last beside some that were rounded already. Large
+    ones without Hessians go one by one, in a sixth of the time: by rows that a cache holds.
+    """
+    if wanted.target == KEEP:
+        return
+    of, some = wanted.of, np.asarray(wanted.some, int)
+    (_, outputs, inputs), shared = of.weights.shape, of.shares_hessian
+    is_large = outputs * inputs >= _LARGE
+    by_rows = is_large and of.statistics.layer.x_DD is None
+    together = max(1, rows_together(inputs) // outputs) if shared else experts_together(of.weights.shape)
+    start = 0
+    while count := min(1 if by_rows else together, len(some) - start):
+        by_powers = shared or is_large
+        count = 1 << count.bit_length() >> 1 if by_powers else count
+        own = np.resize(some[start : start + count], count if by_powers else together)
+        yield _Group(of, own, count, wanted.target, by_rows)
+        start += count
+
+
+def _on(device: jax.Device | None, given: Any) -> Any:
+    """Arrays moved to a device."""
+    return given if device is None else jax.device_put(given, device)
 
 
 AFRESH = Afresh()

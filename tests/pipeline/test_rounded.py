@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moejax.pipeline.job import Prepared
 from moejax.pipeline.rounded import RoundedWeights
 from moejax.pipeline.working_copy import one_bucket
 from moejax.planning import KEEP
-from moejax.transforms.rounder import Projection
+from moejax.transforms.rounder import Projection, Wanted
 
 INPUTS = Inputs(jnp.ones(1))
 
@@ -26,9 +26,10 @@ class Counting:
         self.asked.append(0)
         return jnp.full(10, 0, jnp.uint8)
 
-    def experts(self, of: Projection, some: Sequence[int], target: str) -> list[Leaf]:
-        self.asked += [of.members[k] for k in some]
-        return [jnp.full(10, of.members[k], jnp.uint8) for k in some]
+    def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
+        members = [[own.of.members[k] for k in own.some] for own in wanted]
+        self.asked += [e for own in members for e in own]
+        return [[jnp.full(10, e, jnp.uint8) for e in own] for own in members]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,16 @@ def first(leaf: Leaf) -> int:
     return int(leaf[0])
 
 
-def experts(statistics: ExpertStatistics, members: Sequence[int]) -> Projection:
+def every(statistics: ExpertStatistics, members: Sequence[int], target: str = "int2g128") -> Wanted:
+    """All of some experts."""
     weights: ExpertWeights = one_bucket(jnp.zeros((len(members), 1, 1)))
-    return Projection("layers.1.mlp.experts.up", members, weights, statistics)
+    of = Projection("layers.1.mlp.experts.up", members, weights, statistics)
+    return Wanted(of, range(len(members)), target)
+
+
+def numbers(rounder: RoundedWeights, *wanted: Wanted) -> list[list[int]]:
+    """Which experts come back."""
+    return [list(map(first, leaves)) for leaves in rounder.experts(wanted)]
 
 
 def test_a_matrix_is_rounded_once_to_every_format() -> None:
@@ -62,10 +70,15 @@ def test_a_matrix_is_rounded_once_to_every_format() -> None:
 def test_of_several_only_those_not_known_are_rounded(statistics: ExpertStatistics) -> None:
     rounds = Counting()
     rounder = RoundedWeights(1 << 20, rounds)
-    assert list(map(first, rounder.experts(experts(statistics, [4, 5, 6]), range(3), "int2g128"))) == [4, 5, 6]
-    other = experts(statistics, [7, 6, 5, 8])
-    assert list(map(first, rounder.experts(other, [0, 1, 2, 3], "int2g128"))) == [7, 6, 5, 8]
+    assert numbers(rounder, every(statistics, [4, 5, 6])) == [[4, 5, 6]]
+    assert numbers(rounder, every(statistics, [7, 6, 5, 8])) == [[7, 6, 5, 8]]
     assert rounds.asked == [4, 5, 6, 7, 8]
+    assert numbers(rounder, every(statistics, [4, 9]), every(statistics, [4], "int3g128"), every(statistics, [5])) == [
+        [4, 9],
+        [4],
+        [5],
+    ]
+    assert rounds.asked == [4, 5, 6, 7, 8, 9, 4]
 
 
 @pytest.mark.parametrize(("most_bytes", "remembered"), [(0, 0), (9, 0), (10, 1), (29, 2), (30, 3)])
@@ -73,16 +86,16 @@ def test_what_has_no_room_is_rounded_again(statistics: ExpertStatistics, most_by
     rounds = Counting()
     rounder = RoundedWeights(most_bytes, rounds)
     for _ in range(2):
-        assert list(map(first, rounder.experts(experts(statistics, range(3)), range(3), "int2g128"))) == [0, 1, 2]
+        assert numbers(rounder, every(statistics, range(3))) == [[0, 1, 2]]
     assert len(rounds.asked) == 6 - remembered
 
 
 def test_what_is_kept_is_what_is_given_each_time(statistics: ExpertStatistics) -> None:
-    rounder, of = RoundedWeights(1 << 20), experts(statistics, [4])
+    rounder, wanted = RoundedWeights(1 << 20), every(statistics, [4], KEEP)
     rounder.matrix("layers.0.mlp.up", jnp.zeros((1, 1)), INPUTS, KEEP)
-    rounder.experts(of, [0], KEEP)
+    rounder.experts([wanted])
     as_stored = jnp.zeros((1, 1), jnp.bfloat16)
     assert rounder.matrix("layers.0.mlp.up", as_stored, INPUTS, KEEP) is as_stored
-    stored = Projection(of.name, of.members, one_bucket(as_stored[None]), of.statistics)
-    (kept,) = rounder.experts(stored, [0], KEEP)
+    stored = replace(wanted, of=replace(wanted.of, weights=one_bucket(as_stored[None])))
+    ((kept,),) = rounder.experts([stored])
     assert isinstance(kept, jax.Array) and kept.dtype == jnp.bfloat16

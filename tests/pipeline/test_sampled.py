@@ -24,7 +24,7 @@ from moejax.pipeline.work import work_in
 from moejax.planning import KEEP
 from moejax.progress import silent
 from moejax.transforms.imitate import energy_by_output
-from moejax.transforms.rounder import AFRESH
+from moejax.transforms.rounder import AFRESH, Wanted
 from moejax.transforms.rounding import to_float32
 from small_job import RECIPE, Job
 
@@ -100,7 +100,7 @@ def test_what_it_imitates_errs_as_much_as_it_tells(
         assert float(jnp.sum(energy_by_output(error, moment_I))) == pytest.approx(told, rel=1e-3)
     down = experts(list(range(12)))["mlp.experts.down"]
     sampled.look_at_experts(down)
-    (imitated,) = sampled.experts(down.of, [3], FORMATS[1].name)
+    ((imitated,),) = sampled.experts([Wanted(down.of, [3], FORMATS[1].name)])
     moment_I, gate2 = down.of.inputs(3).second_moment, down.of.statistics.gate2_E[3]
     error = float(gate2 * jnp.sum(energy_by_output(imitated - to_float32(down.of.weights.expert(3)), moment_I)))
     assert error == pytest.approx(sampled.expert_errors(down)[3, 1], rel=1e-3)
@@ -154,7 +154,7 @@ def test_experts_that_share_a_hessian_are_rounded_together(
     sampled.look_at_experts(own)
     found_EF, expected_EF = sampled.expert_errors(own), own.errors()
     np.testing.assert_allclose(found_EF.sum(axis=0), expected_EF.sum(axis=0), rtol=1e-3)
-    together, one = AFRESH.experts(own.of, range(3), formats[0].name), AFRESH.experts(own.of, [1], formats[0].name)
+    together, one = AFRESH.experts([Wanted(own.of, some, formats[0].name) for some in (range(3), [1])])
     np.testing.assert_allclose(to_float32(together[1]), to_float32(one[0]), atol=1e-6)
 
 

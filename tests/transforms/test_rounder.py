@@ -11,7 +11,7 @@ from moejax.formats import ExpertWeights
 from moejax.model import named_leaves
 from moejax.transforms import error_feedback, rounder
 from moejax.transforms.error_feedback import rows_together
-from moejax.transforms.rounder import AFRESH, Projection, experts_together, few_experts, some_rows
+from moejax.transforms.rounder import AFRESH, Projection, Wanted, experts_together, few_experts, some_rows
 from moejax.transforms.rounding import to_float32
 from seen_by_blocks import statistics_with_hessians
 from small_models import CONFIG, small_model
@@ -39,10 +39,9 @@ def test_experts_are_rounded_as_each_alone(hessians: str, large: int, monkeypatc
     of = Projection("layers.1.mlp.experts.gate", range(weights.num_experts), weights, statistics(hessians))
     assert of.shares_hessian == (hessians == "shared")
     some = [3, *range(3), *range(4, weights.num_experts - 1)]
-    together = AFRESH.experts(of, some, "int3g32")
+    together, *each = AFRESH.experts([Wanted(of, own, "int3g32") for own in (some, *([k] for k in some))])
     assert len(together) == len(some)
-    for own, k in zip(together, some, strict=True):
-        (alone,) = AFRESH.experts(of, [k], "int3g32")
+    for own, (alone,) in zip(together, each, strict=True):
         np.testing.assert_allclose(to_float32(own), to_float32(alone), atol=1e-6)
 
 

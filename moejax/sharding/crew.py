@@ -1,0 +1,139 @@
+"""Devices, of one process or several, that share out jobs none of which needs another; and what processes tell each
+other.
+
+Processes of a crew do the same in the same order, but for the jobs that are spread: each runs those of its own devices,
+and has what the others made of theirs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from moejax.errors import InputError
+
+T = TypeVar("T")
+
+# Lengths are told as two numbers, because JAX has 32 bits for one.
+_LOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class Crew:
+    """devices: in the order in which jobs go to them; with none, jobs run where they would anyway."""
+
+    devices: tuple[jax.Device, ...] = ()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes, and whose word counts."""
+        return not self._are_several or jax.process_index() == 0
+
+    def spread(self, job: Callable[[int, jax.Device | None], T], like: Sequence[T]) -> list[T]:
+        """job(n, device) of n = 0, 1, ...: each on one device, which all take in turn, one at a time.
+
+        like: trees of the shapes and dtypes of what each gives, in which other processes' results come as NumPy arrays.
+        """
+        if not self.devices:
+            return [job(n, None) for n in range(len(like))]
+        places = [self.devices[n % len(self.devices)] for n in range(len(like))]
+        own = [device for device in self.devices if device.process_index == jax.process_index()]
+
+        def done(device: jax.Device) -> dict[int, T]:
+            return {n: job(n, device) for n, place in enumerate(places) if place == device}
+
+        with ThreadPoolExecutor(max_workers=len(own)) as pool:
+            found = {n: result for part in pool.map(done, own) for n, result in part.items()}
+        if self._are_several:
+            found |= _exchanged(found, [place.process_index for place in places], like)
+        return [found[n] for n in range(len(like))]
+
+    def told(self, value: Any) -> Any:
+        """What the first process has here, in all of them; JSON can hold it."""
+        return json.loads(told_bytes(json.dumps(value).encode())) if self._are_several else value
+
+    def least(self, value: int) -> int:
+        """Of the values, none below 0, that the processes have here."""
+        if not self._are_several:
+            return value
+        each = multihost_utils.process_allgather(np.asarray(divmod(value, _LOW), np.int32))
+        return min(int(high) * _LOW + int(low) for high, low in np.asarray(each))
+
+    def meet(self) -> None:
+        """Wait until all processes are here."""
+        self.least(0)
+
+    def agree(self, what: str, value: str) -> None:
+        """Raise InputError, in a process that has come to another value than the first."""
+        if self.told(value) != value:
+            raise InputError(
+                f"process {jax.process_index()} has come to another {what} than process 0; machines of one kind, with "
+                "the same versions of moejax, jax and numpy, are needed"
+            )
+
+    @property
+    def _are_several(self) -> bool:
+        return len({device.process_index for device in self.devices}) > 1
+
+
+# The device on which everything is computed anyway.
+ALONE = Crew()
+
+
+def crew_of(mesh: Mesh | None) -> Crew:
+    """All devices of a mesh, so that those of different processes alternate; `ALONE` without one."""
+    if mesh is None:
+        return ALONE
+    devices = sorted(mesh.devices.flat, key=lambda own: own.id)
+    before = [sum(other.process_index == own.process_index for other in devices[:n]) for n, own in enumerate(devices)]
+    in_turn = sorted(zip(before, devices, strict=True), key=lambda own: (own[0], own[1].process_index))
+    return Crew(tuple(device for _, device in in_turn))
+
+
+def told_bytes(content: bytes) -> bytes:
+    """What the first of all processes gives here, in all of them."""
+    high, low = multihost_utils.broadcast_one_to_all(np.asarray(divmod(len(content), _LOW), np.int32))
+    padded = np.zeros(_padded(int(high) * _LOW + int(low)), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)[: len(padded)]
+    told = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    return told[: int(high) * _LOW + int(low)].tobytes()
+
+
+def _exchanged(own: dict[int, T], process: Sequence[int], like: Sequence[T]) -> dict[int, T]:
+    """What this process has made and what the others have, of all of which the shapes are known."""
+    sizes = [sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one)) for one in like]
+    jobs = [[n for n, made_by in enumerate(process) if made_by == p] for p in range(jax.process_count())]
+    longest = max(sum(sizes[n] for n in theirs) for theirs in jobs)
+    content = b"".join(np.asarray(array).tobytes() for n in sorted(own) for array in jax.tree.leaves(own[n]))
+    padded = np.zeros(_padded(longest), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    found: dict[int, T] = {}
+    for theirs, told in zip(jobs, np.asarray(multihost_utils.process_allgather(padded)), strict=True):
+        starts = [0, *accumulate(sizes[n] for n in theirs)]
+        found |= {n: _tree(told[start:], like[n]) for n, start in zip(theirs, starts, strict=False)}
+    return found
+
+
+def _tree(content: np.ndarray, like: T) -> T:
+    """Arrays of those shapes and dtypes, whose bytes come one after another."""
+    arrays, start = [], 0
+    leaves, structure = jax.tree.flatten(like)
+    for one in leaves:
+        size = math.prod(one.shape) * one.dtype.itemsize
+        arrays.append(content[start : start + size].view(one.dtype).reshape(one.shape))
+        start += size
+    tree: T = jax.tree.unflatten(structure, arrays)
+    return tree
+
+
+def _padded(size: int) -> int:
+    """A length of few, since each is compiled."""
+    return 1 << max(10, (size - 1).bit_length())
