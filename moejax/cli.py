@@ -78,13 +78,19 @@ def compress(
         str | None,
         arg(help="the most memory to take: 8GB; what does not fit lies on the disk; without it, what is free"),
     ] = None,
+    mesh: Annotated[str | None, arg(help="round experts on several devices, one on each: tensor=8")] = None,
+    distributed: DistributedArg = None,
     json: JsonArg = None,
 ) -> None:
     """Prune, adjust the activated experts, quantize and pack a checkpoint within a budget, and measure what it cost."""
     from moejax.commands.compress import run_compress
+    from moejax.commands.devices import mesh_from
 
     by, texts = (recipe, plan, expert_scores), (calibration, calibration_chunks, text)
-    run_compress(checkpoint, budget, fit, context, batch, output, *by, *texts, drop_mtp, work, memory, json)
+    with mesh_from(mesh, distributed) as devices:
+        run_compress(
+            checkpoint, budget, fit, context, batch, output, *by, *texts, drop_mtp, work, memory, devices, json
+        )
 
 
 @app.command

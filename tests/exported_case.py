@@ -19,7 +19,8 @@ from model_cases import BASE, random_tensors
 from moejax.checkpoint.hf_export import write_huggingface
 from moejax.checkpoint.hf_leaves import HuggingFaceLeaves
 from moejax.checkpoint.native import open_native
-from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.native_bytes import Description
+from moejax.checkpoint.native_writer import write_native
 from moejax.formats import ExpertWeights, GroupFormat, Leaf, gather_experts, parse_format
 from moejax.model import DeepseekV3, config_from_hf, named_leaves
 from moejax.model.deepseek_v3 import Block

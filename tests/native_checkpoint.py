@@ -12,7 +12,7 @@ import pytest
 
 from leaf_oracle import random_leaf
 from model_cases import BASE
-from moejax.checkpoint.native_writer import Description
+from moejax.checkpoint.native_bytes import Description
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights
 from moejax.model import DeepseekV3, Layout, config_from_hf

@@ -250,7 +250,8 @@ import os, signal, sys
 from moejax import cli
 from moejax.checkpoint import store
 from moejax.commands import inspect
-from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.native_bytes import Description
+from moejax.checkpoint.native_writer import write_native
 from moejax.checkpoint.load import load_model, open_checkpoint
 from pathlib import Path
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from moejax.calibrate import calibrate
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.native_writer import Description, native_bytes, write_native
+from moejax.checkpoint.native_bytes import Description, native_bytes
+from moejax.checkpoint.native_writer import write_native
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, default_evaluation_text
 from moejax.model import DeepseekV3

@@ -1,7 +1,6 @@
 """Writing the native checkpoint (see `native`) item by item, so that no more than one block need be in memory, and a
 job that was stopped can go on."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,62 +14,15 @@ from moejax.checkpoint import store
 from moejax.checkpoint.atomic import atomic_folder, clear_folder, partial_path, require_space
 from moejax.checkpoint.chunks import bytes_checksum, checksums
 from moejax.checkpoint.journal import Journal
-from moejax.checkpoint.native import (
-    FORMAT_VERSION,
-    MANIFEST,
-    NO_CHECKSUM,
-    arrays_of,
-    checksum_digits,
-    item_of,
-    with_checksum,
-)
+from moejax.checkpoint.native import MANIFEST, arrays_of
+from moejax.checkpoint.native_bytes import Description, arrays_of_item, items_of, manifest_of, native_bytes
 from moejax.errors import InputError, InternalError, note
-from moejax.formats import describe
-from moejax.model import DeepseekV3, named_leaves
-from moejax.model.config import ROTATION_FIELDS
+from moejax.model import DeepseekV3
 from moejax.model.leaves import Weight
 from moejax.progress import Progress, silent
+from moejax.sharding import ALONE, Crew
 
-# What a manifest sets aside for its provenance, filled with blanks, so that a folder's size is known before it is
-# decided what to calibrate on.
-PROVENANCE_BYTES = 2048
 _JOURNAL = "journal.jsonl"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a manifest says beside the leaves: plain JSON values."""
-
-    raw_config: dict[str, Any]
-    plan: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class NativeBytes:
-    """The bytes of a folder: arrays, orbax's and zarr's descriptions of them, manifest, copied files."""
-
-    arrays: int
-    descriptions: int
-    manifest: int
-    copied: int
-
-    @property
-    def total(self) -> int:
-        return self.arrays + self.descriptions + self.manifest + self.copied
-
-
-def native_bytes(abstract_model: DeepseekV3, description: Description, copied: Sequence[Path]) -> NativeBytes:
-    """The exact bytes of the folder that `native_writer` and `write_native` will write, from shapes alone."""
-    items = {item: _arrays_of_item(leaves) for item, leaves in _items(abstract_model).items()}
-    no_checksums = {
-        item: {name: "0" * checksum_digits(array) for name, array in own.items()} for item, own in items.items()
-    }
-    files = {file.name: NO_CHECKSUM for file in copied}
-    manifest = _manifest(abstract_model, description, no_checksums, files)
-    arrays = sum(store.payload_bytes(own) for own in items.values())
-    in_items = sum(store.item_bytes(own) for own in items.values())
-    return NativeBytes(arrays, in_items - arrays, len(manifest), sum(file.stat().st_size for file in copied))
 
 
 @dataclass(frozen=True)
@@ -124,7 +76,7 @@ class NativeWriter:
         promised = self.items[item]
         _check_leaves(item, leaves, promised)
         in_order = {name: leaves[name] for name in promised}
-        arrays = {name: np.asarray(array) for name, array in _arrays_of_item(in_order).items()}
+        arrays = {name: np.asarray(array) for name, array in arrays_of_item(in_order).items()}
         own = {name: checksums(array) for name, array in arrays.items()}
         store.write_item(self.folder, item, arrays)
         self.checksums[item] = own
@@ -141,9 +93,11 @@ def native_writer(
     budget: int,
     job: str | None = None,
     progress: Progress = silent,
+    crew: Crew = ALONE,
 ) -> Iterator[NativeWriter]:
     """A writer of the checkpoint `output` of a model, of which shapes are enough. The folder appears, with its manifest
-    and the copied files, when the block ends with all items added.
+    and the copied files, when the block ends with all items added. Of a crew's processes, which all add equal items,
+    the first writes, and the others see what it does.
 
     job: a text that no other items have, such as a hash of what they are made from and by. With it, finished items stay
     beside `output` when the block fails or the process is killed. The next writer with the same text checks them, which
@@ -155,13 +109,44 @@ def native_writer(
     predicted = native_bytes(model, description, copied).total
     if predicted > budget:
         raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
+    if crew.is_first:
+        with _writing(model, output, description, copied, predicted, job, progress) as writer:
+            crew.told(writer.checksums)
+            yield writer
+    else:
+        # A folder in the file system that the processes share.
+        follower = _Follower(partial_path(output.absolute()), items_of(model), predicted, crew.told(None), None)
+        if not follower.folder.is_dir():
+            raise InputError(f"{output}: not every process sees what the first writes there; a folder of all is needed")
+        yield follower
+    crew.meet()  # the folder is whole
+
+
+class _Follower(NativeWriter):
+    """Where another process writes."""
+
+    def add(self, item: str, leaves: Mapping[str, Weight]) -> None:
+        self.checksums[item] = {}
+
+
+@contextmanager
+def _writing(
+    model: DeepseekV3,
+    output: Path,
+    description: Description,
+    copied: Sequence[Path],
+    predicted: int,
+    job: str | None,
+    progress: Progress,
+) -> Iterator[NativeWriter]:
+    """`native_writer`, in the process that writes."""
 
     def is_resumable(folder: Path) -> bool:
         return job is not None and bool(Journal(folder / _JOURNAL, job).finished())
 
     with atomic_folder(output, is_resumable=is_resumable) as folder:
         journal = None if job is None else Journal(folder / _JOURNAL, job)
-        writer = NativeWriter(folder, _items(model), predicted, {}, journal)
+        writer = NativeWriter(folder, items_of(model), predicted, {}, journal)
         if journal:
             _take_up(writer, journal, progress)
             if not writer.checksums:
@@ -175,7 +160,7 @@ def native_writer(
             content = file.read_bytes()
             (folder / file.name).write_bytes(content)
             files[file.name] = bytes_checksum(content)
-        (folder / MANIFEST).write_bytes(_manifest(model, description, writer.checksums, files))
+        (folder / MANIFEST).write_bytes(manifest_of(model, description, writer.checksums, files))
         (folder / _JOURNAL).unlink(missing_ok=True)  # only now: what fails before can be resumed
         store.check_written(f"{output}", store.folder_bytes(folder), predicted)
 
@@ -201,7 +186,7 @@ def write_native(
 ) -> int:
     """Write the checkpoint of a model in memory and return its bytes. Raises as `native_writer` does."""
     with native_writer(model, output, description, copied, budget) as writer:
-        for item, leaves in progress(list(_items(model).items()), "writing"):
+        for item, leaves in progress(list(items_of(model).items()), "writing"):
             writer.add(item, leaves)
     return writer.bytes
 
@@ -210,7 +195,7 @@ def _take_up(writer: NativeWriter, journal: Journal, progress: Progress) -> None
     """What an earlier run has finished, if it is whole, is the writer's; all else is removed."""
     items, finished = writer.folder / store.ITEMS_FOLDER, journal.finished()
     for item in progress([item for item in writer.items if item in finished], "checking what is written"):
-        if store.is_whole(writer.folder, item, _arrays_of_item(writer.items[item]), finished[item]):
+        if store.is_whole(writer.folder, item, arrays_of_item(writer.items[item]), finished[item]):
             writer.checksums[item] = finished[item]
         elif (items / item).exists():
             note(f"{items / item}, which an earlier run had finished, is damaged and made anew")
@@ -232,49 +217,3 @@ def _check_leaves(item: str, leaves: Mapping[str, Weight], promised: Mapping[str
 def _form(leaf: Weight) -> Any:
     """The leaf with its arrays' dtypes and shapes in their places."""
     return jax.tree.map(lambda array: f"{array.dtype}{list(array.shape)}", leaf)
-
-
-def _manifest(
-    model: DeepseekV3,
-    description: Description,
-    checksums: Mapping[str, Mapping[str, str]],
-    files: Mapping[str, str],
-) -> bytes:
-    items = {
-        item: {
-            name: [describe(leaf), "".join(checksums[item][array] for array in arrays_of(name, leaf))]
-            for name, leaf in leaves.items()
-        }
-        for item, leaves in _items(model).items()
-    }
-    blocks = [*model.layers, *(mtp.block for mtp in model.mtp)]
-    per_token = [block.experts_per_token for block in blocks]
-    manifest = {
-        "format": "moejax",
-        "version": FORMAT_VERSION,
-        "checksum": NO_CHECKSUM,
-        "files": dict(files),
-        "config": description.raw_config,
-        "experts_per_token": per_token,
-        "items": items,
-        "plan": description.plan,
-        "provenance": description.provenance,
-    }
-    if wrong := [n for n in ROTATION_FIELDS if description.raw_config.get(n) != getattr(model.config, n)]:
-        raise ValueError(f"the config says nothing of the model's {wrong[0]}; it would be read as another model")
-    padding = PROVENANCE_BYTES - len(json.dumps(description.provenance, separators=(",", ":")))
-    if padding < 0:
-        raise ValueError(f"the provenance takes {PROVENANCE_BYTES - padding} bytes; {PROVENANCE_BYTES} are set aside")
-    return with_checksum(json.dumps(manifest, separators=(",", ":")).encode() + b" " * padding)
-
-
-def _items(model: DeepseekV3) -> dict[str, dict[str, Weight]]:
-    items: dict[str, dict[str, Weight]] = {}
-    for name, leaf in named_leaves(model).items():
-        item, within = item_of(name)
-        items.setdefault(item, {})[within] = leaf
-    return items
-
-
-def _arrays_of_item(leaves: Mapping[str, Weight]) -> dict[str, jax.Array]:
-    return {array: value for name, leaf in leaves.items() for array, value in arrays_of(name, leaf).items()}

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moejax.checkpoint.atomic import partial_path, require_free, require_space
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.json_file import read_json_object
-from moejax.checkpoint.load import Checkpoint, abstract_model, open_checkpoint
+from moejax.checkpoint.load import open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
 from moejax.checkpoint.store import folder_bytes
-from moejax.checkpoint.summary import summarize
 from moejax.checkpoint.toml_file import read_toml
 from moejax.commands.common import cost_of_the_run, evaluation_text, read_recipe, tokenize
+from moejax.commands.devices import in_first
 from moejax.commands.work_option import kept_work, require_work_beside
 from moejax.errors import InputError, note
 from moejax.evaluate.divergence import note_length
@@ -37,12 +38,12 @@ from moejax.pipeline.shapes import Shapes, ready, shapes_of
 from moejax.pipeline.work import Work
 from moejax.planning import Method
 from moejax.planning.expert_scores import ExpertScores, expert_scores_from_json
-from moejax.planning.memory import device_memory
 from moejax.planning.plan import Plan, digest, from_json
 from moejax.planning.size import format_size, parse_budget, parse_size
 from moejax.report import figures
-from moejax.report.console import Phases, print_table
-from moejax.report.pruning import pruning_figures, pruning_rows
+from moejax.report.compression import report_compression
+from moejax.report.console import Phases
+from moejax.sharding import Crew, crew_of
 from moejax.tokenizer import load_tokenizer
 
 # Enough of the default text for stable figures in a minute on two cores.
@@ -75,6 +76,7 @@ class _Asked:
     work: Path | None
     ledger: Ledger
     phases: Phases
+    crew: Crew
 
     def shapes(self, method: Method) -> Shapes:
         """Of what is compressed by a method."""
@@ -97,13 +99,15 @@ def run_compress(
     drop_mtp: bool,
     work: Path | None,
     memory: str | None,
+    mesh: Mesh | None,
     json: Path | None,
 ) -> None:
     """The main job. Everything that can be refused is, before the long part begins."""
-    started = time.monotonic()
-    require_work_beside(work, output)
-    require_free(output, is_resumable=lambda _: work is not None)
-    figures.require_writable(json, output)
+    started, json, crew = time.monotonic(), in_first(json), crew_of(mesh)
+    if crew.is_first:
+        require_work_beside(work, output)
+        require_free(output, is_resumable=lambda _: work is not None)
+    figures.require_writable(json, in_first(output))
     if calibration_chunks is not None and calibration_chunks < 1:
         raise InputError(f"--calibration-chunks is {calibration_chunks}; at least 1 is needed")
     if recipe is not None and plan is not None:
@@ -117,7 +121,8 @@ def run_compress(
     given = None if plan is None else from_json(read_toml(plan))
     scores = None if expert_scores is None else _read_scores(expert_scores, checkpoint, own_recipe)
     limit, most_bytes = _checked(checkpoint, own_recipe, given, _limit(checkpoint, budget, fit, context, batch))
-    require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
+    if crew.is_first:
+        require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
     texts = None if scores is not None else _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     if isinstance(limit, Device):
@@ -126,7 +131,7 @@ def run_compress(
         print(f"budget {format_size(most_bytes)} ({most_bytes} bytes), from {bf16} in BF16")
     if checkpoint.dropped_mtp:
         print(f"MTP blocks dropped: {checkpoint.dropped_mtp}")
-    asked = _Asked(checkpoint, output, limit, most_bytes, drop_mtp, work, ledger_of(memory), Phases())
+    asked = _Asked(checkpoint, output, limit, most_bytes, drop_mtp, work, ledger_of(memory), Phases(), crew)
     if texts is None:
         assert scores is not None
         print(f"planning by {scores.source}; nothing goes through the model, so its figures are not known")
@@ -141,7 +146,9 @@ def run_compress(
         cost["memory_limit_bytes"] = asked.ledger.limit
         if cost["peak_memory_bytes"] > asked.ledger.limit:
             note(f"{format_size(cost['peak_memory_bytes'])} were held for a while, more than --memory {memory}")
-    _report(asked, result, None if texts is None else texts.evaluation, cost, json)
+    written = open_checkpoint(output)
+    told = report_compression(checkpoint, limit, written, result, None if texts is None else texts.evaluation, cost)
+    figures.write_json(json, told)
 
 
 def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
@@ -154,7 +161,7 @@ def _by_recipe(asked: _Asked, recipe: Recipe, texts: _Texts) -> job.Result:
         made = _provenance(asked, texts, recipe)
         if sampled:
             source = ready(CheckpointSource(asked.checkpoint), recipe.method)
-            asked.phases.expected = expected(source, recipe, own, room, len(texts.evaluated))
+            asked.phases.expected = expected(source, recipe, own, room, len(texts.evaluated), asked.crew)
         prepared = job.prepare(asked.checkpoint, own, recipe, made, asked.phases, kept, room)
         return job.compress_checkpoint(prepared, asked.output, asked.limit, texts.evaluated, *told)
 
@@ -174,7 +181,7 @@ def _by_scores(asked: _Asked, recipe: Recipe, scores: ExpertScores) -> job.Resul
     budget = asked.limit if isinstance(asked.limit, int) else asked.most_bytes
     made = job.provenance_by_scores(scores, asked.checkpoint.dropped_mtp)
     made_of = {"recipe": repr(recipe), "plan": digest(plan), "--drop-mtp": str(asked.drop_mtp)}
-    with _room(asked, recipe.method, None), kept_work(asked.work, asked.output, asked.checkpoint, made_of) as kept:
+    with _room(asked, recipe.method, None), _work(asked, made_of) as kept:
         return job.carry_out_unseen(asked.checkpoint, plan, made, asked.output, budget, asked.phases, kept)
 
 
@@ -184,14 +191,18 @@ def _room(
     """For chunks of the texts, or for none."""
     tokens = 0 if texts is None else texts.calibrated.chunks.shape[1]
     model = asked.shapes(method).model
-    given = method.error_feedback, asked.output, keeps_rounded, asked.most_bytes
+    given = method.error_feedback, asked.output, keeps_rounded, asked.most_bytes, asked.crew
     return room_in(asked.ledger, model, tokens, *given)
 
 
 def _kept(asked: _Asked, texts: _Texts, by: Mapping[str, str]) -> AbstractContextManager[Work]:
     calibrated = sha256(b"".join(own.tobytes() for own in texts.calibrated)).hexdigest()
     made_of = {"calibration": calibrated, **by, "--drop-mtp": str(asked.drop_mtp)}
-    return kept_work(asked.work, asked.output, asked.checkpoint, made_of)
+    return _work(asked, made_of)
+
+
+def _work(asked: _Asked, made_of: Mapping[str, str]) -> AbstractContextManager[Work]:
+    return kept_work(asked.work, asked.output, asked.checkpoint, made_of, asked.crew)
 
 
 def _provenance(asked: _Asked, texts: _Texts, recipe: Recipe | None) -> dict[str, Any]:
@@ -249,47 +260,3 @@ def _read_texts(
     of_source = tokenize(source, tokenizer, checkpoint.config)
     calibrated = job.split_calibration(of_source, chunks or _CALIBRATION_CHUNKS, _PROBED_CHUNKS)
     return _Texts(source, calibrated, evaluation, evaluated)
-
-
-def _report(asked: _Asked, result: job.Result, text: Text | None, cost: dict[str, Any], json: Path | None) -> None:
-    checkpoint, limit, written = asked.checkpoint, asked.limit, open_checkpoint(asked.output)
-    kinds = summarize(written.abstract_leaves())
-    print_table("weights", ("kind", "numbers", "bytes", "bits each"), figures.kind_rows(kinds))
-    if result.pruning:
-        columns, rows = pruning_rows(result.pruning, checkpoint.config)
-        print_table("pruning, layer by layer", columns, rows)
-    size = figures.size_figures(result.bytes, checkpoint.num_elements)
-    device_rows, device_figures = _on_device(limit, written) if isinstance(limit, Device) else ([], {})
-    evaluation_rows, evaluation_figures = [], {}
-    if result.evaluation is not None and text is not None:
-        evaluation_rows = figures.evaluation_rows(result.evaluation, result.predicted)
-        evaluation_figures = figures.evaluation_figures(result.evaluation, text)
-    rows = [
-        *figures.size_rows(size),
-        *device_rows,
-        *figures.plan_rows(result.plan, checkpoint.config),
-        *figures.search_rows(result.planned),
-        *evaluation_rows,
-        *figures.cost_rows(cost),
-    ]
-    print_table(str(asked.output), ("figure", "value"), rows)
-    told = {
-        **size,
-        "budget_bytes": None if isinstance(limit, Device) else limit,
-        **device_figures,
-        "dropped_mtp_blocks": checkpoint.dropped_mtp,
-        **evaluation_figures,
-        **figures.plan_figures(result.plan),
-        **figures.search_figures(result.planned),
-        **pruning_figures(result.pruning),
-        **figures.kind_figures(kinds),
-        **cost,
-    }
-    figures.write_json(json, told)
-
-
-def _on_device(device: Device, written: Checkpoint) -> tuple[figures.Rows, dict[str, Any]]:
-    """What the checkpoint takes of its device."""
-    memory = device_memory(abstract_model(written), device.context, device.batch)
-    given = device.memory, memory.longest_context(device.memory, written.config.max_position_embeddings)
-    return figures.memory_rows(memory, given), {"memory": figures.memory_figures(memory, given)}

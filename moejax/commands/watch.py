@@ -12,16 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from moejax.sharding import told_bytes
 
 _DONE, _FAILED = b".", b"!"
 # Seconds that a process has for an end of its own: what ended another one may be wrong for all.
 _OWN_END = 5.0
 # Seconds that processes wait for each other at the beginning and at the end; between signs of life of a host.
 _LONGEST_END, _KEPT_ALIVE = 60.0, 30
-# Bytes that the first process's address is told in: a host's name of up to 253, a port, a secret.
-_ADDRESS = 512
 
 
 def is_first() -> bool:
@@ -114,7 +112,7 @@ def _connections(host: str) -> dict[int, socket.socket]:
 
 
 def _with_first() -> dict[int, socket.socket]:
-    host, port, secret = _told(b"").decode().split()
+    host, port, secret = told_bytes(b"").decode().split()
     try:
         connection = socket.create_connection((host, int(port)), _LONGEST_END)
         connection.sendall(f"{secret}{jax.process_index():08}".encode())
@@ -129,7 +127,7 @@ def _with_others(host: str) -> dict[int, socket.socket]:
     secret = secrets.token_hex()
     with socket.create_server(("", 0), backlog=jax.process_count()) as server:
         server.settimeout(_LONGEST_END)
-        _told(f"{host} {server.getsockname()[1]} {secret}".encode())
+        told_bytes(f"{host} {server.getsockname()[1]} {secret}".encode())
         while missing := set(range(1, jax.process_count())) - found.keys():
             try:
                 connection, _ = server.accept()
@@ -144,9 +142,3 @@ def _with_others(host: str) -> dict[int, socket.socket]:
                 if words.startswith(secret):
                     found[int(words.removeprefix(secret))] = connection
     return found
-
-
-def _told(address: bytes) -> bytes:
-    """What the first process gives, in all of them."""
-    padded = np.frombuffer(address.ljust(_ADDRESS), np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip()

@@ -12,6 +12,7 @@ from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.native_writer import require_no_other_job
 from moejax.errors import InputError, note
 from moejax.pipeline.work import Work, work_in
+from moejax.sharding import Crew
 from moejax.version import __version__
 
 
@@ -29,12 +30,12 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def kept_work(
-    folder: Path | None, output: Path, checkpoint: HuggingFaceCheckpoint, made_of: Mapping[str, str]
+    folder: Path | None, output: Path, checkpoint: HuggingFaceCheckpoint, made_of: Mapping[str, str], crew: Crew
 ) -> Iterator[Work]:
     """What the job, made of the checkpoint and of these, has found out, kept in a folder if one is given. If it
     is stopped, how it goes on is said."""
     named = {"version of moejax": __version__, "checkpoint": checkpoint.fingerprint(), **made_of}
-    with work_in(folder, named) as work:
+    with work_in(folder, named, crew) as work:
         try:
             yield work
         except (KeyboardInterrupt, OSError, MemoryError, RuntimeError):  # the last is XLA's out of memory, too

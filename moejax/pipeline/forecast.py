@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moejax.checkpoint.native_writer import NativeBytes
+from moejax.checkpoint.native_bytes import NativeBytes
 from moejax.checkpoint.summary import KindSummary
 from moejax.formats import ByteParts
 from moejax.model import Config

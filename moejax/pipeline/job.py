@@ -43,7 +43,7 @@ from moejax.planning.fit import Problem, losses_of_plan
 from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
 from moejax.progress import Progress, silent
-from moejax.transforms.rounder import AFRESH, Rounder
+from moejax.transforms.rounder import Afresh, Rounder
 from moejax.version import __version__
 
 # Bytes of the budget left free while plans are compared, per block: digits of a routing scale fitted afterwards.
@@ -78,7 +78,7 @@ class Prepared:
         """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
         own = self.trials
         # One that imitates rounds nothing.
-        rounder = AFRESH if isinstance(own.rounder, Sampled) else own.rounder
+        rounder = None if isinstance(own.rounder, Sampled) else own.rounder
         return write_plan(
             own.source,
             self.shapes,
@@ -175,7 +175,7 @@ def prepare(
     config, room = shapes.config, room or Room(*(ledger_of(None).left // 4,) * 3)
     statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept, room.within)
     sampled = Sampled(recipe.formats, {}) if is_sampled(recipe, shapes.model) else None
-    rounder: Rounder = RoundedWeights(room.rounded) if sampled is None else sampled
+    rounder: Rounder = RoundedWeights(room.rounded, Afresh(work.crew)) if sampled is None else sampled
     measured = measure(source, recipe, calibrated, statistics.on_the_way, rounder, work, progress, room, sampled)
     if sampled is not None:
         rounder = Sampled(recipe.formats, measured.relative(config.num_hidden_layers))

@@ -11,13 +11,14 @@ from moejax.checkpoint.shelf import shelf_beside
 from moejax.formats import payload_bytes
 from moejax.ledger import Ledger
 from moejax.machine import accelerator_memory
-from moejax.model import DeepseekV3, named_leaves
+from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
 from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.moe import MoE
 from moejax.model.sliced import MOST_STATES, experts_in_slice
 from moejax.model.weights import IN_BLOCK
-from moejax.transforms.rounder import MOST_NUMBERS
+from moejax.sharding import ALONE, Crew
+from moejax.transforms.rounder import MOST_NUMBERS, experts_together, few_experts
 
 # Shares of what is left beside a block: statistics of all blocks, rounded weights, states within a block with several
 # slices, and states and experts' Hessians, which go to the disk where they are more.
@@ -60,35 +61,47 @@ def room_in(
     output: Path,
     keeps_rounded: bool = True,
     most_bytes: int = 0,
+    crew: Crew = ALONE,
 ) -> Iterator[Room]:
     """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
     or without, to write so many bytes at most. What does not fit lies in a folder beside `output`, which is removed
-    behind. Where rounded weights are not kept, states within a block have their share.
+    behind. Where rounded weights are not kept, states within a block have their share. The processes of a crew, which
+    rounds experts, have one room.
 
     Raises InputError where not even the work on one block fits.
     """
-    needed = working_bytes(model, tokens, hessians, most_bytes)
+    needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices)
+    crew.agree("number of experts at a time", str(_experts_at_a_time(model.config)))
     if not ledger.fits(needed):
         on = f", on {BATCH} chunks of {tokens} tokens," if tokens else ""
         ledger.refuse(f"a block of the model{on} cannot be worked on", needed)
-    left = ledger.left - needed
+    left = crew.least(ledger.left - needed)
     with shelf_beside(output, int(_SHELF * left)) as shelf:
         rounded, within = (_ROUNDED, _WITHIN) if keeps_rounded else (0.0, _ROUNDED + _WITHIN)
         beside_experts = min(left, accelerator_memory() or left)
         yield Room(int(_STATISTICS * left), int(rounded * left), int(within * beside_experts), shelf.put)
 
 
-def working_bytes(model: DeepseekV3, tokens: int, hessians: bool, most_bytes: int = 0) -> int:
+def working_bytes(
+    model: DeepseekV3, tokens: int, hessians: bool, most_bytes: int = 0, rounding_devices: int = 1
+) -> int:
     """What measuring, trying and writing one block of an abstract model, or embedding or head, take at most: weights as
     they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; a block's
-    Hessians; and its share of what is written, and once more while experts of a format are put together."""
+    Hessians; its share of what is written, and once more while experts of a format are put together; and what rounding
+    a group of experts takes, on every device but one that does so in this process's memory."""
     blocks = [*model.layers, *(own.block for own in model.mtp)]
     outer = max(payload_bytes(own.get_value()) for own in (model.embed, model.head))
     of_block = max(_block_bytes(block, tokens) for block in blocks)
     hessian = max(map(_hessian_bytes, blocks)) if hessians else 0
     written = max(map(_numbers, blocks)) / _numbers(model) * most_bytes
     writing = max(map(_rounding_bytes, blocks)) + int(2 * written)
-    return _PROGRAMS + max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian
+    at_once = (rounding_devices - 1) * max(map(_group_bytes, blocks))
+    return (
+        _PROGRAMS
+        + max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size))
+        + hessian
+        + at_once
+    )
 
 
 def _numbers(part: DeepseekV3 | Block) -> int:
@@ -105,6 +118,25 @@ def _rounding_bytes(block: Block) -> int:
     share = min(1.0, 2 * experts_in_slice(c) / block.mlp.num_experts)
     searching = _searching_bytes(c.hidden_size * c.moe_intermediate_size)
     return trunk + int(share * payload_bytes(named_leaves(block.mlp.experts))) + searching
+
+
+def _group_bytes(block: Block) -> int:
+    """What rounding a group of a block's experts takes: their weights and Hessians, and a search."""
+    if not isinstance(block.mlp, MoE):
+        return 0
+    c = block.config
+    wide, down = (c.moe_intermediate_size, c.hidden_size), (c.hidden_size, c.moe_intermediate_size)
+    together = [few_experts((c.n_routed_experts, *own)) for own in (wide, down)]
+    of_matrix = [4 * own[1] * sum(own) for own in (wide, down)]
+    return max(
+        count * (each + _searching_bytes(math.prod(wide))) for count, each in zip(together, of_matrix, strict=True)
+    )
+
+
+def _experts_at_a_time(config: Config) -> tuple[int, int, int]:
+    """In a slice, and rounded together: accelerators' memories may tell processes other numbers."""
+    every, wide = config.n_routed_experts, (config.moe_intermediate_size, config.hidden_size)
+    return experts_in_slice(config), experts_together((every, *wide)), experts_together((every, *wide[::-1]))
 
 
 def _block_bytes(block: Block, tokens: int) -> int:

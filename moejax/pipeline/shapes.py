@@ -9,7 +9,7 @@ import jax
 
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.native import COPIED_FILES
-from moejax.checkpoint.native_writer import Description, NativeBytes, native_bytes
+from moejax.checkpoint.native_bytes import Description, NativeBytes, native_bytes
 from moejax.model import Config, DeepseekV3
 from moejax.model.config import ROTATION_FIELDS
 from moejax.model.source import ModelSource, Source, model_of

@@ -18,7 +18,7 @@ from moejax.planning.plan import digest
 from moejax.progress import Progress
 from moejax.transforms.compress import calibrate_and_compress, compress_by
 from moejax.transforms.on_the_way import Unseen
-from moejax.transforms.rounder import AFRESH, Rounder
+from moejax.transforms.rounder import Afresh, Rounder
 
 
 def write_plan(
@@ -30,24 +30,28 @@ def write_plan(
     budget: int,
     progress: Progress,
     known: Statistics | None = None,
-    rounder: Rounder = AFRESH,
+    rounder: Rounder | None = None,
     work: Work = NOT_KEPT,
     room: Room = NO_ROOM,
 ) -> int:
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
     Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known` and `rounder` as
-    in `calibrate_and_compress`, states have the `room`; without `calibrated` nothing goes through the model. Where work
-    is kept, items that an earlier run of the job has finished are taken over; the folder is the same. Raises what
-    `native_writer` and `calibrate_and_compress` raise.
+    in `calibrate_and_compress`, states have the `room`; without a rounder all is rounded afresh, on the devices of the
+    work's crew; without `calibrated` nothing goes through the model. Where work is kept, items that an earlier run of
+    the job has finished are taken over; the folder is the same. Raises what `native_writer` and
+    `calibrate_and_compress` raise, and InputError for processes that have come to different plans.
     """
-    rounder = AFRESH if plan.method.sequential else rounder  # whose Hessians are others than those that it knows
+    crew = work.crew
+    crew.agree("plan", digest(plan))
+    # What the rounder knows has other Hessians than a sequential method's.
+    rounder = Afresh(crew) if rounder is None or plan.method.sequential else rounder
     description, model = shapes.description(plan), shapes.compressed(plan)
     job = None if work.job is None else f"{digest(plan)} of {work.job}"
-    with native_writer(model, output, description, shapes.copied, budget, job, progress) as writer:
+    with native_writer(model, output, description, shapes.copied, budget, job, progress, crew) as writer:
         parts = _Items(writer)
         if writer.missing and calibrated is None:
-            compress_by(source, plan, Unseen(source.config), parts, progress=progress)
+            compress_by(source, plan, Unseen(source.config), parts, rounder=rounder, progress=progress)
         elif writer.missing and calibrated is not None:
             calibrate_and_compress(
                 source,

@@ -37,6 +37,12 @@ class Crew:
         """Whether this process is the one that writes, and whose word counts."""
         return not self._are_several or jax.process_index() == 0
 
+    @property
+    def local_devices(self) -> int:
+        """How many devices compute in this process's own memory, at least the one that does so anyway."""
+        own = [device for device in self.devices if device.process_index == jax.process_index()]
+        return max(1, len(own)) if jax.default_backend() == "cpu" else 1
+
     def spread(self, job: Callable[[int, jax.Device | None], T], like: Sequence[T]) -> list[T]:
         """job(n, device) of n = 0, 1, ...: each on one device, which all take in turn, one at a time.
 

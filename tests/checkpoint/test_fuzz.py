@@ -13,7 +13,8 @@ from leaf_oracle import random_leaf
 from model_cases import BASE, Config, write_hf_checkpoint
 from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.load import load_model
-from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.native_bytes import Description
+from moejax.checkpoint.native_writer import write_native
 from moejax.formats import gather_experts
 from moejax.model import DeepseekV3, named_leaves
 

@@ -8,7 +8,8 @@ from model_cases import CASES, write_hf_checkpoint
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.checkpoint.native import NativeCheckpoint
-from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.native_bytes import Description
+from moejax.checkpoint.native_writer import write_native
 from moejax.errors import InputError
 from moejax.formats import describe
 from moejax.model import DeepseekV3, named_leaves

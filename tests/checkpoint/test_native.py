@@ -13,7 +13,8 @@ import pytest
 
 from moejax.checkpoint import native_writer
 from moejax.checkpoint.native import open_native
-from moejax.checkpoint.native_writer import Description, native_bytes, write_native
+from moejax.checkpoint.native_bytes import PROVENANCE_BYTES, Description, native_bytes
+from moejax.checkpoint.native_writer import write_native
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InternalError
 from moejax.formats import describe, payload_bytes
@@ -74,7 +75,7 @@ def with_provenance(size: int) -> Description:
 
 def test_the_size_does_not_depend_on_the_provenance(model: DeepseekV3, tmp_path: Path) -> None:
     abstract = jax.eval_shape(lambda m: m, model)
-    descriptions = [replace(DESCRIPTION, provenance={}), DESCRIPTION, with_provenance(native_writer.PROVENANCE_BYTES)]
+    descriptions = [replace(DESCRIPTION, provenance={}), DESCRIPTION, with_provenance(PROVENANCE_BYTES)]
     sizes = {native_bytes(abstract, description, []) for description in descriptions}
     assert len(sizes) == 1
     write_native(model, tmp_path / "out", descriptions[-1], [], BUDGET)
@@ -83,7 +84,7 @@ def test_the_size_does_not_depend_on_the_provenance(model: DeepseekV3, tmp_path:
 
 
 def test_more_provenance_than_is_set_aside_is_a_mistake(model: DeepseekV3, tmp_path: Path) -> None:
-    too_large = with_provenance(native_writer.PROVENANCE_BYTES + 1)
+    too_large = with_provenance(PROVENANCE_BYTES + 1)
     for action in (
         lambda: native_bytes(model, too_large, []),
         lambda: write_native(model, tmp_path / "out", too_large, [], BUDGET),
@@ -112,7 +113,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fill_the_disk(*_: object) -> str:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(native_writer, "_manifest", fill_the_disk)
+    monkeypatch.setattr(native_writer, "manifest_of", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         write_native(model, tmp_path / "out", DESCRIPTION, [], BUDGET)
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ import pytest
 
 from moejax.checkpoint.atomic import partial_path
 from moejax.checkpoint.native import item_of
-from moejax.checkpoint.native_writer import NativeWriter, native_bytes, native_writer
+from moejax.checkpoint.native_bytes import native_bytes
+from moejax.checkpoint.native_writer import NativeWriter, native_writer
 from moejax.checkpoint.store import folder_bytes
 from moejax.errors import InputError, InternalError, Note
 from moejax.formats import GroupedInt

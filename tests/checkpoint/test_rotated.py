@@ -20,7 +20,8 @@ from moejax.checkpoint.huggingface import open_huggingface
 from moejax.checkpoint.leaf_checks import check_indices
 from moejax.checkpoint.load import load_model
 from moejax.checkpoint.native import open_native
-from moejax.checkpoint.native_writer import Description, native_bytes, write_native
+from moejax.checkpoint.native_bytes import Description, native_bytes
+from moejax.checkpoint.native_writer import write_native
 from moejax.checkpoint.summary import summarize
 from moejax.errors import InputError
 from moejax.formats import ExpertWeights

@@ -9,7 +9,8 @@ import pytest
 
 from model_cases import CASES, write_hf_checkpoint
 from moejax.checkpoint.load import abstract_model, load_model, open_checkpoint
-from moejax.checkpoint.native_writer import Description, write_native
+from moejax.checkpoint.native_bytes import Description
+from moejax.checkpoint.native_writer import write_native
 from moejax.checkpoint.safetensors_folder import TensorInfo
 from moejax.checkpoint.source import CheckpointSource
 from moejax.formats import describe

@@ -1,13 +1,9 @@
 """`--mesh` and `--distributed`: over devices and processes, commands say what they say on one device."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from command_line import moejax, refused, run
+from processes import Processes
 from small_checkpoint import words
 
 # What a run takes, and what is rounded otherwise where sums are made in other orders.
@@ -93,32 +90,6 @@ def test_what_cannot_be_is_refused(options: list[str], reason: str, small: Path,
 def test_one_sequence_is_not_spread_over_data(command: list[str], small: Path, tmp_path: Path) -> None:
     message = refused(tmp_path, command[0], small, *command[1:], "--mesh", "tensor=2,data=2")
     assert "--mesh has data=2; one sequence is decoded, so data=1 is accepted" in message
-
-
-class Processes:
-    """Two of four devices each, which run a program together; each has its output in a file of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.folder = folder
-        self.join = [f"coordinator=127.0.0.1:{port},processes=2,process={k}" for k in (0, 1)]
-        # As a shell has it: without what JAX has set in the tests' own process.
-        own = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-        self.environment = own | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-
-    def start(self, number: int, *words: object) -> subprocess.Popen[bytes]:
-        with (self.folder / f"out{number}").open("wb") as out, (self.folder / f"err{number}").open("wb") as err:
-            return subprocess.Popen([sys.executable, *map(str, words)], stdout=out, stderr=err, env=self.environment)
-
-    def run(self, *arguments: object) -> list[int]:
-        """The exit codes of a command that both run."""
-        started = [self.start(n, "-m", "moejax", *arguments, "--distributed", join) for n, join in enumerate(self.join)]
-        return [own.wait(timeout=300) for own in started]
-
-    def said(self, number: int) -> tuple[str, str]:
-        out, err = ((self.folder / f"{kind}{number}").read_text() for kind in ("out", "err"))
-        return out, err
 
 
 @pytest.mark.parametrize("mesh", ["tensor=8", pytest.param("tensor=4,data=2", marks=pytest.mark.slow)])

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import pytest
 from moejax.calibrate import ExpertStatistics, unseen_experts
 from moejax.formats import ExpertWeights
 from moejax.model import named_leaves
+from moejax.planning import KEEP
+from moejax.sharding import Crew
 from moejax.transforms import error_feedback, rounder
 from moejax.transforms.error_feedback import rows_together
-from moejax.transforms.rounder import AFRESH, Projection, Wanted, experts_together, few_experts, some_rows
+from moejax.transforms.rounder import AFRESH, Afresh, Projection, Wanted, experts_together, few_experts, some_rows
 from moejax.transforms.rounding import to_float32
 from seen_by_blocks import statistics_with_hessians
 from small_models import CONFIG, small_model
@@ -43,6 +47,23 @@ def test_experts_are_rounded_as_each_alone(hessians: str, large: int, monkeypatc
     assert len(together) == len(some)
     for own, (alone,) in zip(together, each, strict=True):
         np.testing.assert_allclose(to_float32(own), to_float32(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("hessians", ["own", "shared", "none"])
+def test_devices_round_to_the_same_bits(hessians: str) -> None:
+    """Whatever comes to each of them."""
+    weights = named_leaves(small_model().layers[1])["mlp.experts.down"]
+    assert isinstance(weights, ExpertWeights)
+    of = Projection("layers.1.mlp.experts.down", range(weights.num_experts), weights, statistics(hessians))
+    wanted = [
+        Wanted(of, range(weights.num_experts), "int3g32"),
+        Wanted(of, [1], "ternaryg32"),
+        Wanted(of, [2, 0], KEEP),
+    ]
+    devices = Afresh(Crew(tuple(jax.devices()[1:4]))).experts([*wanted, *wanted[:2]])
+    one = AFRESH.experts([*wanted, *wanted[:2]])
+    chex.assert_trees_all_equal(devices, one)
+    assert all(own.devices() == {jax.devices()[0]} for own in jax.tree.leaves(devices))
 
 
 def test_some_rows_are_those_of_all_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.checkpoint.load import load_model, open_checkpoint
-from moejax.checkpoint.native_writer import Description, native_bytes, native_writer
+from moejax.checkpoint.native_bytes import Description, native_bytes
+from moejax.checkpoint.native_writer import native_writer
 from moejax.formats import ExpertWeights, abstract_experts, abstract_leaf
 from moejax.machine import peak_memory
 from moejax.model import DeepseekV3, Layout, config_from_hf
