@@ -8,7 +8,7 @@ import contextlib
 import math
 import mmap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -65,18 +65,6 @@ def grid_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Grid:
     while count > 1 and (shape[axis] % count or size // count < _LEAST_BYTES):
         count //= 2
     return Grid(shape, axis, count)
-
-
-def chunks_of(array: np.ndarray) -> Iterator[tuple[str, memoryview]]:
-    """The chunks of an array in their order: their files' names, and their bytes."""
-    grid = grid_of(array.shape, array.dtype)
-    for chunk in range(grid.count):
-        yield grid.file_name(chunk), bytes_of(np.ascontiguousarray(array[grid.index(chunk)]))
-
-
-def checksums(array: np.ndarray) -> str:
-    """`bytes_checksum` of every chunk, one behind another."""
-    return "".join(bytes_checksum(chunk) for _, chunk in chunks_of(array))
 
 
 def bytes_checksum(content: bytes | memoryview) -> str:

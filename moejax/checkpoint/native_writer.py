@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from moejax.checkpoint import store
 from moejax.checkpoint.atomic import atomic_folder, clear_folder, partial_path, require_space
-from moejax.checkpoint.chunks import bytes_checksum, checksums
+from moejax.checkpoint.chunks import bytes_checksum
 from moejax.checkpoint.journal import Journal
 from moejax.checkpoint.native import MANIFEST, arrays_of
 from moejax.checkpoint.native_bytes import Description, arrays_of_item, items_of, manifest_of, native_bytes
@@ -39,6 +38,7 @@ class NativeWriter:
     bytes: int
     checksums: dict[str, dict[str, str]]
     journal: Journal | None
+    crew: Crew = ALONE
 
     @property
     def finished(self) -> list[str]:
@@ -76,9 +76,7 @@ class NativeWriter:
         promised = self.items[item]
         _check_leaves(item, leaves, promised)
         in_order = {name: leaves[name] for name in promised}
-        arrays = {name: np.asarray(array) for name, array in arrays_of_item(in_order).items()}
-        own = {name: checksums(array) for name, array in arrays.items()}
-        store.write_item(self.folder, item, arrays)
+        own = store.write_item(self.folder, item, arrays_of_item(in_order), self.crew)
         self.checksums[item] = own
         if self.journal:
             self.journal.add(item, own)
@@ -96,8 +94,8 @@ def native_writer(
     crew: Crew = ALONE,
 ) -> Iterator[NativeWriter]:
     """A writer of the checkpoint `output` of a model, of which shapes are enough. The folder appears, with its manifest
-    and the copied files, when the block ends with all items added. Of a crew's processes, which all add equal items,
-    the first writes, and the others see what it does.
+    and the copied files, when the block ends with all items added. The processes of a crew add equal items: the first
+    makes the folder, which the others see; who writes what of an array, `Held` says.
 
     job: a text that no other items have, such as a hash of what they are made from and by. With it, finished items stay
     beside `output` when the block fails or the process is killed. The next writer with the same text checks them, which
@@ -110,23 +108,15 @@ def native_writer(
     if predicted > budget:
         raise InputError(f"{output}: {predicted} bytes are over the budget of {budget}; nothing was written")
     if crew.is_first:
-        with _writing(model, output, description, copied, predicted, job, progress) as writer:
+        with _writing(model, output, description, copied, predicted, job, progress, crew) as writer:
             crew.told(writer.checksums)
             yield writer
     else:
-        # A folder in the file system that the processes share.
-        follower = _Follower(partial_path(output.absolute()), items_of(model), predicted, crew.told(None), None)
-        if not follower.folder.is_dir():
+        folder, finished = partial_path(output.absolute()), crew.told(None)
+        if not folder.is_dir():
             raise InputError(f"{output}: not every process sees what the first writes there; a folder of all is needed")
-        yield follower
+        yield NativeWriter(folder, items_of(model), predicted, finished, None, crew)
     crew.meet()  # the folder is whole
-
-
-class _Follower(NativeWriter):
-    """Where another process writes."""
-
-    def add(self, item: str, leaves: Mapping[str, Weight]) -> None:
-        self.checksums[item] = {}
 
 
 @contextmanager
@@ -138,15 +128,16 @@ def _writing(
     predicted: int,
     job: str | None,
     progress: Progress,
+    crew: Crew,
 ) -> Iterator[NativeWriter]:
-    """`native_writer`, in the process that writes."""
+    """`native_writer`, in the process that makes the folder."""
 
     def is_resumable(folder: Path) -> bool:
         return job is not None and bool(Journal(folder / _JOURNAL, job).finished())
 
     with atomic_folder(output, is_resumable=is_resumable) as folder:
         journal = None if job is None else Journal(folder / _JOURNAL, job)
-        writer = NativeWriter(folder, items_of(model), predicted, {}, journal)
+        writer = NativeWriter(folder, items_of(model), predicted, {}, journal, crew)
         if journal:
             _take_up(writer, journal, progress)
             if not writer.checksums:
@@ -183,9 +174,11 @@ def write_native(
     copied: Sequence[Path],
     budget: int,
     progress: Progress = silent,
+    crew: Crew = ALONE,
 ) -> int:
-    """Write the checkpoint of a model in memory and return its bytes. Raises as `native_writer` does."""
-    with native_writer(model, output, description, copied, budget) as writer:
+    """Write the checkpoint of a model, in memory or on the devices of a crew, and return its bytes. Files do not depend
+    on where it lies. Raises as `native_writer` does."""
+    with native_writer(model, output, description, copied, budget, crew=crew) as writer:
         for item, leaves in progress(list(items_of(model).items()), "writing"):
             writer.add(item, leaves)
     return writer.bytes

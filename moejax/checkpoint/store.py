@@ -20,10 +20,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoint.atomic import atomic_folder
-from moejax.checkpoint.chunks import StoredArray, chunks_of, grid_of
+from moejax.checkpoint.atomic import atomic_folder, partial_path, sync
+from moejax.checkpoint.chunks import StoredArray, grid_of
+from moejax.checkpoint.held import Held
 from moejax.checkpoint.json_file import read_json_object
 from moejax.errors import InputError, InternalError
+from moejax.sharding import ALONE, Crew
 
 ITEMS_FOLDER = "items"
 _TREE_FILE = "_METADATA"
@@ -46,25 +48,50 @@ class ArrayLike(Protocol):
     def dtype(self) -> Any: ...
 
 
-def write_item(folder: Path, name: str, leaves: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Writes `leaves` as the item `name` of the store in `folder`; the item appears whole or not at all.
+def write_item(
+    folder: Path, name: str, leaves: Mapping[str, np.ndarray | jax.Array], crew: Crew = ALONE
+) -> dict[str, str]:
+    """Writes `leaves` as the item `name` of the store in `folder`; returns the checksums of their chunks, one behind
+    another. The item appears whole or not at all. The processes of a crew write it together, each what it holds.
 
     It takes `item_bytes(leaves)` bytes. Raises InputError if the item exists, ValueError as `item_bytes` does, OSError
     if it cannot be written, and InternalError if it takes other bytes.
     """
     _check_name(name)
-    size = item_bytes(leaves)
+    size, item = item_bytes(leaves), folder / ITEMS_FOLDER / name
+    if not crew.is_first:
+        crew.meet()  # the folder is there
+        checksums = _write_chunks(partial_path(item), leaves, crew)
+        crew.meet()
+        return checksums
     (folder / ITEMS_FOLDER).mkdir(exist_ok=True)
-    with atomic_folder(folder / ITEMS_FOLDER / name) as temporary:
+    with atomic_folder(item) as temporary:
         if shutil.disk_usage(temporary).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
-        for leaf, array in leaves.items():
+        for leaf in leaves:
             (temporary / leaf).mkdir()
-            for file, chunk in chunks_of(np.asarray(array)):
-                (temporary / leaf / file).write_bytes(chunk)
+        crew.meet()
+        checksums = _write_chunks(temporary, leaves, crew)
         for file, content in _descriptions(leaves).items():
             (temporary / file).write_bytes(content)
         check_written(f"item {name}", folder_bytes(temporary), size)
+    crew.meet()
+    return checksums
+
+
+def _write_chunks(item: Path, leaves: Mapping[str, np.ndarray | jax.Array], crew: Crew) -> dict[str, str]:
+    """Writes what this process holds; returns the checksums of all chunks, by leaf."""
+    own: list[tuple[str, int, str]] = []
+    for leaf, array in leaves.items():
+        held = Held(array)
+        for number in held.own_chunks:
+            file, content, checksum = held.chunk(number)
+            (item / leaf / file).write_bytes(content)
+            if not crew.is_first:
+                sync(item / leaf / file)  # which the first, that writes the folder, may not be able to
+            own.append((leaf, number, checksum))
+    every = sorted(tuple(one) for process in crew.heard(own) for one in process)
+    return {leaf: "".join(checksum for name, _, checksum in every if name == leaf) for leaf in leaves}
 
 
 def check_written(what: str, found: int, predicted: int) -> None:

@@ -66,12 +66,17 @@ class Crew:
         """What the first process has here, in all of them; JSON can hold it."""
         return json.loads(told_bytes(json.dumps(value).encode())) if self._are_several else value
 
+    def heard(self, value: Any) -> list[Any]:
+        """What every process has here, in their order; JSON can hold it."""
+        if not self._are_several:
+            return [value]
+        content = json.dumps(value).encode()
+        each = _gathered(content, max(_numbers(len(content))))
+        return [json.loads(own.tobytes().rstrip(b"\0")) for own in each]
+
     def least(self, value: int) -> int:
         """Of the values, none below 0, that the processes have here."""
-        if not self._are_several:
-            return value
-        each = multihost_utils.process_allgather(np.asarray(divmod(value, _LOW), np.int32))
-        return min(int(high) * _LOW + int(low) for high, low in np.asarray(each))
+        return min(_numbers(value)) if self._are_several else value
 
     def meet(self) -> None:
         """Wait until all processes are here."""
@@ -119,13 +124,24 @@ def _exchanged(own: dict[int, T], process: Sequence[int], like: Sequence[T]) -> 
     jobs = [[n for n, made_by in enumerate(process) if made_by == p] for p in range(jax.process_count())]
     longest = max(sum(sizes[n] for n in theirs) for theirs in jobs)
     content = b"".join(np.asarray(array).tobytes() for n in sorted(own) for array in jax.tree.leaves(own[n]))
-    padded = np.zeros(_padded(longest), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
     found: dict[int, T] = {}
-    for theirs, told in zip(jobs, np.asarray(multihost_utils.process_allgather(padded)), strict=True):
+    for theirs, told in zip(jobs, _gathered(content, longest), strict=True):
         starts = [0, *accumulate(sizes[n] for n in theirs)]
         found |= {n: _tree(told[start:], like[n]) for n, start in zip(theirs, starts, strict=False)}
     return found
+
+
+def _numbers(own: int) -> list[int]:
+    """That of every process."""
+    each = np.asarray(multihost_utils.process_allgather(np.asarray(divmod(own, _LOW), np.int32)))
+    return [int(high) * _LOW + int(low) for high, low in each]
+
+
+def _gathered(content: bytes, longest: int) -> np.ndarray:
+    """The bytes of every process, of which none has more than the longest, filled up with zeros."""
+    padded = np.zeros(_padded(longest), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    return np.asarray(multihost_utils.process_allgather(padded))
 
 
 def _tree(content: np.ndarray, like: T) -> T:

@@ -1,5 +1,6 @@
 """Arrays in chunks: any part of one comes back, and its checksums are those of its chunks' bytes."""
 
+import math
 import tempfile
 import zlib
 from pathlib import Path
@@ -12,11 +13,14 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.checkpoint import chunks
-from moejax.checkpoint.chunks import StoredArray, checksums, chunks_of, grid_of
+from moejax.checkpoint.chunks import StoredArray, grid_of
+from moejax.checkpoint.held import Held
 from moejax.checkpoint.store import read_item, write_item
 from moejax.errors import InputError
+from moejax.sharding import mesh_of
 
 MEGABYTE = 1 << 20
 
@@ -27,7 +31,8 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(folder: Path, array: np.ndarray) -> StoredArray:
-    for name, content in chunks_of(array):
+    held = Held(array)
+    for name, content, _ in map(held.chunk, held.own_chunks):
         (folder / name).write_bytes(content)
     return StoredArray(folder, array.shape, array.dtype)
 
@@ -54,6 +59,7 @@ def test_any_part_comes_back_with_the_checksums_of_its_chunks(case: tuple[np.nda
         own.check_sizes()
         part, found = own.read(index)
         every = [f"{zlib.crc32(file.read_bytes()):08x}" for file in own.files]
+        assert own.checksums() == "".join(every)
     np.testing.assert_array_equal(part, array[index])
     assert part.dtype == array.dtype and part.shape == array[index].shape
     needed = {
@@ -62,7 +68,7 @@ def test_any_part_comes_back_with_the_checksums_of_its_chunks(case: tuple[np.nda
         if np.intersect1d(numbers(array)[own.grid.index(n)], numbers(array)[index]).size
     }
     assert found == {n: every[n] for n in needed}
-    assert "".join(every) == checksums(array)
+    assert every == [Held(array).chunk(n)[2] for n in Held(array).own_chunks]
 
 
 def numbers(array: np.ndarray) -> np.ndarray:
@@ -125,6 +131,37 @@ def test_a_chunk_that_became_shorter_is_refused(tmp_path: Path) -> None:
 
 def test_checksums_of_jax_and_strided_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert checksums(np.asarray(jnp.arange(4, dtype=jnp.uint8))) == "8bb98613"
+    assert Held(jnp.arange(4, dtype=jnp.uint8)).chunk(0)[2] == "8bb98613"
     turned = np.arange(6, dtype=np.int32).reshape(2, 3).T
-    assert checksums(turned) == f"{zlib.crc32(turned.tobytes()):08x}"
+    assert Held(turned).chunk(0)[2] == f"{zlib.crc32(turned.tobytes()):08x}"
+
+
+PLACES = [
+    PartitionSpec(),
+    PartitionSpec("tensor"),
+    PartitionSpec(None, "tensor"),
+    PartitionSpec(("data", "tensor"), None),
+    PartitionSpec("data", "tensor"),
+    PartitionSpec(None, "data", "tensor"),
+]
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (24, 16), (3, 16, 8), (16,), ()])
+def test_chunks_do_not_depend_on_where_an_array_lies(shape: tuple[int, ...]) -> None:
+    array, mesh = np.arange(math.prod(shape), dtype=np.float32).reshape(shape), mesh_of("data=2,tensor=4")
+    expected = [Held(array).chunk(n) for n in Held(array).own_chunks]
+    assert len(expected) == grid_of(shape, array.dtype).count
+    for place in PLACES:
+        sharding = NamedSharding(mesh, place)
+        if len(place) <= len(shape) and is_cut(sharding, shape):
+            held = Held(jax.device_put(array, sharding))
+            assert [held.chunk(n) for n in held.own_chunks] == expected
+
+
+def is_cut(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether the shape falls into equal parts."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 
-from moejax.checkpoint.chunks import checksums
 from moejax.checkpoint.store import (
     folder_bytes,
     is_whole,
@@ -248,8 +247,7 @@ def test_an_item_with_other_leaves_than_expected_is_refused(tmp_path: Path) -> N
 
 
 def test_an_item_is_whole_until_a_byte_of_any_file_changes(tmp_path: Path) -> None:
-    write_item(tmp_path, "a", LEAVES)
-    own = {name: checksums(array) for name, array in LEAVES.items()}
+    own = write_item(tmp_path, "a", LEAVES)
     abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in LEAVES.items()}
     assert is_whole(tmp_path, "a", abstract, own)
     for file in [path for path in (tmp_path / "items" / "a").rglob("*") if path.is_file()]:
@@ -265,8 +263,7 @@ def test_an_item_is_whole_until_a_byte_of_any_file_changes(tmp_path: Path) -> No
 
 
 def test_what_is_whole_is_what_was_asked_for(tmp_path: Path) -> None:
-    write_item(tmp_path, "a", LEAVES)
-    own = {name: checksums(array) for name, array in LEAVES.items()}
+    own = write_item(tmp_path, "a", LEAVES)
     turned = LEAVES | {"q_a": LEAVES["q_a"].reshape(4, 3)}
     fewer = {name: array for name, array in LEAVES.items() if name != "scale"}
     assert is_whole(tmp_path, "a", LEAVES, own)

@@ -33,7 +33,7 @@ def main() -> None:
     mesh = ["--mesh", f"tensor={count}"]
     of_all = ["--mesh", f"tensor={count**2 if jax.default_backend() == 'cpu' else count}"]
     joins = [f"coordinator=127.0.0.1:{options.port},processes={count},process={n}" for n in range(count)]
-    runs = {
+    runs: dict[str, list[list[str]]] = {
         "one": [[]],
         f"{count} devices": [mesh],
         f"{count} processes": [[*of_all, "--distributed", join] for join in joins],
