@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 class Processes:
-    """Two of four devices each, which run a program together; each has its output in a file of its own."""
+    """Two of so many devices each, which run a program together; each has its output in a file of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, devices: int = 4) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.folder = folder
         self.join = [f"coordinator=127.0.0.1:{port},processes=2,process={k}" for k in (0, 1)]
         # As a shell has it: without what JAX has set in the tests' own process.
         own = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-        self.environment = own | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        self.environment = own | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
     def start(self, number: int, *words: object) -> subprocess.Popen[bytes]:
         with (self.folder / f"out{number}").open("wb") as out, (self.folder / f"err{number}").open("wb") as err:

@@ -259,11 +259,11 @@ def write(*_):
     checkpoint = open_checkpoint()
     write_native(load_model(checkpoint), Path("out"), Description(checkpoint.raw_config, {}, {}), [], 10**9)
 
-def first_and_stop(array):
-    yield next(chunks_of(array))
+def first_and_stop(held, number):
     os.kill(os.getpid(), signal.SIGTERM)
+    return chunk(held, number)
 
-chunks_of, store.chunks_of = store.chunks_of, first_and_stop
+chunk, store.Held.chunk = store.Held.chunk, first_and_stop
 inspect.run_inspect = write
 sys.argv = ["moejax", "inspect"]
 cli.main()

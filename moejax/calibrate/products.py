@@ -5,11 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.kernels import product
+from moejax.kernels import expert_outer_products, product
 from moejax.model.weights import IN_BLOCK
-
-# The most rows of an expert that are multiplied at once.
-_ROW_BLOCK = 128
 
 
 class Inputs(NamedTuple):
@@ -43,24 +40,6 @@ def expert_products(x_RI: jax.Array, rows_E: jax.Array, max_bytes_each: int) -> 
     rows, (I, I). Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; the rest are zero."""
     if 4 * x_RI.shape[1] ** 2 > max_bytes_each:
         return None, products(x_RI)
-    own_EII = _products_by_expert(x_RI, rows_E)
+    wide_RI = x_RI.astype(jnp.float32)
+    own_EII = expert_outer_products(wide_RI, wide_RI, rows_E)
     return own_EII, jnp.sum(own_EII, axis=0)
-
-
-def _products_by_expert(x_RI: jax.Array, rows_E: jax.Array) -> jax.Array:
-    """An expert's rows are visited in blocks, so that the work is one product per row, however many experts."""
-    block = min(_ROW_BLOCK, len(x_RI))
-
-    def of_expert(last_and_rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        end, rows = last_and_rows
-
-        def add_block(b: jax.Array, sum_II: jax.Array) -> jax.Array:
-            first = end - rows + b * block
-            start = jnp.minimum(first, len(x_RI) - block)  # the last block lies wholly inside
-            row = start + jnp.arange(block)
-            own = (first <= row) & (row < end)
-            return sum_II + products(jnp.where(own[:, None], jax.lax.dynamic_slice_in_dim(x_RI, start, block), 0))
-
-        return jax.lax.fori_loop(0, -(-rows // block), add_block, jnp.zeros(2 * x_RI.shape[1:], jnp.float32))
-
-    return jax.lax.map(of_expert, (jnp.cumsum(rows_E), rows_E))

@@ -9,27 +9,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax.checkpoint.chunks import Grid, Index, bytes_checksum, bytes_of, grid_of
+from moejax.sharding import ALONE, Crew
 
 
 class Held:
     """The chunks of an array that this process writes.
 
-    A chunk is written by the first of the processes that hold all of it: of arrays that lie in one process's own
-    memory, which are equal in all, by the first of all. An array of which a chunk lies in no process whole is gathered.
+    A chunk is written by the first of a crew's processes that hold all of it: of arrays that lie in a process's own
+    memory, which are equal in all, by the first of all. An array of which a chunk lies in no process whole is gathered,
+    whole in every process.
     """
 
-    def __init__(self, array: np.ndarray | jax.Array):
+    def __init__(self, array: np.ndarray | jax.Array, crew: Crew = ALONE):
+        self._array: np.ndarray | jax.Array
         self._grid = grid_of(array.shape, np.dtype(array.dtype))
-        self._writers = _writers(array, self._grid)
-        if None in self._writers:
+        if not isinstance(array, np.ndarray) and not array.is_fully_addressable:
+            writers = _writers(array, self._grid)
+            if None not in writers:
+                self._array = array
+                self.own_chunks = [chunk for chunk, writer in enumerate(writers) if writer == jax.process_index()]
+                return
             array = np.asarray(multihost_utils.process_allgather(array, tiled=True))
-            self._writers = [0] * self._grid.count
         self._array = array
-
-    @property
-    def own_chunks(self) -> list[int]:
-        """Those that this process writes."""
-        return [chunk for chunk, writer in enumerate(self._writers) if writer == jax.process_index()]
+        # Those that this process writes.
+        self.own_chunks = list(range(self._grid.count)) if crew.is_first else []
 
     def chunk(self, number: int) -> tuple[str, memoryview, str]:
         """Of one that this process writes: the name of its file, its bytes and their checksum."""
@@ -38,8 +41,9 @@ class Held:
 
     def _part(self, index: Index) -> np.ndarray:
         parts = self._parts
-        if len(parts) == 1:
-            return parts[0][1][index]
+        for bounds, part in parts:
+            if all(a.start <= b.start and b.stop <= a.stop for a, b in zip(bounds, index, strict=True)):
+                return part[_within(index, bounds)]
         found = np.empty(tuple(own.stop - own.start for own in index), parts[0][1].dtype)
         for bounds, part in parts:
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(index, bounds, strict=True)]
@@ -56,10 +60,8 @@ class Held:
         return [(_bounds(shard.index, self._array.shape), np.asarray(shard.data)) for shard in shards.values()]
 
 
-def _writers(array: np.ndarray | jax.Array, grid: Grid) -> Sequence[int | None]:
-    """Of every chunk the process that writes it, None where no process has all of it."""
-    if isinstance(array, np.ndarray) or array.is_fully_addressable:
-        return [0] * grid.count
+def _writers(array: jax.Array, grid: Grid) -> Sequence[int | None]:
+    """Of every chunk the first process that has all of it, None where none has."""
     whole = tuple(slice(0, n) for n in array.shape)
     holds: dict[int, np.ndarray] = {}  # of every process, whether it has all at each place along the axis that is cut
     for device, index in array.sharding.devices_indices_map(array.shape).items():

@@ -63,24 +63,34 @@ class Shelf:
         self._bytes_left += size
 
 
-@contextmanager
-def shelf_beside(output: Path, most_bytes: int) -> Iterator[Shelf]:
-    """A shelf in a folder `.NAME.states-*` beside `output`, its own and locked, which is removed behind. Those that
-    killed processes have left, which nobody has locked, are removed before, and a note says so."""
-    output = Path(os.path.abspath(output))
-    prefix = f".{output.name}.states-"
-    for other in [own for own in output.parent.iterdir() if own.name.startswith(prefix)]:
+def remove_left(output: Path) -> None:
+    """Removes the folders beside `output` that shelves of killed processes have left, which nobody has locked; a note
+    says so."""
+    for other in [own for own in _folder(output).iterdir() if own.name.startswith(_prefix(output))]:
         with contextlib.suppress(FileNotFoundError), _locked(other) as is_own:  # its process may remove it meanwhile
             if is_own:
                 note(f"{other}, which a process that was killed left, is removed")
                 shutil.rmtree(other, ignore_errors=True)
-    with naming(output.parent):
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+
+
+@contextmanager
+def shelf_beside(output: Path, most_bytes: int) -> Iterator[Shelf]:
+    """A shelf in a folder `.NAME.states-*` beside `output`, its own and locked, which is removed behind."""
+    with naming(_folder(output)):
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=_folder(output)))
     with _locked(folder):
         try:
             yield Shelf(most_bytes, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(output: Path) -> Path:
+    return Path(os.path.abspath(output)).parent
+
+
+def _prefix(output: Path) -> str:
+    return f".{Path(os.path.abspath(output)).name}.states-"
 
 
 @contextmanager

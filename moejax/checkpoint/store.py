@@ -83,7 +83,7 @@ def _write_chunks(item: Path, leaves: Mapping[str, np.ndarray | jax.Array], crew
     """Writes what this process holds; returns the checksums of all chunks, by leaf."""
     own: list[tuple[str, int, str]] = []
     for leaf, array in leaves.items():
-        held = Held(array)
+        held = Held(array, crew)
         for number in held.own_chunks:
             file, content, checksum = held.chunk(number)
             (item / leaf / file).write_bytes(content)

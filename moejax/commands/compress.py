@@ -123,6 +123,7 @@ def run_compress(
     limit, most_bytes = _checked(checkpoint, own_recipe, given, _limit(checkpoint, budget, fit, context, batch))
     if crew.is_first:
         require_space(output.absolute(), most_bytes - folder_bytes(partial_path(output)))
+    crew.agree({"budget, --fit or --plan": f"{limit} {most_bytes} {given is None} {scores is None}"})
     texts = None if scores is not None else _read_texts(checkpoint, calibration, calibration_chunks, text)
     bf16 = format_size(2 * checkpoint.num_elements)
     if isinstance(limit, Device):
@@ -146,6 +147,8 @@ def run_compress(
         cost["memory_limit_bytes"] = asked.ledger.limit
         if cost["peak_memory_bytes"] > asked.ledger.limit:
             note(f"{format_size(cost['peak_memory_bytes'])} were held for a while, more than --memory {memory}")
+    if not crew.is_first:
+        return
     written = open_checkpoint(output)
     told = report_compression(checkpoint, limit, written, result, None if texts is None else texts.evaluation, cost)
     figures.write_json(json, told)

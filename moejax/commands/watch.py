@@ -43,6 +43,8 @@ def watching(host: str, errors: int) -> Iterator[None]:
             raise OSError(errno.ECONNABORTED, gone.sentence) from error
         raise
     _leave(watches, _DONE, _LONGEST_END)
+    for own in () if is_first() else watches:
+        own.wait()  # it may have more to do, and JAX needs it until then
 
 
 def _leave(watches: "Sequence[_Watch]", how: bytes, seconds: float) -> None:
@@ -61,7 +63,7 @@ class _Watch(threading.Thread):
     def __init__(self, process: int, connection: socket.socket, errors: int):
         super().__init__(daemon=True)
         self._process, self._connection, self._errors = process, connection, errors
-        self._is_leaving = threading.Event()
+        self._is_leaving, self._has_told = threading.Event(), threading.Event()
         self.ended_early = threading.Event()
         self.start()
 
@@ -75,10 +77,18 @@ class _Watch(threading.Thread):
         with contextlib.suppress(OSError):  # who is told may have gone
             self._connection.sendall(how)
 
+    def wait(self) -> None:
+        """Until the other process's block has ended. Raises OSError if it ended early."""
+        self._has_told.wait()
+        if self.ended_early.is_set():
+            raise OSError(errno.ECONNABORTED, self.sentence)
+
     def run(self) -> None:
         told = self._received()
         if told != _DONE:
             self.ended_early.set()
+        self._has_told.set()
+        if told != _DONE:
             # Who fails may do so by what this one fails by too, in a sentence of its own. Where the first process was
             # killed, JAX is about to end this one with a stack.
             has_time = told == _FAILED or self._process

@@ -31,7 +31,7 @@ from moejax.model.workspace import (
     with_margin,
 )
 from moejax.progress import Progress
-from moejax.sharding import local_bytes, local_devices, on_mesh
+from moejax.sharding import crew_of, local_bytes, on_mesh
 
 Read = Callable[[Checkpoint], DeepseekV3 | Source]
 
@@ -110,7 +110,7 @@ def _needs_on(
     with jax.set_mesh(mesh):
         device = needs(on_mesh(model, mesh), None if base is None else on_mesh(base, mesh), length, batch, dtype)
     steps = device.whole - payload_bytes([model, base])
-    return replace(device, whole=local_bytes([model, base], mesh) + local_devices(mesh) * steps)
+    return replace(device, whole=local_bytes([model, base], mesh) + crew_of(mesh).local_devices * steps)
 
 
 def _steps(model: DeepseekV3, length: int, batch: int, dtype: jax.typing.DTypeLike) -> Iterator[tuple[int, int]]:

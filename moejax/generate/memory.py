@@ -14,7 +14,7 @@ from moejax.model.deepseek_v3 import head_logits
 from moejax.model.latent_cache import empty_cache
 from moejax.model.steps import run_block_cached
 from moejax.model.workspace import largest_of_each_kind, reading_bytes, step_bytes, with_margin
-from moejax.sharding import local_bytes, local_devices, on_mesh
+from moejax.sharding import crew_of, local_bytes, on_mesh
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def bytes_on_mesh(mesh: Mesh, model: DeepseekV3, prompt_tokens: int, max_tokens:
     with jax.set_mesh(mesh):
         device = decoding_needs(on_mesh(model, mesh), prompt_tokens, max_tokens, decoding)
     steps = device.whole - with_margin(payload_bytes(model))
-    return with_margin(local_bytes(model, mesh)) + local_devices(mesh) * steps
+    return with_margin(local_bytes(model, mesh)) + crew_of(mesh).local_devices * steps
 
 
 def decoding_needs(model: DeepseekV3, prompt_tokens: int, max_tokens: int, decoding: Decoding) -> DecodingNeeds:

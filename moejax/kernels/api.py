@@ -14,6 +14,7 @@ import jax
 
 from moejax.formats import ExpertWeights, Leaf
 from moejax.kernels import pallas_tpu, reference, xla
+from moejax.kernels.expert_rows import differentiable
 
 
 class Backend(Protocol):
@@ -60,9 +61,8 @@ def expert_matmul(x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, backe
 
     Rows are sorted by expert, the first rows_E[0] belong to expert 0 and so on; rows_E sums to R. -> (R, O).
     """
-    if backend is None:
-        return _expert_matmul_by_platform(x_RI, w, rows_E)
-    return BACKENDS[backend].expert_matmul(x_RI, w, rows_E)
+    operation = _expert_matmul_by_platform if backend is None else BACKENDS[backend].expert_matmul
+    return differentiable(operation, x_RI, w, rows_E)
 
 
 def take(w: Leaf, index: jax.Array, dtype: jax.typing.DTypeLike, *, backend: str = "xla") -> jax.Array:

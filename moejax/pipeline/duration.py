@@ -233,17 +233,18 @@ def _of_weights(
     members = block.ranges[0]
     experts = block.experts_of(members)
     relative = {f"{name}.mlp.experts.{own}": np.full(1, 0.1) for own in named_leaves(experts)}
-    seconds = [0.0, 0.0]
     of = experts_in_formats(name, members, experts, sums.experts, [to], Sampled([to], relative))
-    for own in of.values():
-        some, every = range(min(4, len(members))), max(1, len(crew.devices))
-        wanted = [Wanted(own.of, some, to.name)] * every
-        jobs: tuple[Callable[[], object], ...] = (partial(own.rounded, 0), partial(Afresh(crew).experts, wanted))
-        for n, (job, count) in enumerate(zip(jobs, (len(members), len(some) * every), strict=True)):
-            _seconds(job)
-            seconds[n] += _seconds(job) / count
-    each = sum(math.prod(own.of.weights.shape[1:]) for own in of.values())
-    return seconds[0] / each, seconds[1] / each
+    wanted = [Wanted(own.of, range(len(members)), to.name) for own in of.values()]
+    numbers = sum(math.prod(own.of.weights.shape) for own in of.values())
+    jobs: list[Callable[[], object]] = [
+        lambda: [own.rounded(0) for own in of.values()],
+        partial(Afresh(crew).experts, wanted),  # a slice's, over as many devices as it has groups for
+    ]
+    seconds = []
+    for job in jobs:
+        _seconds(job)  # compiling does not count
+        seconds.append(_seconds(job) / numbers)
+    return seconds[0], seconds[1]
 
 
 def _first_slices(block: SlicedBlock, count: int) -> SlicedBlock:

@@ -43,6 +43,7 @@ from moejax.planning.fit import Problem, losses_of_plan
 from moejax.planning.memory import device_memory
 from moejax.planning.menus import Menus
 from moejax.progress import Progress, silent
+from moejax.sharding import Crew
 from moejax.transforms.rounder import Afresh, Rounder
 from moejax.version import __version__
 
@@ -230,7 +231,8 @@ def compress_checkpoint(
     """Plan, write, read back, evaluate, within the ledger's memory."""
     planned = plan_for(prepared, limit, progress)
     budget = limit if isinstance(limit, int) else prepared.shapes.size_of(planned.plan)
-    evaluated = _evaluation_of(prepared.checkpoint, prepared.shapes, planned.plan, output, evaluation, ledger, progress)
+    crew, given = prepared.trials.work.crew, (prepared.checkpoint, prepared.shapes, planned.plan)
+    evaluated = _evaluation_of(*given, output, evaluation, ledger, progress, crew)
     written = prepared.write(planned.plan, output, budget, progress)
     return Result(planned.plan, written, evaluated(), planned, prepared.pruning)
 
@@ -250,7 +252,7 @@ def carry_out(
 ) -> Result:
     """A given plan: calibrate and write block by block; evaluate, so too where both models do not fit the memory."""
     shapes = shapes_of(checkpoint, plan.method, provenance)
-    evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, ledger, progress)
+    evaluated = _evaluation_of(checkpoint, shapes, plan, output, evaluation, ledger, progress, work.crew)
     source = ready(CheckpointSource(checkpoint), plan.method)
     written = write_plan(source, shapes, plan, calibrated, output, budget, progress, work=work, room=room)
     return Result(plan, written, evaluated())
@@ -279,9 +281,12 @@ def _evaluation_of(
     chunks: np.ndarray,
     ledger: Ledger,
     progress: Progress,
-) -> Callable[[], Evaluation]:
-    """What gives the figures of a plan's checkpoint, once it is written, against the original. Raises InputError, now,
-    if the memory is not enough."""
+    crew: Crew,
+) -> Callable[[], Evaluation | None]:
+    """What gives the figures of a plan's checkpoint, once it is written, against the original; None but in the first
+    process. Raises InputError, now, if the memory is not enough."""
+    if not crew.is_first:
+        return lambda: None
     batch = min(_BATCH, len(chunks))
     asked = needs(shapes.compressed(plan), abstract_model(checkpoint), chunks.shape[1], batch, jnp.float32)
     read, wave = read_within(ledger, asked, output, len(chunks), progress)

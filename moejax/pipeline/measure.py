@@ -132,7 +132,9 @@ class _Measuring(Step):
         errors = Errors(self.tick, self.sampled)
         errors.add(weights)
         self._look_at(block, sums, in_formats, errors)
-        layer = MeasuredLayer(self.recipe, weights, dense.trunk, self.variants, sums, in_formats, errors)
+        layer = MeasuredLayer(
+            self.recipe, weights, dense.trunk, self.variants, sums, in_formats, errors, self.work.crew
+        )
         self.variants.block(index, dense, chain(layer.runs(), layer.changed(index, self.changes)), layer.alternatives)
         self._find(index, layer.measures)
         self.work.keep_states(_STAGE, index, self.variants.arrays())

@@ -21,6 +21,7 @@ from moejax.pipeline.rounded import ExpertsInFormats, InFormats
 from moejax.pipeline.sampled import Sampled
 from moejax.pipeline.variants import Changed, Variants
 from moejax.pipeline.working_copy import dense_experts
+from moejax.sharding import ALONE, Crew
 from moejax.transforms.prune import lost, masked_bias, pruning_error, pruning_scores, rerouted
 from moejax.transforms.rounding import to_float32
 
@@ -88,7 +89,7 @@ class MeasuredLayer:
     """A decoder block that is measured: what its weights are in every format, and what it puts out with some of them.
 
     weights: of its trunk, which is dense. in_formats: gives some of its experts in every format. errors: where those of
-    its experts are added.
+    its experts are added. crew: whose first process's scores count, by which experts are pruned.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class MeasuredLayer:
         statistics: BlockStatistics,
         in_formats: ExpertsIn,
         errors: Errors,
+        crew: Crew = ALONE,
     ):
-        self.errors = errors
+        self.errors, self._crew = errors, crew
         self._recipe, self._weights, self._trunk, self._variants = recipe, weights, trunk, variants
         self._statistics, self._in_formats = statistics, in_formats
         self._spoiled: dict[str, float] = {}
@@ -207,7 +209,8 @@ class MeasuredLayer:
 
     @cached_property
     def _scores(self) -> dict[str, Any]:
-        return scores_of(self._statistics, self._recipe)
+        found: dict[str, Any] = self._crew.told(scores_of(self._statistics, self._recipe))
+        return found
 
     @cached_property
     def _order(self) -> np.ndarray:

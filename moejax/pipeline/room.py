@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moejax.calibrate.products import input_name
-from moejax.checkpoint.shelf import shelf_beside
+from moejax.checkpoint.shelf import remove_left, shelf_beside
 from moejax.formats import payload_bytes
 from moejax.ledger import Ledger
 from moejax.machine import accelerator_memory
@@ -18,6 +18,7 @@ from moejax.model.moe import MoE
 from moejax.model.sliced import MOST_STATES, experts_in_slice
 from moejax.model.weights import IN_BLOCK
 from moejax.sharding import ALONE, Crew
+from moejax.transforms.error_feedback import rows_together
 from moejax.transforms.rounder import MOST_NUMBERS, experts_together, few_experts
 
 # Shares of what is left beside a block: statistics of all blocks, rounded weights, states within a block with several
@@ -71,14 +72,17 @@ def room_in(
     Raises InputError where not even the work on one block fits.
     """
     needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices)
-    crew.agree("number of experts at a time", str(_experts_at_a_time(model.config)))
-    if not ledger.fits(needed):
+    crew.agree({"number of experts at a time": str(_experts_at_a_time(model.config))})
+    left = ledger.left - needed
+    if left < 0:
         on = f", on {BATCH} chunks of {tokens} tokens," if tokens else ""
         ledger.refuse(f"a block of the model{on} cannot be worked on", needed)
-    left = crew.least(ledger.left - needed)
+    if crew.is_first:
+        remove_left(output)
+    left = crew.least(left)
     with shelf_beside(output, int(_SHELF * left)) as shelf:
         rounded, within = (_ROUNDED, _WITHIN) if keeps_rounded else (0.0, _ROUNDED + _WITHIN)
-        beside_experts = min(left, accelerator_memory() or left)
+        beside_experts = crew.least(min(left, accelerator_memory() or left))
         yield Room(int(_STATISTICS * left), int(rounded * left), int(within * beside_experts), shelf.put)
 
 
@@ -133,10 +137,11 @@ def _group_bytes(block: Block) -> int:
     )
 
 
-def _experts_at_a_time(config: Config) -> tuple[int, int, int]:
+def _experts_at_a_time(config: Config) -> list[int]:
     """In a slice, and rounded together: accelerators' memories may tell processes other numbers."""
     every, wide = config.n_routed_experts, (config.moe_intermediate_size, config.hidden_size)
-    return experts_in_slice(config), experts_together((every, *wide)), experts_together((every, *wide[::-1]))
+    together = [experts_together((every, *own)) for own in (wide, wide[::-1])]
+    return [experts_in_slice(config), *together, *map(rows_together, wide)]
 
 
 def _block_bytes(block: Block, tokens: int) -> int:

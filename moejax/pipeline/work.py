@@ -38,7 +38,7 @@ class Work:
         """What is known under that name, else what `find` gives, which is then known. Raises InputError for a value to
         be kept that is not finite, and for processes that are to find different things."""
         if name not in self._found:
-            self.crew.agree("step", name)
+            self.crew.agree({"next step": name})
             value = self.crew.told(find())
             if self.folder is None:
                 return value
@@ -80,7 +80,7 @@ class Work:
         if self.folder is None:
             return None
         found = _read_states(self._states_file(stage))
-        self.crew.agree("state of the work", str(found and found[0]))  # before others take its place
+        self.crew.agree({"state of the work": str(found and found[0])})  # before others take its place
         return found
 
     def drop_states(self, stage: str) -> None:
@@ -114,6 +114,7 @@ def work_in(folder: Path | None, made_of: Mapping[str, str], crew: Crew = ALONE)
     Raises InputError, before the block runs, if the folder cannot be made, another process is at work in it, or a job
     was begun there that is made of others.
     """
+    crew.agree({**made_of, "--work": str(folder is not None)})
     if folder is None:
         yield Work(crew=crew)
     elif crew.is_first:

@@ -43,7 +43,7 @@ def write_plan(
     `calibrate_and_compress` raise, and InputError for processes that have come to different plans.
     """
     crew = work.crew
-    crew.agree("plan", digest(plan))
+    crew.agree({"plan": digest(plan)})
     # What the rounder knows has other Hessians than a sequential method's.
     rounder = Afresh(crew) if rounder is None or plan.method.sequential else rounder
     description, model = shapes.description(plan), shapes.compressed(plan)

@@ -1,7 +1,7 @@
 """How a model lies over the devices of a mesh, and the products of weights that are cut over them."""
 
 from moejax.sharding.crew import ALONE, Crew, crew_of, told_bytes
-from moejax.sharding.mesh import around, local_bytes, local_devices, mesh_of
+from moejax.sharding.mesh import around, local_bytes, mesh_of
 from moejax.sharding.operations import (
     by_sequence,
     data_parts,
@@ -28,7 +28,6 @@ __all__ = [
     "gathered",
     "is_meshed",
     "local_bytes",
-    "local_devices",
     "made_by_sequence",
     "matmul",
     "matmul_transposed",

@@ -7,20 +7,23 @@ and has what the others made of theirs.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.errors import InputError
 
 T = TypeVar("T")
+
+_ALIKE = "the same command, files and versions, on machines of one kind, are needed"
 
 # Lengths are told as two numbers, because JAX has 32 bits for one.
 _LOW = 1 << 20
@@ -39,25 +42,36 @@ class Crew:
 
     @property
     def local_devices(self) -> int:
-        """How many devices compute in this process's own memory, at least the one that does so anyway."""
+        """How many devices compute in this process's own memory: all of its own, or one that stands for what is in it
+        on the way to accelerators."""
         own = [device for device in self.devices if device.process_index == jax.process_index()]
         return max(1, len(own)) if jax.default_backend() == "cpu" else 1
 
     def spread(self, job: Callable[[int, jax.Device | None], T], like: Sequence[T]) -> list[T]:
         """job(n, device) of n = 0, 1, ...: each on one device, which all take in turn, one at a time.
 
-        like: trees of the shapes and dtypes of what each gives, in which other processes' results come as NumPy arrays.
+        like: trees of the shapes and dtypes of what each gives; where there are several processes, results come as
+        arrays of NumPy's. Where a job fails, others that have not begun are not.
         """
         if not self.devices:
             return [job(n, None) for n in range(len(like))]
         places = [self.devices[n % len(self.devices)] for n in range(len(like))]
         own = [device for device in self.devices if device.process_index == jax.process_index()]
+        found: dict[int, T] = {}
+        is_over = threading.Event()
 
-        def done(device: jax.Device) -> dict[int, T]:
-            return {n: job(n, device) for n, place in enumerate(places) if place == device}
+        def run(device: jax.Device) -> None:
+            for n in [n for n, place in enumerate(places) if place == device]:
+                if is_over.is_set():
+                    return
+                found[n] = job(n, device)
 
         with ThreadPoolExecutor(max_workers=len(own)) as pool:
-            found = {n: result for part in pool.map(done, own) for n, result in part.items()}
+            try:
+                for running in as_completed([pool.submit(run, device) for device in own]):
+                    running.result()
+            finally:
+                is_over.set()  # where one has failed, or all are interrupted
         if self._are_several:
             found |= _exchanged(found, [place.process_index for place in places], like)
         return [found[n] for n in range(len(like))]
@@ -82,13 +96,12 @@ class Crew:
         """Wait until all processes are here."""
         self.least(0)
 
-    def agree(self, what: str, value: str) -> None:
-        """Raise InputError, in a process that has come to another value than the first."""
-        if self.told(value) != value:
-            raise InputError(
-                f"process {jax.process_index()} has come to another {what} than process 0; machines of one kind, with "
-                "the same versions of moejax, jax and numpy, are needed"
-            )
+    def agree(self, values: Mapping[str, str]) -> None:
+        """Raise InputError, naming what differs, in a process that has other values than the first."""
+        first: dict[str, str] = self.told(dict(values))
+        for name in sorted(first.keys() | values.keys()):
+            if first.get(name) != values.get(name):
+                _refuse(name)
 
     @property
     def _are_several(self) -> bool:
@@ -109,19 +122,22 @@ def crew_of(mesh: Mesh | None) -> Crew:
     return Crew(tuple(device for _, device in in_turn))
 
 
+def _refuse(what: str) -> NoReturn:
+    raise InputError(f"process {jax.process_index()} has another {what} than process 0; {_ALIKE}")
+
+
 def told_bytes(content: bytes) -> bytes:
     """What the first of all processes gives here, in all of them."""
-    high, low = multihost_utils.broadcast_one_to_all(np.asarray(divmod(len(content), _LOW), np.int32))
-    padded = np.zeros(_padded(int(high) * _LOW + int(low)), np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)[: len(padded)]
-    told = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-    return told[: int(high) * _LOW + int(low)].tobytes()
+    length, *_ = _numbers(len(content))
+    return _gathered(content[:length], length)[0, :length].tobytes()
 
 
 def _exchanged(own: dict[int, T], process: Sequence[int], like: Sequence[T]) -> dict[int, T]:
     """What this process has made and what the others have, of all of which the shapes are known."""
+    if len(set(_numbers(zlib.crc32(repr(like).encode())))) > 1:
+        raise InputError(f"the processes have different jobs to share out; {_ALIKE}")
     sizes = [sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one)) for one in like]
-    jobs = [[n for n, made_by in enumerate(process) if made_by == p] for p in range(jax.process_count())]
+    jobs = [[n for n, made_by in enumerate(process) if made_by == p] for p in _processes()]
     longest = max(sum(sizes[n] for n in theirs) for theirs in jobs)
     content = b"".join(np.asarray(array).tobytes() for n in sorted(own) for array in jax.tree.leaves(own[n]))
     found: dict[int, T] = {}
@@ -133,7 +149,7 @@ def _exchanged(own: dict[int, T], process: Sequence[int], like: Sequence[T]) -> 
 
 def _numbers(own: int) -> list[int]:
     """That of every process."""
-    each = np.asarray(multihost_utils.process_allgather(np.asarray(divmod(own, _LOW), np.int32)))
+    each = _in_all(np.asarray(divmod(own, _LOW), np.int32))
     return [int(high) * _LOW + int(low) for high, low in each]
 
 
@@ -141,7 +157,26 @@ def _gathered(content: bytes, longest: int) -> np.ndarray:
     """The bytes of every process, of which none has more than the longest, filled up with zeros."""
     padded = np.zeros(_padded(longest), np.uint8)
     padded[: len(content)] = np.frombuffer(content, np.uint8)
-    return np.asarray(multihost_utils.process_allgather(padded))
+    return _in_all(padded)
+
+
+def _in_all(own: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, side by side; each is on one device of its own process."""
+    firsts = [min((d for d in jax.devices() if d.process_index == p), key=lambda d: d.id) for p in _processes()]
+    mesh = Mesh(np.asarray(firsts), "processes")
+    (local,) = mesh.local_devices
+    parts = [jax.device_put(own[None], local)]
+    cut = NamedSharding(mesh, PartitionSpec("processes"))
+    every = jax.make_array_from_single_device_arrays((len(firsts), *own.shape), cut, parts)
+    return np.asarray(jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(every).addressable_data(0))
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _processes() -> range:
+    return range(jax.process_count())
 
 
 def _tree(content: np.ndarray, like: T) -> T:

@@ -55,12 +55,6 @@ def local_bytes(tree: Any, mesh: Mesh) -> int:
     return max(sum(map(_local_bytes, jax.tree.leaves(own))) for own in weights)
 
 
-def local_devices(mesh: Mesh) -> int:
-    """How many of a mesh's devices compute in this process's own memory: all of its own, or one that stands for what
-    is in it on the way to accelerators."""
-    return len(mesh.local_devices) if jax.default_backend() == "cpu" else 1
-
-
 def _local_bytes(own: jax.ShapeDtypeStruct) -> int:
     indices = own.sharding.addressable_devices_indices_map(own.shape).values()
     parts = {tuple((axis.start, axis.stop) for axis in index) for index in indices}

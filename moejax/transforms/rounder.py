@@ -1,5 +1,6 @@
 """Matrices rounded by name: one by one, and some experts of a layer together."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,9 @@ MOST_NUMBERS = 1 << 26
 # its memory.
 _EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
 _EXPERTS_ACCELERATED, _SHARE_ACCELERATED = 32, 1 / 12
+
+# Groups are unpacked one at a time where their experts lie, whatever number of devices they then go to.
+_UNPACKED = threading.Lock()
 
 # Numbers of a matrix that takes longer to round than another size of stack takes to compile.
 _LARGE = 1 << 22
@@ -123,9 +127,11 @@ class _Group:
             (k,) = self.positions.tolist()
             leaf, inputs = _on(device, (self.of.weights.expert(k), self.of.inputs(k)))
             return [jax.device_get(requantize(leaf, inputs, self.target))]
-        given = _matrices_and_inputs(self.of.weights, self.of.statistics, self.positions, self.of.own)
+        with _UNPACKED:
+            given = _matrices_and_inputs(self.of.weights, self.of.statistics, self.positions, self.of.own)
+            given = given if device is None else jax.block_until_ready(_on(device, given))
         rounding = partial(round_weight, to=to)
-        rounded = (rounding if self.of.shares_hessian else jax.vmap(rounding))(*_on(device, given))
+        rounded = (rounding if self.of.shares_hessian else jax.vmap(rounding))(*given)
         return [jax.tree.map(lambda a, k=k: a[k], jax.device_get(rounded)) for k in range(self.count)]
 
 

@@ -59,10 +59,11 @@ def test_files_do_not_depend_on_the_mesh(model: DeepseekV3, native: Path, spec: 
     assert files(tmp_path / "again") == files(native)
 
 
-def test_two_processes_write_what_each_holds(native: Path, tmp_path: Path) -> None:
-    processes = Processes(tmp_path)
+@pytest.mark.parametrize("devices", [1, 4])
+def test_two_processes_write_what_each_holds(devices: int, native: Path, tmp_path: Path) -> None:
+    processes, mesh = Processes(tmp_path, devices), f"tensor={2 * devices}"
     started = [
-        processes.start(n, "-c", AGAIN, native, tmp_path / "again", tmp_path / f"said{n}", "tensor=8", join)
+        processes.start(n, "-c", AGAIN, native, tmp_path / "again", tmp_path / f"said{n}", mesh, join)
         for n, join in enumerate(processes.join)
     ]
     assert [own.wait(timeout=300) for own in started] == [0, 0], processes.said(0) + processes.said(1)

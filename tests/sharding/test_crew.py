@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -36,8 +37,8 @@ with in_sentences(), mesh_from(mesh, join) as own:
     with open(file, "w") as stream:
         json.dump(found, stream)
     crew.meet()
-    crew.agree("same", "a")
-    crew.agree("number", str(process))
+    crew.agree({"same": "a"})
+    crew.agree({"number": str(process)})
     crew.meet()
 """
 
@@ -75,10 +76,27 @@ def test_what_a_job_raises_is_raised() -> None:
         Crew(tuple(jax.devices()[:2])).spread(fails, [0])
 
 
+def test_jobs_behind_one_that_fails_are_not_begun() -> None:
+    begun, failed = [], threading.Event()
+
+    def job(n: int, device: object) -> int:
+        begun.append(n)
+        if n == 1:
+            failed.set()
+            raise ValueError("job 1")
+        failed.wait(timeout=30)
+        time.sleep(0.2)
+        return n
+
+    with pytest.raises(ValueError, match="job 1"):
+        Crew(tuple(jax.devices()[:2])).spread(job, [0] * 40)
+    assert sorted(begun) == [0, 1]
+
+
 def test_one_process_hears_itself() -> None:
     crew = crew_of(mesh_of("tensor=2,data=2"))
     assert crew.told({"a": [1]}) == {"a": [1]} and crew.least(10**15) == 10**15 and crew.local_devices == 4
-    crew.agree("thing", "a")
+    crew.agree({"thing": "a"})
     crew.meet()
 
 
@@ -95,4 +113,4 @@ def test_two_processes_share_out_and_tell(tmp_path: Path) -> None:
         assert own["told"] == 2.5 and own["least"] == 5 * 10**12 and own["local"] == 4 and own["none"] == 0
     assert (first["made"], second["made"]) == (list(range(0, 11, 2)), list(range(1, 11, 2)))
     assert first["is first"] and not second["is first"]
-    assert "process 1 has come to another number than process 0; machines of one kind" in processes.said(1)[1]
+    assert "process 1 has another number than process 0; the same command, files" in processes.said(1)[1]
