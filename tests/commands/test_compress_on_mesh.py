@@ -97,12 +97,13 @@ def test_two_processes_go_on_in_sequence(small: Path, plan: Path, text_options: 
 @pytest.mark.slow
 def test_other_texts_are_refused(small: Path, plan: Path, text_options: list[object], tmp_path: Path) -> None:
     """And the process that has the first one's does not go on."""
-    processes, (_, calibration, _, text) = Processes(tmp_path), text_options
-    (tmp_path / "text").write_text("other words " * 400)
-    arguments = ["-m", "moejax", "compress", small, "--plan", plan, "--output", tmp_path / "out", "--mesh", "tensor=8"]
+    processes, (_, calibration, *evaluated) = Processes(tmp_path), text_options
+    words, other = ["-m", "moejax", "compress", small], tmp_path / "other.txt"
+    other.write_text(Path(str(calibration)).read_text()[::-1])
+    to = ["--output", tmp_path / "out", "--mesh", "tensor=8", *evaluated]
     going = [
-        processes.start(n, *arguments, "--calibration", own, "--text", tmp_path / "text", "--distributed", join)
-        for n, (own, join) in enumerate(zip((calibration, text), processes.join, strict=True))
+        processes.start(n, *words, "--plan", plan, *to, "--calibration", own, "--distributed", join)
+        for n, (own, join) in enumerate(zip((calibration, other), processes.join, strict=True))
     ]
     assert [own.wait(timeout=300) for own in going] == [1, 2], processes.said(0) + processes.said(1)
     assert "process 1 has another calibration than process 0; the same command, files" in processes.said(1)[1]
