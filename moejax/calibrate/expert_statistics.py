@@ -57,7 +57,8 @@ class ExpertStatistics:
     layer: the sums over all experts of the layer, of which these may be some (`of`).
     Where Hessians are collected: x_EDD and hidden_EFF, g^2 times the outer products whose diagonals are x2_ED and
     hidden2_EF, in one array or several that hold some experts each, side by side; none where they would take too many
-    bytes. damping: by projection, where it was chosen.
+    bytes. damping: by projection, where it was chosen. output_DD: by what errors of down's outputs are weighed, where
+    gradients were collected.
     """
 
     count_E: jax.Array
@@ -74,6 +75,7 @@ class ExpertStatistics:
     x_EDD: tuple[jax.Array, ...] = ()
     hidden_EFF: tuple[jax.Array, ...] = ()
     damping: dict[str, jax.Array] = field(default_factory=dict)
+    output_DD: jax.Array | None = None
 
     def merged(self, other: Self) -> Self:
         """The statistics of the same experts over other tokens too."""
@@ -110,7 +112,8 @@ class ExpertStatistics:
         if self.layer.x_DD is None:
             return Inputs(moment_I)
         tokens, damping = self.input_tokens(projection)[e], self.damping.get(projection, 1.0)
-        return Inputs(moment_I, self.input_hessian(projection, e), tokens, damping)
+        output_DD = self.output_DD if projection == "down" else None
+        return Inputs(moment_I, self.input_hessian(projection, e), tokens, damping, output_DD)
 
     def input_tokens(self, projection: str) -> jax.Array:
         """Over how many tokens each expert's `input_hessian` is, those that it takes from its layer's among them, (E,);

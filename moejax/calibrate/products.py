@@ -11,12 +11,14 @@ from moejax.model.weights import IN_BLOCK
 
 class Inputs(NamedTuple):
     """What rounding asks of a weight's input x: second_moment E[x^2] (I,), hessian E[x x^T] (I, I) or None where it was
-    not collected, over how many tokens, and how many times the usual damping suits the hessian."""
+    not collected, over how many tokens, and how many times the usual damping suits the hessian. output_hessian: by what
+    errors of its outputs are weighed, (O, O), or None where they count alike and apart."""
 
     second_moment: jax.Array
     hessian: jax.Array | None = None
     tokens: jax.Array | float = 1.0
     damping: jax.Array | float = 1.0
+    output_hessian: jax.Array | None = None
 
 
 def input_name(weight: str) -> str:

@@ -1,13 +1,22 @@
 """What calibration remembers of blocks and of a model: sums over tokens, from which errors are weighed."""
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from moejax.calibrate.expert_statistics import ExpertStatistics
 from moejax.calibrate.products import Inputs, input_name
+from moejax.model.weights import IN_BLOCK
+
+
+class OutputWeights(NamedTuple):
+    """E[g g^T] over tokens of the gradients g of the loss by hidden states, (D, D): behind attention, and behind the
+    block."""
+
+    attended_DD: jax.Array
+    behind_DD: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -16,7 +25,7 @@ class BlockStatistics:
     """One block's sums: `input2` by weight's name (relative to the block), sum over tokens of x^2, (I,).
 
     Where Hessians are collected: `products`, sum over tokens of x x^T (I, I), by `input_name` of the weight's name.
-    damping: by weight's name, where it was chosen.
+    damping: by weight's name, where it was chosen. outputs: where gradients were collected.
     """
 
     tokens: jax.Array
@@ -24,6 +33,7 @@ class BlockStatistics:
     experts: ExpertStatistics | None
     products: dict[str, jax.Array] | None = None
     damping: dict[str, jax.Array] = field(default_factory=dict)
+    outputs: OutputWeights | None = None
 
     def merged(self, other: Self) -> Self:
         """The statistics of both batches' tokens; both are of the same block."""
@@ -66,7 +76,21 @@ class BlockStatistics:
     def inputs(self, name: str) -> Inputs:
         """The input of the weight `name`."""
         hessian = None if self.products is None else self.input_hessian(name)
-        return Inputs(self.input_second_moment(name), hessian, self.tokens, self.damping.get(name, 1.0))
+        damping = self.damping.get(name, 1.0)
+        return Inputs(self.input_second_moment(name), hessian, self.tokens, damping, self.output_hessian(name))
+
+    def weighing_outputs(self, outputs: OutputWeights | None) -> Self:
+        """With what its outputs are weighed by, or nothing."""
+        experts, behind_DD = self.experts, None if outputs is None else outputs.behind_DD
+        return replace(
+            self, outputs=outputs, experts=None if experts is None else replace(experts, output_DD=behind_DD)
+        )
+
+    def output_hessian(self, name: str) -> jax.Array | None:
+        """By what errors of the outputs of the weight `name` are weighed, if they are hidden states and it is known."""
+        if self.outputs is None or not IN_BLOCK[name].gives_hidden:
+            return None
+        return self.outputs.attended_DD if IN_BLOCK[name].role == "attention" else self.outputs.behind_DD
 
 
 @jax.tree_util.register_dataclass

@@ -64,6 +64,11 @@ class Row:
         return self.is_matrix and self.axes[-1] == "hidden"
 
     @property
+    def gives_hidden(self) -> bool:
+        """Whether its outputs are added to the hidden states."""
+        return self.is_matrix and self.axes[-2] == "hidden" and self.role != "mtp"
+
+    @property
     def takes_product(self) -> bool:
         """Whether its input is an MLP's product of gate and up, which `Config.down_input_transform` rotates."""
         return self.axes[-1:] in (("intermediate",), ("shared_intermediate",), ("expert_intermediate",))

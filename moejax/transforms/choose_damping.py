@@ -95,7 +95,7 @@ def choose_damping_of_matrix(leaf: Leaf, inputs: Inputs, held_out: Inputs) -> ja
     some = leaf if len(row_R) == num_rows else some_rows(leaf, row_R)
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
-        return [requantize(some, inputs._replace(damping=multiple), _FORMAT)]
+        return [requantize(some, inputs._replace(damping=multiple, output_hessian=None), _FORMAT)]
 
     return _best(rounded, [some], [held_out])
 
@@ -124,7 +124,7 @@ def _of_projection(
     members = range(min(weights.num_experts, few_experts(weights.shape)))
 
     def rounded(multiple: jax.Array) -> list[Leaf]:
-        damped = replace(sums, damping={projection: multiple})
+        damped = replace(sums, damping={projection: multiple}, output_DD=None)
         of = Projection(projection, members, weights, damped)
         (leaves,) = AFRESH.experts([Wanted(of, members, _FORMAT)])
         return leaves

@@ -70,12 +70,12 @@ def quantize_with_feedback(
     if column_order not in get_args(ColumnOrder):
         raise InputError(f"column_order is {column_order!r}; {' or '.join(get_args(ColumnOrder))} is accepted")
 
-    def round_rows(weight: jax.Array) -> GroupedCodes:
+    def of_part(weight: jax.Array) -> GroupedCodes:
         weight_OI = weight.reshape(-1, inputs)
-        rounded = _round(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
-        return _pack(rounded, weight.shape, to)
+        rounded = round_rows(weight_OI, hessian, to.levels, to.group_size, damping, to.scale_kind, column_order)
+        return pack(rounded, weight.shape, to)
 
-    return in_parts(weight, rows_together(inputs), round_rows)
+    return in_parts(weight, rows_together(inputs), of_part)
 
 
 def rows_together(inputs: int) -> int:
@@ -99,22 +99,23 @@ def quantized_with_feedback(
     inputs = weight.shape[-1]
 
     def rounded(levels: Levels) -> jax.Array:
-        own = _round(weight.reshape(-1, inputs), hessian, levels, group_size, damping, scale_kind, "diagonal")
+        own = round_rows(weight.reshape(-1, inputs), hessian, levels, group_size, damping, scale_kind)
         return own.weight_IO()[:inputs].T.reshape(weight.shape)
 
     return jax.vmap(rounded)(levels_F)
 
 
 @partial(jax.jit, static_argnames=("group_size", "scale_kind", "column_order"))
-def _round(
+def round_rows(
     weight_OI: jax.Array,
     hessian_II: jax.Array,
     levels: Levels,
     group_size: int,
     damping: jax.Array | float,
     scale_kind: ScaleKind,
-    column_order: ColumnOrder,
+    column_order: ColumnOrder = "diagonal",
 ) -> Rounded:
+    """What `quantize_with_feedback` rounds rows (O, I) to; no row's result depends on another."""
     weight_IO, damped_II = in_whole_groups(weight_OI.T.astype(jnp.float32), damped(hessian_II, damping), group_size)
     fed_back = feed_back(weight_IO, damped_II, levels, group_size, scale_kind, column_order)
     return descend(weight_IO, damped_II, fed_back, levels, scale_kind=scale_kind)
@@ -284,7 +285,8 @@ def _put(x_IO: jax.Array, own_GO: jax.Array, n: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _pack(rounded: Rounded, shape: tuple[int, ...], to: GroupFormat) -> GroupedCodes:
+def pack(rounded: Rounded, shape: tuple[int, ...], to: GroupFormat) -> GroupedCodes:
+    """The weight of that shape (..., O, I), its rows side by side in what was rounded."""
     *outer, inputs = shape
     codes_OI = (rounded.steps_IO[:inputs] + to.levels.zero).T.astype(jnp.uint32)
     scale_ON = encode_scales(rounded.scale_NO.T, to.scale_kind)

@@ -171,8 +171,13 @@ def requantize(leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
     to, parts = parse_format(target), row_parts(leaf, MOST_NUMBERS)
     if len(parts) == 1:
         return round_weight(to_float32(leaf), inputs, to)
-    each = (round_weight(to_float32(cut(leaf, own)), inputs, to) for own in parts)
-    return jax.tree.map(lambda *own: jnp.concatenate(own), *each)
+
+    def rounded(own: slice) -> Leaf:
+        output = inputs.output_hessian  # between parts no row makes up for another
+        of_rows = inputs if output is None else inputs._replace(output_hessian=output[own, own])
+        return round_weight(to_float32(cut(leaf, own)), of_rows, to)
+
+    return jax.tree.map(lambda *own: jnp.concatenate(own), *map(rounded, parts))
 
 
 def cut(leaf: Leaf, own: slice) -> Leaf:

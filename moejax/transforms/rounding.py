@@ -14,6 +14,7 @@ from moejax.kernels import product
 from moejax.transforms.error_feedback import quantize_with_feedback, quantized_with_feedback
 from moejax.transforms.hessian import damping_for
 from moejax.transforms.quantize import quantization_errors, quantize
+from moejax.transforms.row_feedback import quantize_with_row_feedback
 
 
 class Rounding(Protocol):
@@ -38,7 +39,9 @@ class EvenLevels:
         if inputs.hessian is None:
             return quantize(weight, inputs.second_moment, to)
         damping = inputs.damping * damping_for(inputs.tokens, weight.shape[-1])
-        return quantize_with_feedback(weight, inputs.hessian, to, damping)
+        if inputs.output_hessian is None:
+            return quantize_with_feedback(weight, inputs.hessian, to, damping)
+        return quantize_with_row_feedback(weight, inputs.hessian, inputs.output_hessian, to, damping)
 
     def errors(
         self, weight: jax.Array, inputs: Inputs, formats: Sequence[GroupFormat], output_weight: jax.Array

@@ -172,7 +172,7 @@ def test_inputs_that_do_not_correlate_are_rounded_to_the_nearest_level() -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_width_is_one_compilation(kind: ScaleKind) -> None:
     weight_OI, hessian_II = problem(3)
-    compiled: Any = module._round
+    compiled: Any = module.round_rows
     formats: list[GroupFormat] = [IntFormat(1, GROUP, kind), TernaryFormat(GROUP, kind), IntFormat(3, GROUP, kind)]
     before = compiled._cache_size()
     errors = [error_of(weight_OI, hessian_II, to) for to in formats]

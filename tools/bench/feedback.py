@@ -1,17 +1,22 @@
-"""What error feedback is worth: one width for all experts, nothing pruned, rounded with it and without.
+"""What error feedback is worth: one width for all experts, nothing pruned, rounded without it, with it between columns,
+and, where outputs are hidden states, between rows too.
 
     python tools/bench/feedback.py CHECKPOINT --calibration calibration.txt --text heldout.txt [--chunks 48]
+           [--widths ternaryg128 int2g128 int3g128 int4g128]
 
 Other matrices take 4 bits, embedding and head 6. Calibrated on 128 chunks spread over one text, evaluated on as many
 as `--chunks` says of the other; bytes are those of the arrays.
 """
 
 import argparse
+import time
+from itertools import product
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from moejax.calibrate import calibrate
+from moejax.calibrate import calibrate, output_weights, weighing_outputs
 from moejax.checkpoint.load import load_model, open_checkpoint
 from moejax.evaluate.divergence import evaluate
 from moejax.evaluate.text import chunks, read_text
@@ -23,7 +28,6 @@ from moejax.planning.plan import PROJECTIONS
 from moejax.tokenizer import Tokenizer, load_tokenizer
 from moejax.transforms.compress import compress
 
-WIDTHS = ("ternaryg128", "int2g128", "int3g128", "int4g128")
 CALIBRATION_CHUNKS = 128
 
 
@@ -33,21 +37,31 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=48)
+    parser.add_argument("--widths", nargs="+", default=["ternaryg128", "int2g128", "int3g128", "int4g128"])
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.checkpoint)
     model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint.path)
     held_out = spread(arguments.text, tokenizer, arguments.chunks)
-    statistics = calibrate(model, spread(arguments.calibration, tokenizer, CALIBRATION_CHUNKS), hessians=True)
-    print("| experts | bytes | error feedback | KL mean | KL 99.9 % | equal top-1 |\n|---|---|---|---|---|---|")
-    for width in WIDTHS:
-        for way, own in (("no", statistics.without_hessians()), ("yes", statistics)):
-            rounded = compress(model, uniform(model, width), own)
-            found = evaluate(rounded, held_out, model)
-            size = f"{payload_bytes(rounded):,}"
-            print(
-                f"| {width} | {size} | {way} | {found.kld_mean:.4f} | {found.kld_p999:.3f} | {found.same_top1:.1f} % |",
-                flush=True,
-            )
+    calibrated = spread(arguments.calibration, tokenizer, CALIBRATION_CHUNKS)
+    statistics = calibrate(model, calibrated, hessians=True)
+    started = time.monotonic()
+    weighed = weighing_outputs(statistics, output_weights(model, calibrated))
+    print(f"outputs weighed in {time.monotonic() - started:.0f} s\n")
+    print("| experts | bytes | error feedback | KL mean | KL 99.9 % | equal top-1 | seconds |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    ways = {"no": statistics.without_hessians(), "columns": statistics, "columns and rows": weighed}
+    for width, (way, own) in product(arguments.widths, ways.items()):
+        started = time.monotonic()
+        rounded = compress(model, uniform(model, width), own)
+        jax.block_until_ready(rounded)
+        seconds = time.monotonic() - started
+        found = evaluate(rounded, held_out, model)
+        size = f"{payload_bytes(rounded):,}"
+        print(
+            f"| {width} | {size} | {way} | {found.kld_mean:.4f} | {found.kld_p999:.3f} | {found.same_top1:.1f} % "
+            f"| {seconds:.0f} |",
+            flush=True,
+        )
 
 
 def spread(text: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
@@ -59,7 +73,7 @@ def spread(text: Path, tokenizer: Tokenizer, count: int) -> np.ndarray:
 def uniform(model: DeepseekV3, width: str) -> Plan:
     """Every expert in one format."""
     blocks = []
-    for layer in model.layers:
+    for layer in [*model.layers, *(mtp.block for mtp in model.mtp)]:
         leaves = named_leaves(layer).items()
         matrices = [name for name, leaf in leaves if not isinstance(leaf, ExpertWeights) and leaf.ndim >= 2]
         formats = {name: "int4g128" for name in matrices if not name.endswith(".router")}
