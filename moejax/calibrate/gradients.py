@@ -42,8 +42,8 @@ def output_weights(
     block, in float32.
 
     Forwards, then backwards block by block, each whole in memory and computed again; the hidden states before all of
-    them are put away by `kept`. Raises InputError for tokens that are not the model's, and at the first block whose
-    output is not finite.
+    them, and what is found, are put away by `kept`. Raises InputError for tokens that are not the model's, and at the
+    first block whose output is not finite.
     """
     source = source_of(model)
     require_tokens(chunks, source.config)
@@ -66,7 +66,7 @@ def output_weights(
                 before_BTD, own = _of_block(block, *given)
                 gradients[n] = kept(before_BTD)
                 total = own if total is None else jax.tree.map(jnp.add, total, own)
-            found.append(OutputWeights(*(own / chunks.size for own in total or ())))
+            found.append(OutputWeights(*(kept(own / chunks.size) for own in total or ())))
             tick()
     return tuple(reversed(found))
 

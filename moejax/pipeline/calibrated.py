@@ -1,20 +1,20 @@
 """What a model is calibrated on, and its statistics for walks that come one after another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Inputs, Statistics
+from moejax.calibrate import BlockStatistics, Inputs, OutputWeights, Statistics
 from moejax.formats import Leaf, payload_bytes
 from moejax.model import Config
 from moejax.model.deepseek_v3 import Block
 from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.sliced import SlicedBlock, SlicedMtp
 from moejax.planning import BlockPlan, Method
-from moejax.transforms.on_the_way import Known, Observed, StatisticsOnTheWay, observed
+from moejax.transforms.on_the_way import Known, Observed, StatisticsOnTheWay, Weighed, observed
 
 
 class Calibrated(NamedTuple):
@@ -27,7 +27,8 @@ class Calibrated(NamedTuple):
 
 class KeptStatistics:
     """Statistics of the original's states: the first walk over its parts makes them and keeps them, if they take no
-    more than `most_bytes`; if they do, every walk makes them again. They are the same."""
+    more than `most_bytes`; if they do, every walk makes them again. They are the same. outputs: what layers' outputs
+    are weighed by, if they are."""
 
     def __init__(
         self,
@@ -37,13 +38,19 @@ class KeptStatistics:
         most_bytes: int,
         kept: Keep = as_it_is,
         within: int = WITHIN,
+        outputs: Sequence[OutputWeights] | None = None,
     ):
         self.known: Statistics | None = None
+        self.outputs = outputs
         self._put, self._within = kept, within
         self._config, self._method, self._calibrated, self._most_bytes = config, method, calibrated, most_bytes
 
     def on_the_way(self) -> StatisticsOnTheWay:
         """For one walk."""
+        own = self._unweighed()
+        return own if self.outputs is None else Weighed(own, self.outputs)
+
+    def _unweighed(self) -> StatisticsOnTheWay:
         if self.known is not None:
             return Known(self.known)
         made = observed(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import machine
+from moejax.calibrate import output_weights
 from moejax.checkpoint.huggingface import HuggingFaceCheckpoint
 from moejax.checkpoint.load import abstract_model, open_checkpoint
 from moejax.checkpoint.source import CheckpointSource
@@ -88,7 +89,7 @@ class Prepared:
             output,
             budget,
             progress,
-            own.statistics.known,
+            own.statistics,
             rounder,
             own.work,
             own.room,
@@ -169,12 +170,11 @@ def prepare(
 ) -> Prepared:
     """Calibrate and measure, block by block; what the work knows is not measured again. Without a `room`, a share of
     the memory that is free."""
-    shapes, source = (
-        shapes_of(checkpoint, recipe.method, provenance),
-        ready(CheckpointSource(checkpoint), recipe.method),
-    )
+    shapes = shapes_of(checkpoint, recipe.method, provenance)
+    source = ready(CheckpointSource(checkpoint), recipe.method)
     config, room = shapes.config, room or Room(*(ledger_of(None).left // 4,) * 3)
-    statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept, room.within)
+    by = output_weights(source, calibrated.chunks, kept=room.kept, progress=progress) if recipe.row_feedback else None
+    statistics = KeptStatistics(config, recipe.method, calibrated, room.statistics, room.kept, room.within, by)
     sampled = Sampled(recipe.formats, {}) if is_sampled(recipe, shapes.model) else None
     rounder: Rounder = RoundedWeights(room.rounded, Afresh(work.crew)) if sampled is None else sampled
     measured = measure(source, recipe, calibrated, statistics.on_the_way, rounder, work, progress, room, sampled)

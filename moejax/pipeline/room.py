@@ -63,15 +63,18 @@ def room_in(
     keeps_rounded: bool = True,
     most_bytes: int = 0,
     crew: Crew = ALONE,
+    gradients: bool = False,
 ) -> Iterator[Room]:
     """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
-    or without, to write so many bytes at most. What does not fit lies in a folder beside `output`, which is removed
-    behind. Where rounded weights are not kept, states within a block have their share. The processes of a crew, which
-    rounds experts, have one room.
+    and gradients or without, to write so many bytes at most. What does not fit lies in a folder beside `output`, which
+    is removed behind. Where rounded weights are not kept, states within a block have their share. The processes of a
+    crew, which rounds experts, have one room.
 
     Raises InputError where not even the work on one block fits.
     """
     needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices)
+    if gradients:
+        needed = max(needed, _PROGRAMS + max(_gradient_bytes(own, tokens) for own in model.layers))
     crew.agree({"number of experts at a time": str(_experts_at_a_time(model.config))})
     left = ledger.left - needed
     if left < 0:
@@ -122,6 +125,18 @@ def _rounding_bytes(block: Block) -> int:
     share = min(1.0, 2 * experts_in_slice(c) / block.mlp.num_experts)
     searching = _searching_bytes(c.hidden_size * c.moe_intermediate_size)
     return trunk + int(share * payload_bytes(named_leaves(block.mlp.experts))) + searching
+
+
+def _gradient_bytes(block: Block, tokens: int) -> int:
+    """What going back through a block takes: its weights, whole; of a batch a dozen states, the rows of its experts and
+    what attention keeps; one expert's matrix, dense; and the outer products of two gradients, and of a batch's."""
+    c, of_batch = block.config, BATCH * tokens
+    per_token = c.num_experts_per_tok if isinstance(block.mlp, MoE) else 0
+    rows = per_token * (4 * c.hidden_size + 8 * c.moe_intermediate_size)
+    attention = 4 * c.num_attention_heads * tokens
+    states = 12 * c.hidden_size + 4 * max(c.intermediate_size, c.hidden_size) + rows + attention
+    dense = max(math.prod(own.shape[-2:]) for own in named_leaves(block).values())
+    return payload_bytes(block) + 4 * (of_batch * states + 2 * dense + 6 * c.hidden_size**2)
 
 
 def _group_bytes(block: Block) -> int:

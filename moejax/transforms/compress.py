@@ -1,13 +1,13 @@
 """A plan carried out: prune, adjust the activated experts, quantize; block by block, matrix by matrix."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import Calibration, Inputs, Statistics
+from moejax.calibrate import Calibration, Inputs, OutputWeights, Statistics, output_weights
 from moejax.formats import Leaf
 from moejax.model import Config, DeepseekV3, named_leaves
 from moejax.model.deepseek_v3 import Block
@@ -19,7 +19,7 @@ from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.check_plan import check_plan
 from moejax.transforms.compress_block import as_planned, compress_block, compress_mtp
-from moejax.transforms.on_the_way import Followed, Known, StatisticsOnTheWay, observed
+from moejax.transforms.on_the_way import Followed, Known, StatisticsOnTheWay, Weighed, observed
 from moejax.transforms.rounder import AFRESH, Rounder
 
 
@@ -77,6 +77,7 @@ def calibrate_and_compress(
     parts: Parts,
     *,
     known: Statistics | None = None,
+    outputs: Sequence[OutputWeights] | None = None,
     rounder: Rounder = AFRESH,
     batch: int = 8,
     kept: Keep = as_it_is,
@@ -90,7 +91,8 @@ def calibrate_and_compress(
     Statistics are those of `calibrate` and, where tokens are few, `choose_damping` on the chunks `held_out`. If the
     method is sequential, every block is calibrated on what the compressed blocks before it put out, with the experts
     and the routing that the plan gives it; its damping is chosen for the original's states all the same. Statistics of
-    those that are `known`, damping chosen, are not made again, nor is what the rounder knows. `kept` puts states and
+    those that are `known`, damping chosen, are not made again, nor what `outputs` are weighed by, nor what the rounder
+    knows. `kept` puts states and
     experts' Hessians away until they are needed, and about `within` bytes of states are in memory within a block.
 
     Raises InputError as `compress` and `calibrate` do.
@@ -106,6 +108,9 @@ def calibrate_and_compress(
         followed = Calibration(config, chunks, batch, hessians=method.error_feedback, kept=kept, within=within)
         statistics = Followed(followed, statistics)
     assert statistics is not None
+    if method.row_feedback:
+        outputs = outputs or output_weights(source, chunks, batch, kept=kept, progress=progress)
+        statistics = Weighed(statistics, outputs)
     compress_by(source, plan, statistics, parts, rounder=rounder, progress=progress)
 
 

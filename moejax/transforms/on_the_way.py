@@ -4,7 +4,7 @@ Which hidden states go along and are handed on is all that tells parallel calibr
 out, from sequential calibration, on what the compressed ones do.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.calibrate import BlockStatistics, Calibration, Inputs, Statistics, unseen_experts
+from moejax.calibrate import BlockStatistics, Calibration, Inputs, OutputWeights, Statistics, unseen_experts
 from moejax.formats import Leaf
 from moejax.model import Config, named_leaves
 from moejax.model.deepseek_v3 import Block
@@ -68,6 +68,37 @@ class Known(StatisticsOnTheWay):
 
     def head(self, head: Leaf) -> Inputs:
         return self.statistics.head_inputs()
+
+
+@dataclass(frozen=True)
+class Weighed(StatisticsOnTheWay):
+    """Others' statistics, with what every layer's outputs are weighed by: `OutputWeights` of arrays, or what keeps
+    them."""
+
+    others: StatisticsOnTheWay
+    outputs: Sequence[OutputWeights]
+
+    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
+        self.others.embedding(embedding, compressed)
+
+    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
+        by = OutputWeights(*map(jnp.asarray, self.outputs[index]))
+        return self.others.block(index, block, plan).weighing_outputs(by)
+
+    def behind(self, index: int, compressed: Block) -> None:
+        self.others.behind(index, compressed)
+
+    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
+        self.others.pass_by(index, block, compressed)
+
+    def norm(self, gain_D: jax.Array) -> None:
+        self.others.norm(gain_D)
+
+    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
+        return self.others.mtp(depth, mtp, plan)
+
+    def head(self, head: Leaf) -> Inputs:
+        return self.others.head(head)
 
 
 @dataclass(frozen=True)
