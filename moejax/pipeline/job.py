@@ -79,8 +79,7 @@ class Prepared:
     def write(self, plan: Plan, output: Path, budget: int, progress: Progress = silent) -> int:
         """Carry a plan out and write the checkpoint, as `write_plan` does; returns its bytes, at most `budget`."""
         own = self.trials
-        # One that imitates rounds nothing.
-        rounder = None if isinstance(own.rounder, Sampled) else own.rounder
+        rounder = None if isinstance(own.rounder, Sampled) else own.rounder  # one that imitates rounds nothing
         return write_plan(
             own.source,
             self.shapes,
@@ -89,10 +88,11 @@ class Prepared:
             output,
             budget,
             progress,
-            own.statistics,
+            own.statistics.known,
             rounder,
             own.work,
             own.room,
+            own.statistics.outputs,
         )
 
 

@@ -1,14 +1,15 @@
 """A plan carried out on the parts of a model, one after another, and written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from moejax.calibrate import OutputWeights, Statistics
 from moejax.checkpoint.native import item_of
 from moejax.checkpoint.native_writer import NativeWriter, native_writer
 from moejax.model.leaves import Weight
 from moejax.model.source import Source
-from moejax.pipeline.calibrated import Calibrated, KeptStatistics
+from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.room import NO_ROOM, Room
 from moejax.pipeline.shapes import Shapes
 from moejax.pipeline.work import NOT_KEPT, Work
@@ -28,18 +29,19 @@ def write_plan(
     output: Path,
     budget: int,
     progress: Progress,
-    made: KeptStatistics | None = None,
+    known: Statistics | None = None,
     rounder: Rounder | None = None,
     work: Work = NOT_KEPT,
     room: Room = NO_ROOM,
+    outputs: Sequence[OutputWeights] | None = None,
 ) -> int:
     """Carry a plan out on what it compresses, whose `shapes` these are, and write the checkpoint; returns its bytes.
 
-    Of the model, one part and what becomes of it are in memory, and the compressed embedding. Statistics that are
-    `made`, and the `rounder`, as in `calibrate_and_compress`; states have the `room`; without a rounder all is rounded
-    afresh, on the devices of the work's crew; without `calibrated` nothing goes through the model. Where work is kept,
-    items that an earlier run of the job has finished are taken over; the folder is the same. Raises what
-    `native_writer` and `calibrate_and_compress` raise, and InputError for processes that have come to different plans.
+    Of the model, one part and what becomes of it are in memory, and the compressed embedding. `known`, `outputs` and
+    `rounder` as in `calibrate_and_compress`; states have the `room`; without a rounder all is rounded afresh, on the
+    devices of the work's crew; without `calibrated` nothing goes through the model. Where work is kept, items that an
+    earlier run of the job has finished are taken over; the folder is the same. Raises what `native_writer` and
+    `calibrate_and_compress` raise, and InputError for processes that have come to different plans.
     """
     crew = work.crew
     crew.agree({"plan": digest(plan)})
@@ -57,8 +59,8 @@ def write_plan(
                 plan,
                 *calibrated,
                 parts,
-                known=None if made is None else made.known,
-                outputs=None if made is None else made.outputs,
+                known=known,
+                outputs=outputs,
                 rounder=rounder,
                 kept=room.kept,
                 within=room.within,
