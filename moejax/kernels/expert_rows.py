@@ -26,8 +26,8 @@ Carry = TypeVar("Carry")
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def differentiable(operation: Operation, x_RI: jax.Array, w: ExpertWeights, rows_E: jax.Array) -> jax.Array:
-    """operation(x, w, rows), an `expert_matmul`, with derivatives by the rows and by dense weights; packed weights have
-    none."""
+    """operation(x, w, rows), an `expert_matmul`, with derivatives by the rows and by dense weights, which go backwards
+    alone (`jax.grad`, `jax.vjp`); packed weights have none."""
     return operation(x_RI, w, rows_E)
 
 
