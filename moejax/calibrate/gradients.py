@@ -18,6 +18,7 @@ import numpy as np
 
 from moejax.calibrate.products import products
 from moejax.calibrate.statistics import OutputWeights, Statistics
+from moejax.errors import InputError
 from moejax.formats import Leaf
 from moejax.model.config import Config, require_tokens
 from moejax.model.deepseek_v3 import Block, DeepseekV3, head_logits
@@ -43,7 +44,7 @@ def output_weights(
 
     Forwards, then backwards block by block, each whole in memory and computed again; the hidden states before all of
     them, and what is found, are put away by `kept`. Raises InputError for tokens that are not the model's, and at the
-    first block whose output is not finite.
+    first block whose output, or gradient, is not finite.
     """
     source = source_of(model)
     require_tokens(chunks, source.config)
@@ -66,7 +67,10 @@ def output_weights(
                 before_BTD, own = _of_block(block, *given)
                 gradients[n] = kept(before_BTD)
                 total = own if total is None else jax.tree.map(jnp.add, total, own)
-            found.append(OutputWeights(*(kept(own / chunks.size) for own in total or ())))
+            assert total is not None
+            for name, own in zip(OutputWeights._fields, total, strict=True):
+                _require_finite(f"layers.{index}", name.removesuffix("_DD"), own)
+            found.append(OutputWeights(*(kept(own / chunks.size) for own in total)))
             tick()
     return tuple(reversed(found))
 
@@ -107,14 +111,20 @@ def _of_block(block: Block, x_BTD: jax.Array, by: Angles, g_BTD: jax.Array) -> t
     return before_BTD, OutputWeights(products(attended_g_BTD), products(g_BTD))
 
 
+def _require_finite(block: str, where: str, products_DD: jax.Array) -> None:
+    if not bool(jnp.all(jnp.isfinite(products_DD))):
+        raise InputError(
+            f"{block}: the gradient of the loss, {where}, is not finite; a checkpoint whose weights are sound is needed"
+        )
+
+
 @partial(jax.jit, static_argnames="eps")
 def _of_predictions(x_BTD: jax.Array, gain_D: jax.Array, head: Leaf, key: jax.Array, eps: float) -> jax.Array:
-    """dL/dx of states x before the final norm, summed over tokens."""
+    """dL/dx of states x before the final norm, L summed over tokens; logits are those of one sequence at a time."""
 
-    def loss(x_BTD: jax.Array) -> jax.Array:
-        logits_BTC = head_logits(rms_norm(x_BTD, gain_D, eps), head)
-        drawn_BT = jax.random.categorical(key, jax.lax.stop_gradient(logits_BTC))
-        log_probs_BTC = jax.nn.log_softmax(logits_BTC)
-        return -jnp.sum(jnp.take_along_axis(log_probs_BTC, drawn_BT[..., None], axis=-1))
+    def loss(x_TD: jax.Array, key: jax.Array) -> jax.Array:
+        logits_TC = head_logits(rms_norm(x_TD, gain_D, eps), head)
+        drawn_T = jax.random.categorical(key, jax.lax.stop_gradient(logits_TC))
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits_TC), drawn_T[:, None], axis=-1))
 
-    return jax.grad(loss)(x_BTD)
+    return jax.lax.map(lambda own: jax.grad(loss)(*own), (x_BTD, jax.random.split(key, len(x_BTD))))

@@ -13,7 +13,7 @@ from moejax.sharding import ALONE, Crew
 
 
 class Held:
-    """The chunks of an array that this process writes.
+    """The chunks of an array that this process writes, `own_chunks`.
 
     A chunk is written by the first of a crew's processes that hold all of it: of arrays that lie in a process's own
     memory, which are equal in all, by the first of all. An array of which a chunk lies in no process whole is gathered,
@@ -21,18 +21,17 @@ class Held:
     """
 
     def __init__(self, array: np.ndarray | jax.Array, crew: Crew = ALONE):
-        self._array: np.ndarray | jax.Array
+        self._array: np.ndarray | jax.Array = array
         self._grid = grid_of(array.shape, np.dtype(array.dtype))
-        if not isinstance(array, np.ndarray) and not array.is_fully_addressable:
-            writers = _writers(array, self._grid)
-            if None not in writers:
-                self._array = array
-                self.own_chunks = [chunk for chunk, writer in enumerate(writers) if writer == jax.process_index()]
-                return
-            array = np.asarray(multihost_utils.process_allgather(array, tiled=True))
-        self._array = array
-        # Those that this process writes.
-        self.own_chunks = list(range(self._grid.count)) if crew.is_first else []
+        first = jax.process_index() if crew.is_first else None
+        writers: Sequence[int | None] = [first] * self._grid.count
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            of_parts = _writers(array, self._grid)
+            if None in of_parts:
+                self._array = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+            else:
+                writers = of_parts
+        self.own_chunks = [chunk for chunk, writer in enumerate(writers) if writer == jax.process_index()]
 
     def chunk(self, number: int) -> tuple[str, memoryview, str]:
         """Of one that this process writes: the name of its file, its bytes and their checksum."""

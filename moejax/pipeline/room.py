@@ -72,9 +72,7 @@ def room_in(
 
     Raises InputError where not even the work on one block fits.
     """
-    needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices)
-    if gradients:
-        needed = max(needed, _PROGRAMS + max(_gradient_bytes(own, tokens) for own in model.layers))
+    needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices, gradients)
     crew.agree({"number of experts at a time": str(_experts_at_a_time(model.config))})
     left = ledger.left - needed
     if left < 0:
@@ -90,12 +88,18 @@ def room_in(
 
 
 def working_bytes(
-    model: DeepseekV3, tokens: int, hessians: bool, most_bytes: int = 0, rounding_devices: int = 1
+    model: DeepseekV3,
+    tokens: int,
+    hessians: bool,
+    most_bytes: int = 0,
+    rounding_devices: int = 1,
+    gradients: bool = False,
 ) -> int:
     """What measuring, trying and writing one block of an abstract model, or embedding or head, take at most: weights as
     they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; a block's
-    Hessians; its share of what is written, and once more while experts of a format are put together; and what rounding
-    a group of experts takes, on every device but one that does so in this process's memory."""
+    Hessians; its share of what is written, and once more while experts of a format are put together; what rounding a
+    group of experts takes, on every device but one that does so in this process's memory; and, with gradients, going
+    back through a block."""
     blocks = [*model.layers, *(own.block for own in model.mtp)]
     outer = max(payload_bytes(own.get_value()) for own in (model.embed, model.head))
     of_block = max(_block_bytes(block, tokens) for block in blocks)
@@ -103,12 +107,11 @@ def working_bytes(
     written = max(map(_numbers, blocks)) / _numbers(model) * most_bytes
     writing = max(map(_rounding_bytes, blocks)) + int(2 * written)
     at_once = (rounding_devices - 1) * max(map(_group_bytes, blocks))
-    return (
-        _PROGRAMS
-        + max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size))
-        + hessian
-        + at_once
-    )
+    rounding = max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian + at_once
+    # Of a sequence its logits, what they become, and their gradient.
+    predictions = outer + 3 * 4 * tokens * model.config.vocab_size
+    going_back = max(predictions, *(_gradient_bytes(own, tokens) for own in model.layers)) if gradients else 0
+    return _PROGRAMS + max(rounding, going_back)
 
 
 def _numbers(part: DeepseekV3 | Block) -> int:

@@ -1,4 +1,5 @@
-"""How a model lies over the devices of a mesh, and the products of weights that are cut over them."""
+"""How a model lies over the devices of a mesh, the products of weights that are cut over them, and jobs and words that
+devices and processes share."""
 
 from moejax.sharding.crew import ALONE, Crew, crew_of, told_bytes
 from moejax.sharding.mesh import around, local_bytes, mesh_of

@@ -26,6 +26,9 @@ MOST_NUMBERS = 1 << 26
 _EXPERTS_TOGETHER, _BYTES_TOGETHER = 8, 1 << 28
 _EXPERTS_ACCELERATED, _SHARE_ACCELERATED = 32, 1 / 12
 
+# What of several experts' inputs is each one's own: by what outputs are weighed is their layer's.
+_OF_EACH = Inputs._make((0, 0, 0, 0, None))
+
 # Groups are unpacked one at a time where their experts lie, whatever number of devices they then go to.
 _UNPACKED = threading.Lock()
 
@@ -131,7 +134,7 @@ class _Group:
             given = _matrices_and_inputs(self.of.weights, self.of.statistics, self.positions, self.of.own)
             given = given if device is None else jax.block_until_ready(_on(device, given))
         rounding = partial(round_weight, to=to)
-        rounded = (rounding if self.of.shares_hessian else jax.vmap(rounding))(*given)
+        rounded = (rounding if self.of.shares_hessian else jax.vmap(rounding, (0, _OF_EACH)))(*given)
         return [jax.tree.map(lambda a, k=k: a[k], jax.device_get(rounded)) for k in range(self.count)]
 
 
@@ -222,4 +225,4 @@ def _matrices_and_inputs(
     matrices = jax.tree.map(lambda a: a[weights.index_E[member_B]], bucket)
     if experts.shares_hessian(projection):
         return to_float32(matrices), experts.inputs(projection, member_B[0])
-    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e))(member_B)
+    return to_float32(matrices), jax.vmap(lambda e: experts.inputs(projection, e), out_axes=_OF_EACH)(member_B)

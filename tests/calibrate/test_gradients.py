@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.calibrate import OutputWeights, output_weights, weighing_outputs
+from moejax.calibrate import OutputWeights, gradients, output_weights, weighing_outputs
 from moejax.errors import InputError
 from moejax.model import DeepseekV3
 from moejax.model.deepseek_v3 import head_logits
@@ -35,7 +35,7 @@ def loss(
         x_BTD = block.attended(x_BTD, by) + attended
         x_BTD = x_BTD + block.mlp(block.normed(x_BTD)) + behind
     logits = head_logits(rms_norm(x_BTD, model.norm.get_value(), CONFIG.rms_norm_eps), model.head.get_value())
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+    drawn = jax.vmap(jax.random.categorical)(jax.random.split(key, len(logits)), jax.lax.stop_gradient(logits))
     return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1))
 
 
@@ -80,6 +80,15 @@ def test_only_what_gives_hidden_states_is_weighed(model: DeepseekV3) -> None:
         if own.experts is not None:
             assert (own.experts.inputs("down", 0).output_hessian is None) == (not has)
             assert own.experts.inputs("up", 0).output_hessian is None
+
+
+def test_gradients_that_are_not_finite_are_refused(model: DeepseekV3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_of_predictions", lambda x_BTD, *_: jnp.full_like(x_BTD, jnp.inf))
+    last = len(model.layers) - 1
+    with pytest.raises(
+        InputError, match=rf"^layers\.{last}: the gradient of the loss, attended, is not finite; a check"
+    ):
+        output_weights(model, CHUNKS, BATCH)
 
 
 def test_tokens_that_are_none_are_refused(model: DeepseekV3) -> None:

@@ -46,6 +46,16 @@ def test_devices_of_this_processor_take_memory(
     assert "cannot be worked on" in message and message.endswith("GB would do\n")
 
 
+def killed(processes: Processes, number: int, journal: Path, *arguments: object) -> list[int]:
+    """The exit codes of both, one of which is killed as soon as two things are finished."""
+    command = ["-m", "moejax", *arguments, "--distributed"]
+    going = [processes.start(n, *command, join) for n, join in enumerate(processes.join)]
+    while going[0].poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 3):
+        time.sleep(0.05)
+    going[number].send_signal(signal.SIGKILL)
+    return [own.wait(timeout=60) for own in going]
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(small: Path, text_options: list[object], tmp_path: Path) -> None:
     """Stopped by the end of one, and begun again; with what is measured, tried and calibrated on the way."""
@@ -55,13 +65,7 @@ def test_two_processes_write_what_one_writes(small: Path, text_options: list[obj
     arguments = ["compress", small, "--budget", "10x", "--recipe", recipe, *text_options, "--output"]
     assert processes.start(0, "-m", "moejax", *arguments, tmp_path / "one").wait(timeout=600) == 0, processes.said(0)
     kept = [tmp_path / "two", "--work", tmp_path / "work", "--mesh", "tensor=8", "--json", tmp_path / "two.json"]
-    command = ["-m", "moejax", *arguments, *kept, "--distributed"]
-    going = [processes.start(n, *command, join) for n, join in enumerate(processes.join)]
-    journal = tmp_path / "work" / "measured.jsonl"
-    while going[0].poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 3):
-        time.sleep(0.2)
-    going[1].send_signal(signal.SIGKILL)
-    assert [own.wait(timeout=60) for own in going] == [1, -9]
+    assert killed(processes, 1, tmp_path / "work" / "measured.jsonl", *arguments, *kept) == [1, -9]
     assert "moejax: process 1 ended before all was done, so process 0 does\n" in processes.said(0)[1]
     assert not (tmp_path / "two").exists()
 
@@ -80,13 +84,7 @@ def test_two_processes_go_on_in_sequence(small: Path, plan: Path, text_options: 
     processes = Processes(tmp_path)
     assert processes.start(0, "-m", "moejax", *arguments, tmp_path / "one").wait(timeout=600) == 0, processes.said(0)
     kept = [tmp_path / "two", "--work", tmp_path / "work", "--mesh", "tensor=8"]
-    command = ["-m", "moejax", *arguments, *kept, "--distributed"]
-    going = [processes.start(n, *command, join) for n, join in enumerate(processes.join)]
-    journal = tmp_path / ".two.partial" / "journal.jsonl"
-    while going[0].poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 3):
-        time.sleep(0.05)
-    going[0].send_signal(signal.SIGKILL)
-    assert [own.wait(timeout=60) for own in going] == [-9, 1]
+    assert killed(processes, 0, tmp_path / ".two.partial" / "journal.jsonl", *arguments, *kept) == [-9, 1]
 
     processes = Processes(tmp_path)
     assert processes.run(*arguments, *kept) == [0, 0], processes.said(0) + processes.said(1)

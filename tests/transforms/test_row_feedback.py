@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.calibrate import Inputs
-from moejax.formats import IntFormat, dense
+from moejax.formats import GroupedCodes, IntFormat, dense
 from moejax.transforms.error_feedback import quantize_with_feedback
 from moejax.transforms.rounding import round_weight
 from moejax.transforms.row_feedback import quantize_with_row_feedback, row_feedback
@@ -38,8 +38,8 @@ def outputs() -> jax.Array:
 
 
 def test_errors_cost_less_together(weight: jax.Array, hessian: jax.Array, outputs: jax.Array) -> None:
-    def cost(packed: object) -> float:
-        error_OI = np.asarray(weight - dense(packed, jnp.float32), np.float64)  # type: ignore[arg-type]
+    def cost(packed: GroupedCodes) -> float:
+        error_OI = np.asarray(weight - dense(packed, jnp.float32), np.float64)
         return float(np.trace(np.asarray(outputs) @ error_OI @ np.asarray(hessian) @ error_OI.T))
 
     alone = cost(quantize_with_feedback(weight, hessian, TO, 0.03))
