@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# Of the mappings that a process may have, before programs are forgotten: what one block compiles fits the rest.
+_SHARE_OF_MAPPINGS = 0.6
+
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -70,13 +73,26 @@ def forget_programs() -> None:
     return_freed()
 
 
+def bound_programs() -> None:
+    """`forget_programs` where there are so many that XLA would soon crash: one for a CPU takes about twelve mappings of
+    memory, of which Linux gives a process 65,530."""
+    most = _lines(_PROC / "sys" / "vm" / "max_map_count")
+    if most and len(_lines(_PROC / "self" / "maps")) > _SHARE_OF_MAPPINGS * int(most[0]):
+        forget_programs()
+
+
+def _lines(file: Path) -> list[bytes]:
+    """Those of a file of the kernel's; none where there is no such file."""
+    try:
+        return file.read_bytes().splitlines()
+    except OSError:
+        return []
+
+
 def _fields(file: Path) -> dict[str, int]:
     """`Name:   12 kB` lines of a file of the kernel's, in bytes; none where there is no such file."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[2:] == ["kB"]}
+    lines = [line.split() for line in _lines(file)]
+    return {words[0].rstrip(b":").decode(): int(words[1]) * 1024 for words in lines if words[2:] == [b"kB"]}
 
 
 @dataclass(frozen=True)

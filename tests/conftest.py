@@ -17,6 +17,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have 
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -25,6 +26,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from command_line import refused, run
+from moejax import machine
 from moejax.resources import tiny_checkpoint
 from small_checkpoint import random_scores, words, write_published_checkpoint, write_small_checkpoint
 from small_job import FORMATS
@@ -60,25 +62,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _turn(item.nodeid))
 
 
-# A program compiled for a CPU takes about twelve mappings of memory, and Linux gives a process 65,530 of them. Looking
-# how many there are takes longer than many a test.
-_MAPPINGS, _MANY_MAPPINGS, _LOOKED_AFTER = Path("/proc/self/maps"), 40_000, 20
+# Looking how many programs there are takes longer than many a test.
+_LOOKED_AFTER = 20
 _tests = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def bounded_mappings() -> Iterator[None]:
-    """Forgets what was compiled before mappings run out: XLA would crash."""
+def bounded_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Forgets what was compiled before there is too much of it."""
     yield
-    is_due = next(_tests) % _LOOKED_AFTER == 0 and _MAPPINGS.is_file()
-    if is_due and _MAPPINGS.read_bytes().count(b"\n") > _MANY_MAPPINGS:
-        jax.clear_caches()
+    if request.node.get_closest_marker("slow") or next(_tests) % _LOOKED_AFTER == 0:
+        machine.bound_programs()
 
 
 @pytest.fixture(autouse=True)
 def kept_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a job compiles, the next one of the same process needs."""
-    monkeypatch.setattr("moejax.machine.forget_programs", lambda: None)
+    monkeypatch.setattr("moejax.pipeline.job.machine", SimpleNamespace(forget_programs=lambda: None))
 
 
 @pytest.fixture(scope="module")

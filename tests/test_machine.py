@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from moejax import machine
+from moejax.checkpoint.load import open_checkpoint
+from moejax.checkpoint.source import CheckpointSource
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:        100 kB\nMemAvailable:    600 kB\nHugePages_Total:       0\n"
 STATUS = "Name:\tpython\nVmHWM:\t     50 kB\nVmRSS:\t     40 kB\nThreads:\t2\n"
@@ -123,8 +125,7 @@ def test_what_was_freed_in_the_midst_of_what_is_held_goes_back_to_the_system() -
     assert len(held) == blocks // 2
 
 
-def test_programs_that_are_forgotten_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_programs_that_are_forgotten_are_compiled_anew() -> None:
     traced = []
 
     @jax.jit
@@ -138,6 +139,29 @@ def test_programs_that_are_forgotten_are_compiled_anew(monkeypatch: pytest.Monke
     machine.forget_programs()
     twice(jnp.ones(3))
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize(("mappings", "times"), [(600, 0), (601, 1), (None, 0)])
+def test_programs_are_forgotten_before_mappings_run_out(
+    mappings: int | None, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's limit and this process's mappings are those of files; where there are none, nothing is known."""
+    forgotten: list[None] = []
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "forget_programs", lambda: forgotten.append(None))
+    if mappings is not None:
+        for file, content in (("sys/vm/max_map_count", "1000\n"), ("self/maps", "7f00-7f01 r-xp\n" * mappings)):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_text(content)
+    machine.bound_programs()
+    assert len(forgotten) == times
+
+
+def test_reading_a_block_bounds_the_programs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[None] = []
+    monkeypatch.setattr(machine, "bound_programs", lambda: looked.append(None))
+    CheckpointSource(open_checkpoint(tiny)).block(0)
+    assert len(looked) == 1
 
 
 def test_a_cpu_is_no_accelerator() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
+from moejax import machine
 from moejax.checkpoint.load import Checkpoint
 from moejax.formats import Leaf
 from moejax.model import Config
@@ -18,7 +19,8 @@ from moejax.model.sliced import SlicedBlock, SlicedMtp
 class CheckpointSource:
     """`Source` of a checkpoint larger than memory: block(i).whole() is load_model(checkpoint).layers[i], and so on.
 
-    Nothing is kept: a part's memory is free once the caller lets go of it, and asked again it is read again.
+    Nothing is kept: a part's memory is free once the caller lets go of it, and asked again it is read again. Programs
+    that were compiled for other blocks are forgotten where they are too many.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +50,8 @@ class CheckpointSource:
         return SlicedMtp(outer, self._sliced(outer.block, f"mtp.{depth}.block"))
 
     def _sliced(self, trunk: Block, name: str) -> SlicedBlock:
+        machine.bound_programs()
+
         def experts_of(members: Sequence[int]) -> Experts:
             return Experts(self.config, lambda own: self.checkpoint.experts(f"{name}.mlp.experts.{own}", members))
 
