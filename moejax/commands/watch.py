@@ -4,6 +4,7 @@ ever, so each of them holds a connection to the first, and stops where that brea
 import contextlib
 import errno
 import os
+import re
 import secrets
 import socket
 import threading
@@ -35,16 +36,23 @@ def watching(host: str, errors: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _is_of_the_runtime(error):
             time.sleep(_OWN_END / 5)  # its cause may be told a little later
         gone = next((own for own in watches if own.ended_early.is_set()), None)
         _leave(watches, _FAILED, _OWN_END)
-        if gone is not None and isinstance(error, jax.errors.JaxRuntimeError):
+        if gone is not None and _is_of_the_runtime(error):
             raise OSError(errno.ECONNABORTED, gone.sentence) from error
         raise
     _leave(watches, _DONE, _LONGEST_END)
     for own in () if is_first() else watches:
         own.wait()  # it may have more to do, and JAX needs it until then
+
+
+def _is_of_the_runtime(error: BaseException) -> bool:
+    """Whether XLA has failed, whose sentences begin by a status in capitals: what is computed meanwhile tells it by a
+    ValueError when its numbers are asked for."""
+    is_told_late = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
+    return is_told_late or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _leave(watches: "Sequence[_Watch]", how: bytes, seconds: float) -> None:
