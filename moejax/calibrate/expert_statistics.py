@@ -106,6 +106,12 @@ class ExpertStatistics:
         assert layer_II is not None, "calibrated without hessians"
         return _shrunk_hessian(_matrix_of(own, e), layer_II, jnp.take(self.gate2_E, e), self.layer)
 
+    def hessian_weight(self, projection: str, e: int | jax.Array) -> jax.Array:
+        """The sum of g^2 that expert e's `input_hessian` is over, with those of the tokens taken from its layer's."""
+        _, layer_II = self._products(projection)
+        assert layer_II is not None, "calibrated without hessians"
+        return jnp.maximum(jnp.take(self.gate2_E, e) + _prior(layer_II, self.layer), 1e-30)
+
     def inputs(self, projection: str, e: int | jax.Array) -> Inputs:
         """The projection's input over the tokens that chose expert e, which the layer's count beside."""
         moment_I = jnp.take(self.input_second_moment(projection), e, axis=0)
@@ -264,5 +270,9 @@ def _shrunk_hessian(own_II: jax.Array | None, layer_II: jax.Array, weight: jax.A
     layer_mean_II = layer_II / jnp.maximum(layer.gate2, 1e-30)
     if own_II is None:
         return layer_mean_II
-    prior = PRIOR_TOKENS_PER_INPUT * len(layer_II) * layer.gate2 / jnp.maximum(layer.count, 1.0)
+    prior = _prior(layer_II, layer)
     return (own_II + prior * layer_mean_II) / jnp.maximum(weight + prior, 1e-30)
+
+
+def _prior(layer_II: jax.Array, layer: LayerSums) -> jax.Array:
+    return PRIOR_TOKENS_PER_INPUT * len(layer_II) * layer.gate2 / jnp.maximum(layer.count, 1.0)

@@ -29,5 +29,8 @@ def run_block_cached(
     return block.attend_cached(x_BTD, by, cache, start_B)
 
 
+# What attention makes of hidden states, which the feed-forward part takes, compiled.
+run_attention = jax.jit(Block.attended)
+
 # The final norm, compiled.
 run_norm = partial(jax.jit, static_argnames="eps")(rms_norm)

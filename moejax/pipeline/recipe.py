@@ -28,6 +28,8 @@ class Recipe:
     error_feedback: whether columns not yet rounded make up for the errors of those that are: better, and slower.
     row_feedback: whether rows do too, where outputs are hidden states, by gradients of the loss; it needs
     error_feedback, and a block whole in memory.
+    output_fit: whether weights of such outputs are then fitted to what blocks lack of the original's, when the plan
+    that was chosen is carried out; it needs error_feedback.
     rotation: whether the model is rotated first, at every site that costs nothing at run time; down_rotation: whether
     the inputs of `down` are too, which costs a little.
     allocation: "solve" finds the formats of least predicted loss, weight by weight and expert by expert; "raise" gives
@@ -60,11 +62,12 @@ class Recipe:
     bucket_multiple: int = 1
     prices: Literal["by size", "whole", "sampled"] = "by size"
     row_feedback: bool = False
+    output_fit: bool = False
 
     @property
     def method(self) -> Method:
         """How a plan's weights come to their formats."""
-        return Method(self.error_feedback, self.sequential, self.rotation, self.down_rotation, self.row_feedback)
+        return Method(**{own.name: getattr(self, own.name) for own in fields(Method)})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,10 +88,11 @@ def recipe_from_toml(raw: Mapping[str, Any], source: str) -> Recipe:
     if "formats" in raw:
         values["formats"] = _formats(raw["formats"], source)
     recipe = Recipe(**values)
-    if recipe.row_feedback and not recipe.error_feedback:
-        raise InputError(
-            f"{source}: row_feedback is true and error_feedback is not; both, or the latter alone, are accepted"
-        )
+    for key in ("row_feedback", "output_fit"):
+        if getattr(recipe, key) and not recipe.error_feedback:
+            raise InputError(
+                f"{source}: {key} is true and error_feedback is not; both, or the latter alone, are accepted"
+            )
     if recipe.down_rotation and not recipe.rotation:
         raise InputError(f"{source}: down_rotation is true and rotation is not; both, or rotation alone, are accepted")
     if recipe.allocation == "raise" and recipe.share_kept is None:
@@ -139,6 +143,7 @@ _ACCEPTED: Mapping[str, tuple[Any, str]] = {
     "fit_routing_scale": (_is_bool, "true or false"),
     "error_feedback": (_is_bool, "true or false"),
     "row_feedback": (_is_bool, "true or false"),
+    "output_fit": (_is_bool, "true or false"),
     "sequential": (_is_bool, "true or false"),
     "rotation": (_is_bool, "true or false"),
     "down_rotation": (_is_bool, "true or false"),

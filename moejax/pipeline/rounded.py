@@ -43,6 +43,10 @@ class RoundedWeights:
         self._rounder, self._bytes_left = rounder, most_bytes
         self._known: dict[tuple[str, str], Leaf] = {}
 
+    @property
+    def afresh(self) -> Rounder:
+        return self._rounder.afresh
+
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         if (name, target) in self._known:
             return self._known[name, target]

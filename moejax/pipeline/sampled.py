@@ -95,6 +95,11 @@ class Sampled:
             require_finite(own.of.name_of(k), own.of.weights.expert(k), error_EF[k])
         return error_EF
 
+    @property
+    def afresh(self) -> Rounder:
+        """As a `Rounder`: what does round."""
+        return AFRESH
+
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         """As a `Rounder`; embedding and head are rounded, since they are few."""
         if target == KEEP or name in OUTER or name.startswith(USED_ROWS):

@@ -14,8 +14,8 @@ from moejax.errors import InputError
 # The format of a weight that stays as it is in the original checkpoint.
 KEEP = "keep"
 PROJECTIONS = ("gate", "up", "down")
-# Plans in which it is false do not name it, as those of before it was there.
-_NEW = "row_feedback"
+# Plans in which they are false do not name them, as those of before they were there.
+_NEW = ("row_feedback", "output_fit")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Method:
     what the original's do. rotation: the model is rotated first, at every site that costs nothing at run time.
     down_rotation: so are the inputs of `down`, as the model runs; only with `rotation`. row_feedback: where outputs are
     hidden states, rows make up for each other's errors too, by gradients of the loss; only with `error_feedback`.
+    output_fit: weights of such outputs are then fitted to what blocks lack of the original's, and rounded again; only
+    with `error_feedback`.
     """
 
     error_feedback: bool = False
@@ -51,6 +53,7 @@ class Method:
     rotation: bool = False
     down_rotation: bool = False
     row_feedback: bool = False
+    output_fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "formats": {letter[name]: name for name in names},
         "embed": letter[plan.embed],
         "head": letter[plan.head],
-        "method": {name: own for name, own in asdict(plan.method).items() if own or name != _NEW},
+        "method": {name: own for name, own in asdict(plan.method).items() if own or name not in _NEW},
         "blocks": [_block_to_json(block, letter) for block in plan.blocks],
     }
 
@@ -137,13 +140,14 @@ def _block_from_json(what: str, raw: Mapping[str, Any], name: Mapping[str, str])
 
 
 def _method_from_json(raw: Mapping[str, Any]) -> Method:
-    _require_keys("method in the plan", {_NEW: False, **raw}, {own.name for own in fields(Method)})
+    _require_keys("method in the plan", {**dict.fromkeys(_NEW, False), **raw}, {own.name for own in fields(Method)})
     for name, value in raw.items():
         if not isinstance(value, bool):
             raise InputError(f"{name} in the plan's method is {value!r}; true or false is accepted")
     method = Method(**raw)
-    if method.row_feedback and not method.error_feedback:
-        raise InputError("the plan's method has row_feedback without error_feedback; both, or the latter, are accepted")
+    for name in _NEW:
+        if getattr(method, name) and not method.error_feedback:
+            raise InputError(f"the plan's method has {name} without error_feedback; both, or the latter, are accepted")
     if method.down_rotation and not method.rotation:
         raise InputError("the plan's method has down_rotation without rotation; both, or rotation alone, are accepted")
     return method

@@ -87,6 +87,11 @@ class Rounder(Protocol):
         """Every wanted expert, each by itself."""
         ...
 
+    @property
+    def afresh(self) -> "Rounder":
+        """What rounds matrices of which it knows others by the same names."""
+        ...
+
 
 @dataclass(frozen=True)
 class Afresh:
@@ -96,6 +101,10 @@ class Afresh:
 
     def matrix(self, name: str, leaf: Leaf, inputs: Inputs, target: str) -> Leaf:
         return requantize(leaf, inputs, target)
+
+    @property
+    def afresh(self) -> "Afresh":
+        return self
 
     def experts(self, wanted: Sequence[Wanted]) -> list[list[Leaf]]:
         groups = [list(_groups(own)) for own in wanted]

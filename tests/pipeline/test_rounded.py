@@ -31,6 +31,10 @@ class Counting:
         self.asked += [e for own in members for e in own]
         return [[jnp.full(10, e, jnp.uint8) for e in own] for own in members]
 
+    @property
+    def afresh(self) -> "Counting":
+        return self
+
 
 @pytest.fixture(scope="module")
 def statistics(prepared: Prepared) -> ExpertStatistics:
@@ -55,6 +59,13 @@ def every(statistics: ExpertStatistics, members: Sequence[int], target: str = "i
 def numbers(rounder: RoundedWeights, *wanted: Wanted) -> list[list[int]]:
     """Which experts come back."""
     return [list(map(first, leaves)) for leaves in rounder.experts(wanted)]
+
+
+def test_what_rounds_afresh_remembers_nothing() -> None:
+    rounder = RoundedWeights(1000, counting := Counting())
+    for _ in range(2):
+        rounder.afresh.matrix("o", jnp.zeros(1), INPUTS, "int2g128")
+    assert counting.asked == [0, 0]
 
 
 def test_a_matrix_is_rounded_once_to_every_format() -> None:
