@@ -140,6 +140,7 @@ class Fitted(StatisticsOnTheWay):
         return fit_block(block, compressed, survivors, *given)
 
     def behind(self, index: int, compressed: Block) -> None:
+        self._statistics = None
         self._compressed.run(index, sliced(compressed))
         self._others.behind(index, compressed)
 

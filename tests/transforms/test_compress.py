@@ -278,7 +278,8 @@ def test_statistics_made_on_the_way_give_the_same_bytes(error_feedback: bool) ->
     assert_same_bits({name: found[name] for name in expected}, expected)
 
 
-def test_one_block_at_a_time_is_in_memory() -> None:
+@pytest.mark.parametrize("own", ["sequential", "output_fit"])
+def test_one_block_at_a_time_is_in_memory(own: str) -> None:
     """Each is asked for when those before it, and what became of them, are let go of."""
     lent: list[Any] = []
 
@@ -301,7 +302,7 @@ def test_one_block_at_a_time_is_in_memory() -> None:
             self.leaves |= dict.fromkeys(leaves)
 
     parts = Named()
-    plan = dataclasses.replace(PLAN, method=Method(error_feedback=True, sequential=True))
+    plan = dataclasses.replace(PLAN, method=Method(**{"error_feedback": True, own: True}))
     gc.disable()
     try:
         calibrate_and_compress(Lending(small_model()), plan, CHUNKS, HELD_OUT, parts)
