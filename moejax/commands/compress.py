@@ -194,8 +194,7 @@ def _room(
     """For chunks of the texts, or for none."""
     tokens = 0 if texts is None else texts.calibrated.chunks.shape[1]
     model = asked.shapes(method).model
-    given = method.error_feedback, asked.output, keeps_rounded, asked.most_bytes, asked.crew, method.row_feedback
-    return room_in(asked.ledger, model, tokens, *given)
+    return room_in(asked.ledger, model, tokens, method, asked.output, keeps_rounded, asked.most_bytes, asked.crew)
 
 
 def _kept(asked: _Asked, texts: _Texts, by: Mapping[str, str]) -> AbstractContextManager[Work]:

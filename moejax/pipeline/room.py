@@ -17,8 +17,10 @@ from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.moe import MoE
 from moejax.model.sliced import MOST_STATES, experts_in_slice
 from moejax.model.weights import IN_BLOCK
+from moejax.planning import Method
 from moejax.sharding import ALONE, Crew
 from moejax.transforms.error_feedback import rows_together
+from moejax.transforms.fit_block import experts_fitted_together
 from moejax.transforms.rounder import MOST_NUMBERS, experts_together, few_experts
 
 # Shares of what is left beside a block: statistics of all blocks, rounded weights, states within a block with several
@@ -58,21 +60,20 @@ def room_in(
     ledger: Ledger,
     model: DeepseekV3,
     tokens: int,
-    hessians: bool,
+    method: Method,
     output: Path,
     keeps_rounded: bool = True,
     most_bytes: int = 0,
     crew: Crew = ALONE,
-    gradients: bool = False,
 ) -> Iterator[Room]:
-    """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, with Hessians
-    and gradients or without, to write so many bytes at most. What does not fit lies in a folder beside `output`, which
-    is removed behind. Where rounded weights are not kept, states within a block have their share. The processes of a
-    crew, which rounds experts, have one room.
+    """Of a process that may hold so much, and calibrates an abstract model on chunks of so many tokens, as a method
+    asks, to write so many bytes at most. What does not fit lies in a folder beside `output`, which is removed behind.
+    Where rounded weights are not kept, states within a block have their share. The processes of a crew, which rounds
+    experts, have one room.
 
     Raises InputError where not even the work on one block fits.
     """
-    needed = working_bytes(model, tokens, hessians, most_bytes, crew.local_devices, gradients)
+    needed = working_bytes(model, tokens, method, most_bytes, crew.local_devices)
     crew.agree({"number of experts at a time": str(_experts_at_a_time(model.config))})
     left = ledger.left - needed
     if left < 0:
@@ -90,28 +91,28 @@ def room_in(
 def working_bytes(
     model: DeepseekV3,
     tokens: int,
-    hessians: bool,
+    method: Method,
     most_bytes: int = 0,
     rounding_devices: int = 1,
-    gradients: bool = False,
 ) -> int:
     """What measuring, trying and writing one block of an abstract model, or embedding or head, take at most: weights as
     they are read and dense, and once more where probes change them or a matrix is rounded; a batch of states; a block's
     Hessians; its share of what is written, and once more while experts of a format are put together; what rounding a
-    group of experts takes, on every device but one that does so in this process's memory; and, with gradients, going
-    back through a block."""
+    group of experts takes, on every device but one that does so in this process's memory. Where the method asks for it,
+    going back through a block; and fitting its outputs beside what becomes of it."""
     blocks = [*model.layers, *(own.block for own in model.mtp)]
     outer = max(payload_bytes(own.get_value()) for own in (model.embed, model.head))
     of_block = max(_block_bytes(block, tokens) for block in blocks)
-    hessian = max(map(_hessian_bytes, blocks)) if hessians else 0
+    hessian = max(map(_hessian_bytes, blocks)) if method.error_feedback else 0
     written = max(map(_numbers, blocks)) / _numbers(model) * most_bytes
     writing = max(map(_rounding_bytes, blocks)) + int(2 * written)
     at_once = (rounding_devices - 1) * max(map(_group_bytes, blocks))
     rounding = max(of_block, writing, 2 * outer + _searching_bytes(model.head.get_value().size)) + hessian + at_once
     # Of a sequence its logits, what they become, and their gradient.
     predictions = outer + 3 * 4 * tokens * model.config.vocab_size
-    going_back = max(predictions, *(_gradient_bytes(own, tokens) for own in model.layers)) if gradients else 0
-    return _PROGRAMS + max(rounding, going_back)
+    going_back = max(predictions, *(_gradient_bytes(own, tokens) for own in model.layers)) if method.row_feedback else 0
+    fitting = max(_fit_bytes(own, tokens) for own in model.layers) + int(written) + hessian if method.output_fit else 0
+    return _PROGRAMS + max(rounding, going_back, fitting)
 
 
 def _numbers(part: DeepseekV3 | Block) -> int:
@@ -140,6 +141,22 @@ def _gradient_bytes(block: Block, tokens: int) -> int:
     states = 12 * c.hidden_size + 4 * max(c.intermediate_size, c.hidden_size) + rows + attention
     dense = max(math.prod(own.shape[-2:]) for own in named_leaves(block).values())
     return payload_bytes(block) + 4 * (of_batch * states + 2 * dense + 6 * c.hidden_size**2)
+
+
+def _fit_bytes(block: Block, tokens: int) -> int:
+    """What fitting what gives hidden states takes: the trunk as it is read; a weight, dense, five times over, and sums
+    over tokens that its fit is of, a batch's, and what solving makes of them; of experts together the sums, a batch's,
+    and weights as many times; a batch's states and the rows of its experts."""
+    leaves, c, of_batch = named_leaves(block), block.config, BATCH * tokens
+    trunk = {name: own for name, own in leaves.items() if IN_BLOCK[name].role != "routed experts"}
+    wide = [own.shape for name, own in trunk.items() if IN_BLOCK[name].gives_hidden]
+    of_one = max(4 * (3 * inputs**2 + 5 * outputs * inputs) for outputs, inputs in wide)
+    of_experts, per_token = 0, 2 * c.intermediate_size
+    if isinstance(block.mlp, MoE):
+        each = 4 * c.moe_intermediate_size * (c.moe_intermediate_size + c.hidden_size)
+        of_experts = 4 * min(block.mlp.num_experts, experts_fitted_together(c)) * each
+        per_token = c.num_experts_per_tok * (3 * c.hidden_size + 4 * c.moe_intermediate_size)
+    return payload_bytes(trunk) + max(of_one, of_experts) + 4 * of_batch * (6 * c.hidden_size + per_token)
 
 
 def _group_bytes(block: Block) -> int:

@@ -30,7 +30,7 @@ from moejax.transforms.rounding import to_float32
 EXPERTS_SHARE = 0.5
 
 # Bytes of experts' sums that are in memory together, about.
-_BYTES_TOGETHER = 2 << 30
+_BYTES_TOGETHER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Fit:
     ) -> ExpertWeights:
         """Every routed expert's `down`."""
         leaves: list[Leaf] = []
-        for members, experts in replace(compressed, per_slice=_experts_in_slice(block.config)).slices():
+        for members, experts in replace(compressed, per_slice=experts_fitted_together(block.config)).slices():
             original = block.experts_of([survivors[e] for e in members]).down.get_value()
             leaves += self._of_slice(original, experts.down.get_value(), *_of_experts(members, experts, batches))
         return gather_experts(leaves)
@@ -244,6 +244,7 @@ def _merged(
     return total[0].merged(own[0]), total[1] + own[1]
 
 
-def _experts_in_slice(config: Config) -> int:
+def experts_fitted_together(config: Config) -> int:
+    """Of how many experts sums are in memory at once."""
     each = 4 * config.moe_intermediate_size * (config.moe_intermediate_size + config.hidden_size)
     return max(1, _BYTES_TOGETHER // each)

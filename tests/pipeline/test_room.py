@@ -18,6 +18,7 @@ from moejax.pipeline import job
 from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.check import require_original
 from moejax.pipeline.room import Room, room_in, working_bytes
+from moejax.planning import Method
 from moejax.progress import silent
 from moejax.resources import config_path
 from native_checkpoint import files
@@ -68,8 +69,8 @@ def test_memory_changes_no_byte_and_slices_no_plan(
 
 def test_what_does_not_fit_goes_to_the_disk(tmp_path: Path) -> None:
     model = abstract_original(RAW_CONFIG)
-    needed = working_bytes(model, 512, False)
-    with room_in(Ledger(resident_memory() + needed + GB // 10), model, 512, False, tmp_path / "out") as room:
+    needed = working_bytes(model, 512, Method())
+    with room_in(Ledger(resident_memory() + needed + GB // 10), model, 512, Method(), tmp_path / "out") as room:
         large = jax.numpy.zeros((30, 1000, 1000))
         assert isinstance(room.kept(large), OnDisk) and isinstance(room.kept(large[0, :3]), jax.Array)
         assert 0 < room.statistics + room.rounded + room.within < GB // 10
@@ -81,7 +82,7 @@ def test_too_little_is_refused_with_what_would_do(tmp_path: Path) -> None:
     message = r"^a block of the model, .* cannot be worked on in 300\.00 MB; \d+\.\d\dGB would do$"
     with (
         pytest.raises(InputError, match=message),
-        room_in(Ledger(300_000_000), model, 512, False, tmp_path / "out"),
+        room_in(Ledger(300_000_000), model, 512, Method(), tmp_path / "out"),
     ):
         raise AssertionError
     assert not list(tmp_path.iterdir())
@@ -92,8 +93,10 @@ def test_deepseek_v3_fits_small_machines() -> None:
     import json
 
     model = abstract_original(json.loads(config_path("models", "deepseek_v3").read_text()))
-    plain, fed_back = (working_bytes(model, 512, hessians) for hessians in (False, True))
+    methods = Method(), Method(error_feedback=True), Method(error_feedback=True, output_fit=True)
+    plain, fed_back, fitted = (working_bytes(model, 512, method) for method in methods)
     assert 5 * GB < plain < 10 * GB and plain + 4 * GB < fed_back < plain + 12 * GB
+    assert fed_back < fitted < 24 * GB
     # A layer's share of 103 GB is 1.8 GB, which is there twice; of 600 GB it is 10 GB.
-    assert working_bytes(model, 512, False, 103 * GB) == plain
-    assert working_bytes(model, 512, False, 600 * GB) > 20 * GB
+    assert working_bytes(model, 512, Method(), 103 * GB) == plain
+    assert working_bytes(model, 512, Method(), 600 * GB) > 20 * GB

@@ -49,7 +49,7 @@ def main() -> None:
     text = tokenize(read_text(options.calibration), load_tokenizer(checkpoint.path), checkpoint.config)
     calibrated = split_calibration(text, options.chunks, PROBED)
     seen_BT = seen_by_variants(calibrated.held_out, Sampled(recipe.formats, {}))
-    given = abstract_model(checkpoint), seen_BT.shape[1], recipe.error_feedback
+    given = abstract_model(checkpoint), seen_BT.shape[1], recipe.method
     with (
         tempfile.TemporaryDirectory(dir=".") as folder,
         room_in(ledger_of(options.memory), *given, Path(folder) / "output", keeps_rounded=False) as room,
