@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ RECIPE = 'formats = ["int1g128", "int2g128", "int4g128"]\nerror_feedback = true\
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sequential, and what gives hidden states is fitted: blocks that are written go on with both models' states."""
     file = tmp_path_factory.mktemp("plan") / "plan.toml"
-    write_toml(file, to_json(PLAN))
+    write_toml(file, to_json(replace(PLAN, method=replace(PLAN.method, output_fit=True))))
     return file
 
 

@@ -1,4 +1,4 @@
-"""`row_feedback` in a recipe or a plan: outputs are weighed on the way as they would be all at once."""
+"""`row_feedback` and `output_fit` in recipes and plans; outputs are weighed on the way as they would be all at once."""
 
 import json
 from collections.abc import Callable
@@ -25,22 +25,31 @@ from moejax.transforms.compress import Collected, calibrate_and_compress, compre
 from native_checkpoint import files
 from sequential_plan import PLAN as SEQUENTIAL
 
+RECIPE = """
+formats = ["int1g128", "int2g128", "int4g128"]
+error_feedback = true
+row_feedback = true
+output_fit = true
+"""
 PLAN: Plan = replace(SEQUENTIAL, method=Method(error_feedback=True, row_feedback=True))
 
 
-def test_a_plan_says_so_and_one_that_does_not_is_as_before() -> None:
-    assert from_json(to_json(PLAN)) == PLAN and to_json(PLAN)["method"]["row_feedback"] is True
-    assert from_json(to_json(SEQUENTIAL)) == SEQUENTIAL and "row_feedback" not in to_json(SEQUENTIAL)["method"]
-    alone = to_json(PLAN) | {"method": to_json(PLAN)["method"] | {"error_feedback": False}}
-    with pytest.raises(InputError, match="row_feedback without error_feedback; both, or the latter, are accepted"):
+@pytest.mark.parametrize("own", ["row_feedback", "output_fit"])
+def test_a_plan_says_so_and_one_that_does_not_is_as_before(own: str) -> None:
+    plan = replace(SEQUENTIAL, method=Method(**{"error_feedback": True, own: True}))
+    assert from_json(to_json(plan)) == plan and to_json(plan)["method"][own] is True
+    assert from_json(to_json(SEQUENTIAL)) == SEQUENTIAL and own not in to_json(SEQUENTIAL)["method"]
+    alone = to_json(plan) | {"method": to_json(plan)["method"] | {"error_feedback": False}}
+    with pytest.raises(InputError, match=f"{own} without error_feedback; both, or the latter, are accepted"):
         from_json(alone)
 
 
-def test_a_recipe_needs_error_feedback_too() -> None:
-    recipe = recipe_from_toml({"error_feedback": True, "row_feedback": True}, "here")
-    assert recipe.method == Method(error_feedback=True, row_feedback=True)
-    with pytest.raises(InputError, match=r"^here: row_feedback is true and error_feedback is not; both, or the latter"):
-        recipe_from_toml({"row_feedback": True}, "here")
+@pytest.mark.parametrize("own", ["row_feedback", "output_fit"])
+def test_a_recipe_needs_error_feedback_too(own: str) -> None:
+    recipe = recipe_from_toml({"error_feedback": True, own: True}, "here")
+    assert recipe.method == Method(**{"error_feedback": True, own: True})
+    with pytest.raises(InputError, match=rf"^here: {own} is true and error_feedback is not; both, or the latter"):
+        recipe_from_toml({own: True}, "here")
 
 
 def test_on_the_way_as_all_at_once(small: Path, calibration_text: Path, tokenize: Callable[[Path], np.ndarray]) -> None:
@@ -70,10 +79,10 @@ def test_a_recipe_and_the_plan_that_it_found_write_the_same(
     small: Path, text_options: list[object], tmp_path: Path
 ) -> None:
     recipe, plan = tmp_path / "recipe.toml", tmp_path / "plan.toml"
-    recipe.write_text('formats = ["int1g128", "int2g128", "int4g128"]\nerror_feedback = true\nrow_feedback = true\n')
+    recipe.write_text(RECIPE)
     run("compress", small, "--budget", "10x", "--recipe", recipe, "--output", tmp_path / "one", *text_options)
     found = json.loads((tmp_path / "one" / "manifest.json").read_text())["plan"]
-    assert found["method"]["row_feedback"] is True
+    assert found["method"]["row_feedback"] is True and found["method"]["output_fit"] is True
     write_toml(plan, found)
     run("compress", small, "--plan", plan, "--output", tmp_path / "two", *text_options)
     one, two = (files(tmp_path / output) for output in ("one", "two"))
