@@ -185,10 +185,22 @@ def expected_seconds(
         trying += again + passing(through + fits, through + fits, through) + pieces.head * seen * through
         trying += different * (pieces.imitated * numbers + pieces.rounded * sizes.outer)
     compressing = again + (moe + drafts) * per_layer * pieces.read + pieces.rounded * (numbers + sizes.outer)
+
+    def walked(times: float, reads: int) -> float:
+        """Of all that is calibrated on, through every layer, whose experts are read so often."""
+        rounds = times * chunks / seen
+        return moe * per_layer * (reads * pieces.read + rounds * pieces.run) + layers * rounds * pieces.trunk_run
+
+    # The original's states, and the compressed model's up to attention, up to what gives outputs, and out; every `down`
+    # is rounded again.
+    fitting = walked(4, 2) + pieces.rounded * moe * sizes.experts / 3 if recipe.output_fit else 0.0
+    # Forwards; and back, where every block is computed once more and differentiated twice, by weights' inputs alone.
+    weighing = {"weighing outputs": walked(4, 2) + 3 * chunks * pieces.head} if recipe.row_feedback else {}
     rounds = evaluated / seen
     evaluating = moe * per_layer * (pieces.read + rounds * pieces.run) + layers * rounds * pieces.trunk_run
     evaluating = 2 * (evaluating + evaluated * pieces.head)  # the original, and what has become of it
-    return {"measuring": measuring, "trying plans": trying, "compressing": compressing, "evaluating": evaluating}
+    phases = {"measuring": measuring, "trying plans": trying, "compressing": compressing + fitting}
+    return weighing | phases | {"evaluating": evaluating}
 
 
 @dataclass(frozen=True)

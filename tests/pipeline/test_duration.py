@@ -20,6 +20,7 @@ from moejax.pipeline.calibrated import Calibrated
 from moejax.pipeline.check import require_original
 from moejax.pipeline.duration import Pieces, expected, expected_seconds, timed_pieces
 from moejax.pipeline.job import plan_within, prepare
+from moejax.pipeline.recipe import Recipe
 from moejax.pipeline.room import Room
 from moejax.progress import silent
 from small_job import RECIPE
@@ -85,6 +86,20 @@ def test_phases_are_sums_over_pieces(checkpoint: HuggingFaceCheckpoint) -> None:
     for phase, seconds in every.items():
         assert seconds == pytest.approx(sum(own[phase] for own in each))
     assert set(every) == {"measuring", "trying plans", "compressing", "evaluating"}
+
+
+def test_what_outputs_are_fitted_and_weighed_by_takes_time(checkpoint: HuggingFaceCheckpoint) -> None:
+    """Which is beside all else, and a phase of its own."""
+    pieces, fed_back = Pieces(*range(1, 9)), replace(SAMPLED, error_feedback=True)
+
+    def phases(recipe: Recipe) -> dict[str, float]:
+        return expected_seconds(pieces, checkpoint.config, recipe, 8, SEEN, 2, TOGETHER)
+
+    without, fitted = phases(fed_back), phases(replace(fed_back, output_fit=True))
+    assert fitted.pop("compressing") > without.pop("compressing") and fitted == without
+    weighed = phases(replace(fed_back, row_feedback=True))
+    assert next(iter(weighed)) == "weighing outputs"  # it comes first
+    assert weighed.pop("weighing outputs") > 0 and weighed == phases(fed_back)
 
 
 def test_pieces_take_time(checkpoint: HuggingFaceCheckpoint) -> None:
