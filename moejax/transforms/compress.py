@@ -19,7 +19,8 @@ from moejax.planning import Plan
 from moejax.progress import Progress, counted, silent
 from moejax.transforms.check_plan import check_plan
 from moejax.transforms.compress_block import as_planned, compress_block, compress_mtp
-from moejax.transforms.on_the_way import Fitted, Followed, Known, StatisticsOnTheWay, Weighed, observed
+from moejax.transforms.fit_on_the_way import Fitted
+from moejax.transforms.on_the_way import Followed, Known, StatisticsOnTheWay, Weighed, observed
 from moejax.transforms.rounder import AFRESH, Rounder
 
 
@@ -91,10 +92,10 @@ def calibrate_and_compress(
     Statistics are those of `calibrate` and, where tokens are few, `choose_damping` on the chunks `held_out`. If the
     method is sequential, every block is calibrated on what the compressed blocks before it put out, with the experts
     and the routing that the plan gives it; its damping is chosen for the original's states all the same. If it has
-    output_fit, what gives hidden states in a rounded block is fitted to the original's (`fit_block`).
-    Statistics that are `known`, damping chosen, are not made again, nor what `outputs` are weighed by, nor what the
-    rounder knows. `kept` puts states and experts' Hessians away until they are needed, and about `within` bytes of
-    states are in memory within a block.
+    output_fit, what gives hidden states in a rounded block is fitted to the original's (`fit_block`), where that holds
+    on `held_out` too. Statistics that are `known`, damping chosen, are not made again, nor what `outputs` are weighed
+    by, nor what the rounder knows. `kept` puts states and experts' Hessians away until they are needed, and about
+    `within` bytes of states are in memory within a block.
 
     Raises InputError as `compress` and `calibrate` do.
     """
@@ -113,7 +114,7 @@ def calibrate_and_compress(
         outputs = outputs or output_weights(source, chunks, batch, kept=kept, progress=progress)
         statistics = Weighed(statistics, outputs)
     if method.output_fit:
-        statistics = Fitted(statistics, config, chunks, rounder.afresh, batch, kept)
+        statistics = Fitted(statistics, config, chunks, held_out, rounder.afresh, batch, kept)
     compress_by(source, plan, statistics, parts, rounder=rounder, progress=progress)
 
 

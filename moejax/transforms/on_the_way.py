@@ -16,16 +16,13 @@ from moejax.calibrate import BlockStatistics, Calibration, Inputs, OutputWeights
 from moejax.formats import Leaf
 from moejax.model import Config, named_leaves
 from moejax.model.deepseek_v3 import Block
-from moejax.model.hidden_states import WITHIN, HiddenStates, Keep, as_it_is
+from moejax.model.hidden_states import WITHIN, Keep, as_it_is
 from moejax.model.leaves import Weight
 from moejax.model.sliced import SlicedBlock, SlicedMtp, sliced
-from moejax.model.steps import run_attention
 from moejax.model.weights import IN_BLOCK
 from moejax.planning import BlockPlan
 from moejax.transforms.choose_damping import choose_damping_of_block, choose_damping_of_matrix, has_few_tokens
 from moejax.transforms.compress_block import only_survivors
-from moejax.transforms.fit_block import Passing, fit_block
-from moejax.transforms.rounder import Rounder
 
 
 class StatisticsOnTheWay:
@@ -106,57 +103,6 @@ class Weighed(StatisticsOnTheWay):
 
     def head(self, head: Leaf) -> Inputs:
         return self.others.head(head)
-
-
-class Fitted(StatisticsOnTheWay):
-    """Others' statistics; and of every decoder block what gives hidden states is fitted (see `fit_block`), by states of
-    the compressed model, which go along, and of the original, which do too."""
-
-    def __init__(
-        self, others: StatisticsOnTheWay, config: Config, chunks: np.ndarray, rounder: Rounder, batch: int, kept: Keep
-    ):
-        batches = [jnp.asarray(chunks[i : i + batch]) for i in range(0, len(chunks), batch)]
-        self._others, self._rounder, self._kept = others, rounder, kept
-        self._original, self._compressed = (HiddenStates(config, batches, jnp.float32, kept=kept) for _ in range(2))
-        self._statistics: BlockStatistics | None = None
-
-    def embedding(self, embedding: Leaf, compressed: Leaf) -> None:
-        self._original.embedding(embedding)
-        self._compressed.embedding(compressed)
-        self._others.embedding(embedding, compressed)
-
-    def block(self, index: int, block: SlicedBlock, plan: BlockPlan) -> BlockStatistics:
-        self._statistics = self._others.block(index, block, plan)
-        return self._statistics
-
-    def fitted(self, index: int, block: SlicedBlock, plan: BlockPlan, compressed: Block) -> Block:
-        assert self._statistics is not None, "a block is fitted behind what its statistics are asked for"
-        own, by = self._original, self._original.by
-        attended = [self._kept(run_attention(block.trunk, jnp.asarray(x_BTD), by)) for x_BTD in own.states]
-        own.run(index, block)
-        passing = Passing(self._compressed.states, attended, own.states, by)
-        survivors = range(block.num_experts) if plan.keep is None else plan.keep
-        given = passing, self._statistics, self._rounder, f"layers.{index}", self._kept
-        return fit_block(block, compressed, survivors, *given)
-
-    def behind(self, index: int, compressed: Block) -> None:
-        self._statistics = None
-        self._compressed.run(index, sliced(compressed))
-        self._others.behind(index, compressed)
-
-    def pass_by(self, index: int, block: SlicedBlock, compressed: Callable[[], Block]) -> None:
-        self._original.run(index, block)
-        self._compressed.run(index, sliced(compressed()))
-        self._others.pass_by(index, block, compressed)
-
-    def norm(self, gain_D: jax.Array) -> None:
-        self._others.norm(gain_D)
-
-    def mtp(self, depth: int, mtp: SlicedMtp, plan: BlockPlan) -> BlockStatistics:
-        return self._others.mtp(depth, mtp, plan)
-
-    def head(self, head: Leaf) -> Inputs:
-        return self._others.head(head)
 
 
 @dataclass(frozen=True)

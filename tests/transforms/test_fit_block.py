@@ -7,6 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from moejax.formats import ExpertWeights, format_name
 from moejax.model import DeepseekV3
@@ -16,12 +17,13 @@ from moejax.model.source import ModelSource, walk
 from moejax.planning import Method, Plan
 from moejax.transforms import fit_block
 from moejax.transforms.compress import Collected, calibrate_and_compress
+from moejax.transforms.output_fit import fitted
 from sequential_plan import PLAN as SEQUENTIAL
 from small_models import CONFIG, small_model
 
-CHUNKS, HELD_OUT = (
-    np.random.RandomState(seed).randint(CONFIG.vocab_size, size=(8, 32)).astype(np.int32) for seed in (3, 4)
-)
+CHUNKS: NDArray[np.int32] = np.random.RandomState(3).randint(CONFIG.vocab_size, size=(8, 32)).astype(np.int32)
+# A random model's tokens tell nothing of others, so those held out are some that are fitted to.
+HELD_OUT = CHUNKS[:4]
 # The embedding, the shared expert and, of the last layer, attention's outputs are rounded too.
 PLAN = replace(
     SEQUENTIAL,
@@ -115,3 +117,12 @@ def test_slices_of_experts_change_nothing(leaves: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(fit_block, "_BYTES_TOGETHER", 3 * each)
     name = "layers.1.mlp.experts.down"
     chex.assert_trees_all_equal({name: leaves_of(PLAN, FITTED)[name]}, {name: leaves[name]})
+
+
+def test_a_fit_that_does_not_hold_on_chunks_held_out_is_left(
+    unfitted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which weights are fitted to, by mistake, lies far from what is wanted."""
+    monkeypatch.setattr(fit_block, "fitted", lambda weight, rounded, *given: 3 * fitted(weight, rounded, *given))
+    monkeypatch.setattr(fit_block, "_fitted_expert", lambda weight, *given: -weight)
+    chex.assert_trees_all_equal(leaves_of(PLAN, FITTED), unfitted)
