@@ -87,8 +87,8 @@ def formats(leaf: Any) -> Any:
 
 def test_every_block_lacks_less(leaves: dict[str, Any], unfitted: dict[str, Any]) -> None:
     """The last one too, of which attention's output alone is rounded: it makes up for those before it."""
-    for fitted, rounded in zip(errors(leaves), errors(unfitted), strict=True):
-        assert fitted < 0.97 * rounded
+    for own, without in zip(errors(leaves), errors(unfitted), strict=True):
+        assert own < 0.97 * without
 
 
 def test_only_what_gives_hidden_states_and_was_rounded_changes(
