@@ -115,6 +115,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("rotation", 1, "true or false is accepted"),
     ("down_rotation", "true", "true or false is accepted"),
     ("row_feedback", 1, "true or false is accepted"),
+    ("output_fit", 1, "true or false is accepted"),
     ("bucket_multiple", 0, "1 to 1024 is accepted"),
     ("bucket_multiple", -4, "1 to 1024 is accepted"),
     ("bucket_multiple", 1025, "1 to 1024 is accepted"),
